@@ -1,0 +1,5 @@
+"""``python -m recbole_llm`` is the console script ``recbole-llm``."""
+
+from recbole_llm.cli import main
+
+raise SystemExit(main())

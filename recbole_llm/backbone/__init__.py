@@ -1,0 +1,1 @@
+"""Language models: loading Hugging Face ones, and the embedded one that needs no download."""

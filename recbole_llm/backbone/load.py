@@ -1,0 +1,182 @@
+"""Load a Hugging Face causal language model, from a folder or the hub, as a :class:`Backbone`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.errors import UserError, did_you_mean, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
+# The packages that each way of quantisation needs.
+QUANTIZATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "gptq": ("gptqmodel", "optimum"),
+    "int8": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",),
+}
+# One request tells whether the hub can be reached; transformers itself would try six times for each file.
+HUB_SECONDS = 10.0
+# What transformers raises for a folder that is incomplete, damaged or of a kind that it does not know.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_backbone(
+    name_or_folder: str,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> Backbone:
+    """Load a causal language model without its vocabulary head, frozen.
+
+    Args:
+        name_or_folder: a folder as ``save_pretrained`` writes it, or else a hub id; what the hub's local cache holds is
+            used before the hub is asked.
+        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are GPTQ already.
+        trust_remote_code: whether code that comes with the model may run.
+        device: where to put it.
+
+    Raises:
+        UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
+            unknown option; or a package or GPU that an option needs is missing.
+    """
+    _check_options(dtype, attention, quantization, device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    source = Path(name_or_folder).expanduser()
+    if source.is_dir():
+        if not (source / "config.json").is_file():
+            raise UserError(f"llm '{name_or_folder}': the folder has no config.json{_models_in(source)}")
+        return _load(str(source), dtype, attention, quantization, device, options | {"local_files_only": True})
+    if not _is_hub_id(name_or_folder):
+        raise UserError(f"llm '{name_or_folder}': no such folder{_siblings(source)}")
+    try:
+        return _load(name_or_folder, dtype, attention, quantization, device, options | {"local_files_only": True})
+    except UserError as error:
+        # Only a model that the cache does not have (whole) is worth asking the hub for.
+        if not isinstance(error.__cause__, OSError):
+            raise
+    _ask_hub(name_or_folder, source)
+    return _load(name_or_folder, dtype, attention, quantization, device, options)
+
+
+def _check_options(dtype: str, attention: str, quantization: str, device: str) -> None:
+    for key, value, known in (
+        ("llm_dtype", dtype, DTYPES),
+        ("llm_attention", attention, ATTENTIONS),
+        ("llm_quantization", quantization, QUANTIZATIONS),
+    ):
+        if value not in known:
+            raise UserError(f"{key} is '{value}'{did_you_mean(str(value), known)} (it is one of {', '.join(known)})")
+    needs = [(f"llm_quantization: {quantization}", package) for package in QUANTIZATIONS[quantization]]
+    if attention == "flash_attention_2":
+        needs.append((f"llm_attention: {attention}", "flash_attn"))
+    for option, package in needs:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{option} needs the package {package}, which is not installed")
+        if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+            raise UserError(f"{option} needs a GPU; the model is to run on '{device}'")
+
+
+def _load(
+    source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]
+) -> Backbone:
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if stored != (quantization if quantization == "gptq" else None):
+            raise UserError(f"llm '{source}': its weights are {stored or 'not quantised'}, llm_quantization is {quantization}")
+        if config.is_encoder_decoder or not _is_causal_type(config):
+            raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if quantization in ("int8", "nf4"):
+            options = options | {"quantization_config": _on_the_fly(quantization, DTYPES[dtype])}
+        if quantization != "none":
+            options = options | {"device_map": {"": device}}
+        decoder, report = AutoModel.from_pretrained(
+            source, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True, **options
+        )
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
+    if report["missing_keys"]:
+        raise UserError(f"llm '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
+    if quantization == "none":
+        decoder = decoder.to(device)
+    backbone = Backbone(decoder, tokenizer, source)
+    if not backbone.is_causal():
+        raise UserError(f"llm '{source}': a {config.model_type} that looks ahead is no causal language model")
+    return backbone
+
+
+def _is_causal_type(config: Any) -> bool:
+    # A model with code of its own registers itself in auto_map instead.
+    custom = getattr(config, "auto_map", None) or {}
+    return type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in custom
+
+
+def _on_the_fly(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder may be a hub id: ``name`` or ``owner/name``, and no path."""
+    return bool(name) and name.count("/") <= 1 and not name.startswith((".", "~", "/")) and not name.endswith("/") and (
+        os.sep == "/" or os.sep not in name
+    )
+
+
+def _ask_hub(name: str, source: Path) -> None:
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"llm '{name}': neither a folder nor a model of the hub{_siblings(source)}") from None
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"llm '{name}': no such folder{_siblings(source)}, and the hub cannot be asked ({reason}); "
+            "'llm: embedded' needs no download"
+        ) from None
+
+
+def _siblings(source: Path) -> str:
+    """What to say about the folders beside one that is not there, looked for from its nearest existing parent."""
+    missing, parent = source.name, source.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent.name, parent.parent
+    folders = _folders(parent)
+    close = nearest(missing, folders) or ([] if parent == Path(".") else folders[:3])
+    return f"; the nearest are {', '.join(str(parent / name) for name in close)}" if close else ""
+
+
+def _models_in(folder: Path) -> str:
+    """What to say about the models in a folder that is none itself, or else beside it."""
+    for place in (folder, folder.parent):
+        models = [str(place / name) for name in _folders(place) if (place / name / "config.json").is_file()]
+        if models:
+            return f"; the nearest that have one are {', '.join(models[:3])}"
+    return ""
+
+
+def _folders(parent: Path) -> list[str]:
+    try:
+        entries: Iterable[Path] = parent.iterdir()
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []

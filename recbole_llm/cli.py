@@ -1,0 +1,127 @@
+"""The console script ``recbole-llm``; nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from recbole_llm import __version__
+from recbole_llm.errors import UserError, did_you_mean
+
+HELP = f"""recbole-llm {__version__}: LLM recommenders and collaborative ones on RecBole, under one provable split
+
+usage: recbole-llm VERB [--key=value ...]
+
+verbs
+  run      train a model and rank the whole catalogue with it
+           recbole-llm run --model=GLTA --dataset=ml-100k [--config_files='a.yaml b.yaml'] [--key=value ...]
+  compare  put the results of runs beside each other, with a paired test a user
+           recbole-llm compare RUN RUN [...]
+  models   what is registered, with each model's kind, stages and needs
+           recbole-llm models [--kind=language]
+  inspect  a data set, a run, or the settings of a model
+           recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
+
+Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
+A key of a part is prefixed, e.g. --graph_model.epochs=60 for the graph model behind GLTA.
+Exit status: 0 done, 1 a bug of ours, 2 a mistake in what was asked for."""
+
+
+def _run(arguments: list[str]) -> int:
+    from recbole_llm.training.runs import run, table
+
+    result = run(command_line=arguments)
+    parts = list(result["parts"].values())
+    split, evaluation = result["split"], result["evaluation"]
+    print(f"\n{result['dataset']}: test, {evaluation['test_users']} rankings of the whole catalogue, policy {evaluation['policy']}")
+    print(table([*parts, result]))
+    if split["fingerprint"]:
+        print(f"\nsplit       {split['fingerprint'][:16]} ({split['train']} train, {split['valid']} valid, {split['test']} test)")
+    print(f"result      {result['result_file']}\nlog         {result['log_file']}\ncheckpoint  {result['checkpoint']}")
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from recbole_llm.evaluation.comparison import compare_runs
+
+    print(compare_runs(arguments))
+    return 0
+
+
+def _models(arguments: list[str]) -> int:
+    from recbole_llm.registry import entries
+
+    kind = _option(arguments, "kind")
+    listed = [entry for entry in entries().values() if kind in (None, entry.kind)]
+    if not listed:
+        kinds = sorted({entry.kind for entry in entries().values()})
+        raise UserError(f"no model is of kind '{kind}'; kinds: {', '.join(kinds)}")
+    print(f"{'name':20} {'kind':11} {'from':12} stages; needs")
+    for entry in sorted(listed, key=lambda entry: (entry.kind, entry.name)):
+        home = "recbole_llm" if entry.module.startswith("recbole_llm") else entry.module.partition(".")[0]
+        home = "recbole+fast" if entry.fast_of else home
+        needs = f"; {', '.join(entry.needs)}" if entry.needs else ""
+        print(f"{entry.name:20} {entry.kind:11} {home:12} {' > '.join(entry.stages)}{needs}")
+    return 0
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    value = None
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if key != f"--{name}" or not equals:
+            raise UserError(f"{argument!r} is not understood here; --{name}=... is")
+        value = text
+    return value
+
+
+def _inspect(arguments: list[str]) -> int:
+    from recbole_llm.inspection import inspect
+
+    print(inspect(arguments))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "compare": _compare,
+    "models": _models,
+    "inspect": _inspect,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: by default the process's own.
+
+    Returns:
+        Exit status: 0 done, 2 the user's mistake (told on stderr in one or two lines). A bug of ours raises, which
+        leaves a traceback and status 1.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
+        print(HELP)
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if words[0].startswith("--"):
+            raise UserError(f"a verb comes first: recbole-llm run {' '.join(words)}")
+        if words[0] not in VERBS:
+            raise UserError(f"unknown verb '{words[0]}'{did_you_mean(words[0], VERBS) or '; verbs: ' + ', '.join(VERBS)}")
+        return VERBS[words[0]](words[1:])
+    except UserError as error:
+        print(f"recbole-llm: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"recbole-llm: no space is left on the disk ({error.filename or 'while writing'})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrecbole-llm: stopped; the same command goes on from the last finished stage or epoch", file=sys.stderr)
+        return 130

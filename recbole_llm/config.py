@@ -1,0 +1,422 @@
+"""``Config``: RecBole's, with our shipped settings, strict keys, YAML values and prefixed keys for parts.
+
+Precedence is RecBole's: shipped YAML < files < dict < command line. Flat keys belong to the named model; ``part.key``
+belongs to the recommender that trains as that part, e.g. ``graph_model.epochs`` behind GLTA.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_llm import compat
+
+compat.install()
+
+import recbole  # noqa: E402 - the shims come first
+from recbole.config import Config as RecBoleConfig  # noqa: E402
+from recbole.evaluator import metric_types, smaller_metrics  # noqa: E402
+from recbole.utils import EvaluatorType, ModelType  # noqa: E402
+from recbole.utils.argument_list import (  # noqa: E402
+    dataset_arguments,
+    evaluation_arguments,
+    general_arguments,
+    training_arguments,
+)
+
+from recbole_llm import registry  # noqa: E402
+from recbole_llm.data.split import SplitProtocol  # noqa: E402
+from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
+from recbole_llm.schema import Spec, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
+
+_RECBOLE = Path(recbole.__file__).parent / "properties"
+
+# Keys that RecBole reads but no YAML of its own lists.
+_UNLISTED = {
+    "model", "dataset", "config_files", "encoding", "use_gpu", "nproc", "ip", "port", "world_size", "offset",
+    "local_rank", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "single_spec", "device", "valid_neg_sample_args",
+    "test_neg_sample_args", "kg_reverse_r", "pretrain_path", "numerical_features", "neg_sampling", "training_neg_sample_num",
+}  # fmt: skip
+
+# What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
+_PROTOCOL_KEYS = (
+    "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
+    "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
+    "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
+    "fast_baselines",
+)  # fmt: skip
+
+# Settings that change no trained number: they stay out of a stage's fingerprint.
+NEUTRAL_KEYS = frozenset({
+    "gpu_id", "use_gpu", "worker", "state", "show_progress", "data_path", "checkpoint_dir", "save_dataset",
+    "dataset_save_path", "save_dataloaders", "dataloaders_save_path", "log_wandb", "wandb_project", "tensorboard",
+    "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
+    "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
+    "refit_on_valid", "item_text_citation",
+})  # fmt: skip
+
+
+def _command_line() -> list[str]:
+    """``sys.argv``'s settings, unless the process belongs to pytest or a notebook, whose flags are not ours."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    foreign = program in {"-c", "", "-m", "pytest", "py.test", "ipykernel_launcher.py"} or "pytest" in sys.argv[0]
+    return [] if foreign else [argument for argument in sys.argv[1:] if argument.startswith("--")]
+
+
+class Config(RecBoleConfig):
+    """RecBole's ``Config``: same arguments, same reading of values.
+
+    Args:
+        model: name or class; else the key ``model`` of a file, the dict or the command line.
+        dataset: name of the data set; else the key ``dataset``.
+        config_file_list: YAML files, later ones win.
+        config_dict: settings; a string is parsed as YAML where the key is no text.
+        command_line: ``--key=value`` arguments; by default the process's own.
+
+    Raises:
+        UserError: an unknown model, key or metric (with the nearest known ones), a value of the wrong type or out of
+            range, a missing or broken file; always before any work starts.
+    """
+
+    def __init__(
+        self,
+        model: str | type | None = None,
+        dataset: str | None = None,
+        config_file_list: Sequence[str | Path] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        command_line: Sequence[str] | None = None,
+    ) -> None:
+        self._arguments = list(_command_line() if command_line is None else command_line)
+        self._specs: dict[str, Spec] = dict(base_specs())
+        super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+    def compatibility_settings(self) -> None:
+        """configurator.py:625-635 fails on NumPy 2; :func:`recbole_llm.compat.install` has set what is missing."""
+
+    def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for file in file_list or ():
+            merged.update(copy.deepcopy(read_yaml(Path(file))))
+        return merged
+
+    def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(config_dict or {})
+
+    def _load_cmd_line(self) -> dict[str, Any]:
+        read: dict[str, Any] = {}
+        for argument in self._arguments:
+            key, equals, value = argument.removeprefix("--").partition("=")
+            if not argument.startswith("--") or not equals:
+                raise UserError(f"{argument!r} is not understood; settings read --key=value")
+            if key in read and read[key] != value:
+                raise UserError(f"--{key} is given twice, as {read[key]!r} and {value!r}")
+            read[key] = value
+        return read
+
+    def _merge_external_config_dict(self) -> None:
+        super()._merge_external_config_dict()
+        files = self.external_config_dict.pop("config_files", None)
+        if isinstance(files, str):
+            # Files named on the command line lie below the dict, as in RecBole's run_recbole.py.
+            self.file_config_dict.update(self._load_config_files(files.split()))
+            self.external_config_dict = self.file_config_dict | self.variable_config_dict | self.cmd_config_dict
+            self.external_config_dict.pop("config_files", None)
+
+    def _get_model_and_dataset(self, model: Any, dataset: str | None) -> tuple[str, type, str]:
+        given = self.external_config_dict
+        model = model if model is not None else given.get("model")
+        dataset = dataset if dataset is not None else given.get("dataset")
+        if model is None or dataset is None:
+            missing = "model" if model is None else "dataset"
+            raise UserError(f"no {missing} is named; add --{missing}=NAME (recbole-llm models lists the models)")
+        if not isinstance(dataset, str):
+            raise UserError(f"dataset should be a name, but is {dataset!r}")
+        if not isinstance(model, str):
+            return model.__name__, model, dataset
+        model = registry.variant_of(model, given)
+        return model, registry.get_model(model), dataset
+
+    def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        # RecBole keeps the dataset keys of every Config in one shared list; ours must not grow it.
+        self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
+        self._protocol_of_recbole = {
+            key: copy.deepcopy(self.internal_config_dict[key]) for key in ("eval_args", "repeatable", "train_neg_sample_args")
+            if key in self.internal_config_dict
+        }  # fmt: skip
+        own = properties_dir()
+        base = registry.yaml_base(model)
+        files = [
+            own / "overall.yaml",
+            own / "dataset" / f"{dataset}.yaml",
+            *([_RECBOLE / "model" / f"{base}.yaml", own / "model" / f"{base}.yaml"] if base != model else []),
+            own / "model" / f"{model}.yaml",
+        ]
+        for file in files:
+            if file.is_file():
+                self._specs.update(read_specs(file))
+                self.internal_config_dict.update(self._shipped(file))
+        llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
+        if llm is not None:
+            self._load_backbone_keys(str(llm))
+        self._check_keys(model, model_class)
+        self._fit_model_type(model, model_class)
+
+    def _shipped(self, file: Path) -> dict[str, Any]:
+        """A shipped file's settings; under ``policy: recbole`` RecBole's own file of a data set wins over ours."""
+        values = copy.deepcopy(read_yaml(file))
+        stock = _RECBOLE / "dataset" / file.name
+        if file.parent.name == "dataset" and stock.is_file() and self._setting("policy") == "recbole":
+            return {key: value for key, value in values.items() if key not in read_yaml(stock)}
+        return values
+
+    def _load_backbone_keys(self, llm: str) -> None:
+        embedded = properties_dir() / "llm" / "embedded.yaml"
+        named = properties_dir() / "llm" / f"{llm}.yaml"
+        for file in dict.fromkeys((embedded, named)):
+            if file.is_file():
+                self._specs.update(read_specs(file))
+                self.internal_config_dict.update(copy.deepcopy(read_yaml(file)))
+
+    def _fit_model_type(self, model: str, model_class: Any) -> None:
+        """Defaults that depend on the kind of model, as RecBole's quick_start_config files set them."""
+        recbole_policy = self._setting("policy") == "recbole"
+        if recbole_policy:
+            self.internal_config_dict.update(self._protocol_of_recbole)
+            self.internal_config_dict["fast_baselines"] = False
+        if model_class.type == ModelType.SEQUENTIAL:
+            # configurator.py:427 demands it; which items are masked is exclude_history's business here.
+            self.internal_config_dict["repeatable"] = True
+            if self._setting("loss_type") == "CE":
+                # configurator.py:345 raises otherwise, for every cross-entropy model at its own defaults.
+                self.internal_config_dict["train_neg_sample_args"] = None
+
+    def _setting(self, key: str) -> Any:
+        return self.external_config_dict.get(key, self.internal_config_dict.get(key))
+
+    # --- checking ----------------------------------------------------------------------------------------------------
+    def _check_keys(self, model: str, model_class: Any) -> None:
+        known = known_keys(model, model_class) | set(self.internal_config_dict) | set(self._specs)
+        parts = registry.parts_of(model_class)
+        for key in list(self.external_config_dict):
+            prefix, dot, rest = key.partition(".")
+            if dot:
+                self._check_part_key(key, prefix, rest, parts, model)
+                continue
+            if key not in known:
+                # A key of another model deserves a better word than the nearest spelling.
+                raise UserError(f"unknown setting '{key}' for {model}{did_you_mean(key, known)}")
+            self._check_value(key)
+
+    def _check_part_key(self, key: str, prefix: str, rest: str, parts: tuple[str, ...], model: str) -> None:
+        if prefix not in parts:
+            owned = f"; its parts: {', '.join(parts)}" if parts else ""
+            raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}{did_you_mean(prefix, parts) if not owned else ''}")
+        name = self._setting(prefix)
+        part_class = registry.get_model(name)
+        specs = dict(base_specs()) | _model_specs(name)
+        if rest not in known_keys(name, part_class) | set(specs):
+            raise UserError(f"unknown setting '{key}' for {name}{did_you_mean(rest, known_keys(name, part_class))}")
+        if isinstance(self.external_config_dict[key], str):
+            self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
+        _require(key, self.external_config_dict[key], specs.get(rest))
+
+    def _check_value(self, key: str) -> None:
+        value, spec = self.external_config_dict[key], self._specs.get(key)
+        if isinstance(value, str):
+            from_cli = key in self.cmd_config_dict
+            if from_cli or (spec is not None and not spec.allows(value)):
+                value = parse_value(value, spec)
+                if isinstance(value, int | float) and spec is not None and not spec.allows(value) and spec.allows(str(value)):
+                    value = self.external_config_dict[key]
+        if spec is not None and isinstance(value, int) and not isinstance(value, bool) and spec.text.startswith("float"):
+            value = float(value)
+        _require(key, value, spec)
+        self.external_config_dict[key] = value
+
+    def _set_default_parameters(self) -> None:
+        final = self.final_config_dict
+        final["data_path"] = str(self._data_folder().parent)
+        self._check_metrics()
+        self._check_eval_args()
+        super()._set_default_parameters()
+        if self.dataset != "ml-100k":
+            final["data_path"] = str(self._data_folder())
+        final["checkpoint_dir"] = str(final["output_dir"]) if final["policy"] == "unified" else final["checkpoint_dir"]
+
+    def _data_folder(self) -> Path:
+        """``dataset/``, then ``data_path``; the last one when neither has the data set."""
+        path = Path(self.final_config_dict["data_path"])
+        roots = [Path("dataset"), Path(__file__).parent.parent / "dataset", path]
+        if "data_path" in self.external_config_dict:
+            roots.insert(0, path)
+        for root in roots:
+            if (root / self.dataset).is_dir():
+                return root / self.dataset
+        return path / self.dataset
+
+    def _check_metrics(self) -> None:
+        final = self.final_config_dict
+        final["metrics"] = [final["metrics"]] if isinstance(final["metrics"], str) else list(final["metrics"])
+        final["topk"] = [final["topk"]] if isinstance(final["topk"], int) else list(final["topk"])
+        for metric in final["metrics"]:
+            if str(metric).lower() not in metric_types:
+                raise UserError(f"unknown metric '{metric}'{did_you_mean(str(metric), metric_types)}")
+            if final["policy"] == "unified" and metric_types[metric.lower()] != EvaluatorType.RANKING:
+                raise UserError(f"metric '{metric}' judges ratings, not rankings; it works under policy: recbole only")
+        for k in final["topk"]:
+            if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+                raise UserError(f"topk should hold whole numbers of 1 or more, but has {k!r}")
+        name, at, cut = str(final["valid_metric"]).partition("@")
+        if name.lower() not in metric_types:
+            raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
+        if name.lower() not in [metric.lower() for metric in final["metrics"]] or (at and cut not in map(str, final["topk"])):
+            raise UserError(f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}")
+        final["valid_metric_bigger"] = name.lower() not in smaller_metrics
+
+    def _check_eval_args(self) -> None:
+        final = self.final_config_dict
+        defaults = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+        given = final["eval_args"]
+        if not isinstance(given, dict):
+            raise UserError(f"eval_args should be a mapping with split, order, group_by and mode, but is {given!r}")
+        for key in given:
+            if key not in defaults:
+                raise UserError(f"unknown setting 'eval_args.{key}'{did_you_mean(key, defaults)}")
+        if final["policy"] != "unified":
+            return
+        args = final["eval_args"] = defaults | given
+        split = args["split"]
+        if not isinstance(split, dict) or len(split) != 1 or next(iter(split)) not in ("LS", "RS", "TS"):
+            raise UserError(f"eval_args.split should be one of {{LS: valid_and_test}}, {{RS: [0.8, 0.1, 0.1]}}, {{TS: [0.8, 0.1, 0.1]}}, but is {split!r}")
+        _one_of("eval_args.order", args["order"], ("TO", "RO"))
+        args["group_by"] = args["group_by"] or "none"
+        _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
+        modes = set(args["mode"].values()) if isinstance(args["mode"], dict) else {args["mode"]}
+        if modes != {"full"}:
+            raise UserError(f"eval_args.mode should be full: everything is ranked on the whole catalogue (sampled candidates, {args['mode']!r}, work under policy: recbole)")
+        kind, value = next(iter(split.items()))
+        if kind == "LS":
+            _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
+        elif not _is_ratios(value):
+            raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
+        if kind == "TS" and final.get("time_scope") == "user":
+            raise UserError(f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: no global time split (TS); use LS or RS")
+
+    # --- use ---------------------------------------------------------------------------------------------------------
+    def split_protocol(self) -> SplitProtocol:
+        """How this run divides its interactions."""
+        args = self.final_config_dict["eval_args"]
+        kind, value = next(iter(args["split"].items()))
+        shares = tuple(value) if kind != "LS" else (0.8, 0.1, 0.1)
+        return SplitProtocol(
+            kind=kind,
+            ratios=(shares[0], shares[1], shares[2]),
+            leave_one_mode=value if kind == "LS" else "valid_and_test",
+            by_time=args["order"] == "TO" or kind == "TS",
+            group_by_user=args["group_by"] == "user",
+            seed=self.final_config_dict["split_seed"],
+            short_users=self.final_config_dict["short_users"],
+            drop_repeats=self.final_config_dict["exclude_history"] is True,
+        )
+
+    def part(self, name: str) -> Config:
+        """The Config of the recommender that trains as a part of this model.
+
+        It has the protocol of this run and the part's own defaults, so it is the Config that ``--model=<part>`` alone
+        would have, and their stages share one cache entry.
+
+        Args:
+            name: the part's key, e.g. ``graph_model``.
+        """
+        inner = {key: copy.deepcopy(self.final_config_dict[key]) for key in _PROTOCOL_KEYS if key in self.final_config_dict}
+        shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
+        inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
+        inner |= {
+            key.partition(".")[2]: value for key, value in self.external_config_dict.items() if key.startswith(f"{name}.")
+        }
+        part_specs = _model_specs(self[name]) | base_specs() | self._specs
+        inner = {key: value for key, value in inner.items() if key in part_specs or key in shared or key in known_keys(self[name], registry.get_model(self[name]))}
+        return Config(self[name], self.dataset, config_dict=inner, command_line=[])
+
+    def _dataset_keys(self) -> list[str]:
+        file = properties_dir() / "dataset" / f"{self.dataset}.yaml"
+        return list(read_yaml(file)) if file.is_file() else []
+
+    def stage_keys(self) -> dict[str, Any]:
+        """The settings that can change a trained number of this model, as plain data for a fingerprint."""
+        return {
+            key: plain(value)
+            for key, value in sorted(self.final_config_dict.items())
+            if key not in NEUTRAL_KEYS and "." not in key
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting as plain data, for ``result.json``."""
+        return {key: plain(value) for key, value in sorted(self.final_config_dict.items())}
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def base_specs() -> dict[str, Spec]:
+    """Types of the keys that every model has."""
+    specs: dict[str, Spec] = {}
+    for file in (_RECBOLE / "overall.yaml", _RECBOLE / "dataset" / "sample.yaml", properties_dir() / "overall.yaml"):
+        specs.update(read_specs(file))
+    return specs
+
+
+def _model_specs(model: str) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    for name in dict.fromkeys((registry.yaml_base(model), model)):
+        for folder in (_RECBOLE, properties_dir()):
+            file = folder / "model" / f"{name}.yaml"
+            if file.is_file():
+                specs.update(read_specs(file))
+    return specs
+
+
+def known_keys(model: str, model_class: type) -> set[str]:
+    """Every key that a run of this model can mean something by.
+
+    RecBole's YAML files name most; the rest are the ``config["..."]`` that the model's own classes read.
+    """
+    keys = set(base_specs()) | _UNLISTED | set(_model_specs(model))
+    for listed in (general_arguments, training_arguments, evaluation_arguments, dataset_arguments):
+        keys |= set(listed)
+    for folder in (_RECBOLE, properties_dir()):
+        for name in dict.fromkeys((registry.yaml_base(model), model)):
+            file = folder / "model" / f"{name}.yaml"
+            keys |= set(read_yaml(file)) if file.is_file() else set()
+    for cls in model_class.__mro__:
+        if cls.__module__.startswith(("recbole.", "recbole_llm.")):
+            keys |= set(re.findall(r"""config\[\s*["'](\w+)["']\s*\]""", inspect.getsource(cls)))
+    return keys
+
+
+def _require(key: str, value: Any, spec: Spec | None) -> None:
+    if spec is not None and not spec.allows(value):
+        raise UserError(f"{key} should be {spec.text}, but is {value!r}")
+
+
+def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}")
+
+
+def _is_ratios(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 3
+    return numbers and all(isinstance(share, int | float) and share >= 0 for share in value) and value[0] > 0

@@ -1,0 +1,370 @@
+"""RecBole's datasets, read exactly and divided by our one split.
+
+RecBole loads, filters and remaps; :class:`SplitMixin` then replaces only its ``build``: the phases come from
+:mod:`recbole_llm.data.split`, and the views (pairs, prefixes) are cut from them.
+"""
+
+from __future__ import annotations
+
+import copy
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureSource, FeatureType
+
+from recbole_llm.data.atomic import open_atomic
+from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, Histories, Split, SplitProtocol, make_split
+from recbole_llm.errors import UserError, did_you_mean
+
+
+class AtomicMixin:
+    """Mends RecBole's loading for pandas 2.3 and 3 and for exact texts; values are otherwise RecBole's."""
+
+    config: Any
+    field2type: dict[str, FeatureType]
+    field2source: dict[str, Any]
+    field2seqlen: dict[str, int]
+    field2bucketnum: dict[str, int]
+    field2id_token: dict[str, np.ndarray]
+    field2token_id: dict[str, dict[str, int]]
+
+    def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
+        """Replaces dataset.py:427-512 (python engine, default quoting, chained fillna that pandas 3 ignores)."""
+        load_col, unload_col = self._get_load_and_unload_col(source)  # type: ignore[attr-defined]
+        if load_col == set():
+            return None
+        file = open_atomic(Path(filepath), self.config["field_separator"], self.config["encoding"] or "utf-8")
+        columns = [
+            name
+            for name in file.names
+            if (load_col is None or name in load_col) and not (unload_col is not None and name in unload_col)
+        ]
+        for name, kind in zip(file.names, file.types, strict=True):
+            if name in columns:
+                self._register_field(name, FeatureType(kind), source)
+        self._require_ids(file.path, file.names, columns, source)
+        if not columns:
+            return None
+        frame = file.frame(columns)
+        for name in columns:
+            self._convert(frame, name)
+        return frame
+
+    def _register_field(self, name: str, kind: FeatureType, source: Any) -> None:
+        if not isinstance(source, FeatureSource) and source == "link":
+            return
+        self.field2source[name] = source
+        self.field2type[name] = kind
+        if not kind.value.endswith("seq"):
+            self.field2seqlen[name] = 1
+        if "float" in kind.value:
+            self.field2bucketnum[name] = 2
+
+    def _require_ids(self, path: Path, names: tuple[str, ...], columns: list[str], source: Any) -> None:
+        wanted = {
+            FeatureSource.INTERACTION: ("USER_ID_FIELD", "ITEM_ID_FIELD"),
+            FeatureSource.USER: ("USER_ID_FIELD",),
+            FeatureSource.ITEM: ("ITEM_ID_FIELD",),
+        }.get(source, ())
+        for key in wanted:
+            field = self.config[key]
+            if field is not None and field not in columns:
+                hint = did_you_mean(field, names) or f"; its columns: {', '.join(names)}"
+                raise UserError(f"{path} has no loaded column '{field}' ({key}){hint}")
+
+    def _convert(self, frame: pd.DataFrame, name: str) -> None:
+        kind = self.field2type[name]
+        if kind == FeatureType.TOKEN:
+            values = frame[name].to_numpy(dtype=object)
+            # An empty id is a missing one, as in RecBole; the letters "NA" are not.
+            frame[name] = pd.Series(np.where(values == "", None, values), index=frame.index, dtype=object)
+        elif kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+            separator = self.config["seq_separator"]
+            to = np.str_ if kind == FeatureType.TOKEN_SEQ else np.float64
+            limit = (self.config["seq_len"] or {}).get(name)
+            rows = [np.array([part for part in text.split(separator) if part][:limit], dtype=to) for text in frame[name]]
+            self.field2seqlen[name] = max((len(row) for row in rows), default=0)
+            column = np.empty(len(rows), dtype=object)
+            column[:] = rows
+            frame[name] = pd.Series(column, index=frame.index, dtype=object)
+
+    def _fill_nan(self) -> None:
+        """Replaces dataset.py:640-657: under pandas 3 its chained fillna changes nothing and corrupts features."""
+        for feat_name in self.feat_name_list:  # type: ignore[attr-defined]
+            feat = getattr(self, feat_name)
+            for name in feat:
+                kind = self.field2type[name]
+                if kind == FeatureType.TOKEN:
+                    feat[name] = feat[name].fillna(0).astype(np.int64)
+                elif kind == FeatureType.FLOAT:
+                    feat[name] = feat[name].fillna(feat[name].mean())
+                else:
+                    empty = np.array([], dtype=np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
+                    column = np.empty(len(feat), dtype=object)
+                    column[:] = [empty if isinstance(value, float) else value for value in feat[name]]
+                    feat[name] = pd.Series(column, index=feat.index, dtype=object)
+
+    def _concat_remaped_tokens(self, remap_list: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Replaces dataset.py:1175-1194: ``Series.agg(np.concatenate)`` no longer sees the whole column in pandas 3."""
+        tokens = []
+        for feat, name, kind in remap_list:
+            if kind == FeatureType.TOKEN:
+                tokens.append(feat[name].to_numpy(dtype=object))
+            else:
+                tokens.append(np.concatenate([np.asarray(row, dtype=object) for row in feat[name]] or [np.array([], object)]))
+        return np.concatenate(tokens), np.cumsum([len(part) for part in tokens])[:-1]
+
+    def _remap(self, remap_list: list[Any]) -> None:
+        """Replaces dataset.py:1196-1218, whose ``Series.agg(len)`` raises in pandas 3; the ids are the same."""
+        if not remap_list:
+            return
+        tokens, split_point = self._concat_remaped_tokens(remap_list)
+        codes, uniques = pd.factorize(tokens)
+        tokens_by_id = np.array(["[PAD]", *uniques])
+        id_by_token = {token: number for number, token in enumerate(tokens_by_id)}
+        for (feat, name, kind), ids in zip(remap_list, np.split(codes + 1, split_point), strict=True):
+            self.field2id_token.setdefault(name, tokens_by_id)
+            self.field2token_id.setdefault(name, id_by_token)
+            if kind == FeatureType.TOKEN:
+                feat[name] = ids
+            else:
+                ends = np.cumsum([len(row) for row in feat[name]])[:-1]
+                column = np.empty(len(feat), dtype=object)
+                column[:] = np.split(ids, ends)
+                feat[name] = pd.Series(column, index=feat.index, dtype=object)
+
+    def _download(self) -> None:
+        """Replaces dataset.py:236-255, which calls ``torch.distributed.barrier()`` without a process group (its first
+        attempt always fails) and asks a question on a closed standard input."""
+        from recbole.utils.url import download_url, extract_zip, makedirs, rename_atomic_files
+
+        name, folder = self.dataset_name, self.dataset_path  # type: ignore[attr-defined]
+        where = f"put {name}.inter (and .item, .user) into {Path(folder).parent / name}/, or set --data_path"
+        try:
+            url = self._get_download_url("url")  # type: ignore[attr-defined]
+        except ValueError:
+            raise UserError(f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name; {where}") from None
+        try:
+            makedirs(folder)
+            archive = download_url(url, folder)
+            extract_zip(archive, folder)
+            Path(archive).unlink()
+            rename_atomic_files(folder, Path(archive).stem, name)
+        except (urllib.error.URLError, OSError) as error:
+            if not any(Path(folder).iterdir()):
+                Path(folder).rmdir()
+            raise UserError(f"data set '{name}' is not here and could not be downloaded ({error}); {where}") from None
+
+
+class SplitMixin(AtomicMixin):
+    """A RecBole dataset whose phases are our split's."""
+
+    split: Split
+    uid_field: str
+    iid_field: str
+    time_field: str
+    inter_feat: Any
+
+    def _remove_duplication(self) -> None:
+        if self.config["rm_dup_inter"] is not None and self.time_field in self.inter_feat:
+            # RecBole sorts with an unstable sort; ties must stay in file order for "first" and "last" to mean anything.
+            self.inter_feat = self.inter_feat.sort_values(by=[self.time_field], kind="stable")
+            self.inter_feat.drop_duplicates(
+                subset=[self.uid_field, self.iid_field], keep=self.config["rm_dup_inter"], inplace=True
+            )
+            return
+        super()._remove_duplication()  # type: ignore[misc]
+
+    def _reset_index(self) -> None:
+        if self.inter_feat.empty:
+            raise UserError("no interaction is left after filtering; widen user_inter_num_interval, item_inter_num_interval or val_interval")
+        self.file_order = self.inter_feat.index.to_numpy()
+        super()._reset_index()  # type: ignore[misc]
+
+    def _fill_nan(self) -> None:
+        # Before RecBole normalises the column or casts it to float32: 64 s steps at today's stamps reorder histories.
+        self.exact_times = None
+        if self.time_field in self.inter_feat:
+            self.exact_times = self.inter_feat[self.time_field].to_numpy(dtype=np.float64).copy()
+            missing = int(np.isnan(self.exact_times).sum())
+            if missing:
+                raise UserError(f"{missing} interactions have no {self.time_field}; fill them in or leave the column out (load_col)")
+        super()._fill_nan()
+
+    def make_split(self, protocol: SplitProtocol) -> Split:
+        """Divide this dataset's filtered rows (before :meth:`build`).
+
+        Args:
+            protocol: how to divide.
+        """
+        if self.config["benchmark_filename"] is not None:
+            raise UserError("benchmark_filename (pre-split files) works under policy: recbole only")
+        return make_split(
+            self.inter_feat[self.uid_field].to_numpy(dtype=np.int64),
+            self.inter_feat[self.iid_field].to_numpy(dtype=np.int64),
+            self.exact_times,
+            self.file_order,
+            self.field2id_token[self.uid_field].tolist(),
+            self.field2id_token[self.iid_field].tolist(),
+            protocol,
+        )
+
+    @property
+    def train_histories(self) -> Histories:
+        """The train rows by user, oldest first."""
+        return self.split.histories(TRAIN)
+
+    def build(self) -> list[Any]:
+        """Train, valid and test datasets of our split; replaces dataset.py:1806 (RecBole's own orders and splits).
+
+        Raises:
+            UserError: see :func:`recbole_llm.data.split.make_split`.
+        """
+        split = self.make_split(self.config.split_protocol())
+        Dataset._change_feat_format(self)
+        self._drop_unused_col()  # type: ignore[attr-defined]
+        self.rows = self.inter_feat
+        return self.cut(split)
+
+    def cut(self, split: Split) -> list[Any]:
+        """The three phase datasets of a split; :meth:`build` must have run."""
+        return [self._phase_dataset(split, phase) for phase in (TRAIN, VALID, TEST)]
+
+    def _phase_dataset(self, split: Split, phase: int) -> Any:
+        nxt = copy.copy(self)
+        nxt.split = split
+        nxt.inter_feat = take(self.rows, split.rows[split.phases == phase])
+        return nxt
+
+
+class PairDataset(SplitMixin, Dataset):
+    """View for general, context and knowledge models: one row an interaction."""
+
+
+class PrefixDataset(SplitMixin, SequentialDataset):
+    """View for sequential models: one train row a (history, next item) pair, as RecBole's augmentation makes them.
+
+    Under an order by time a row's history is the user's earlier train rows; under a random order it is his other train
+    rows. A user's first train row stands in histories only.
+    """
+
+    def _phase_dataset(self, split: Split, phase: int) -> Any:
+        nxt = copy.copy(self)
+        nxt.split = split
+        nxt.field2type, nxt.field2source = dict(self.field2type), dict(self.field2source)
+        nxt.field2seqlen = dict(self.field2seqlen)
+        nxt.inter_feat = self.rows
+        nxt._aug_presets()
+        # Valid and test views are made by the ranking loader, one row a user; here they hold the bare rows.
+        nxt.inter_feat = prefix_rows(nxt, split) if phase == TRAIN else take(self.rows, split.rows[split.phases == phase])
+        return nxt
+
+    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:
+        """Replaces sequential_dataset.py:137, which looks for first items in rows of length one."""
+        rows = take(self.rows, self.split.rows[self.split.phases == TRAIN])
+        return self._create_sparse_matrix(rows, self.uid_field, self.iid_field, form, value_field)
+
+
+def take(feat: Interaction, rows: np.ndarray) -> Interaction:
+    """Rows of an Interaction without its detour over Python lists (interaction.py:133).
+
+    Args:
+        feat: tensors [n, ...].
+        rows: int64 [m].
+
+    Returns:
+        Interaction of tensors [m, ...].
+    """
+    index = torch.from_numpy(np.ascontiguousarray(rows))
+    return Interaction({name: feat[name].index_select(0, index) for name in feat})
+
+
+def windows(ends: np.ndarray, lengths: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index table of runs that end before given positions, oldest first and padded right.
+
+    Args:
+        ends: int64 [n], position after each run's last element.
+        lengths: int64 [n], at most ``width``.
+        width: columns.
+
+    Returns:
+        int64 [n, width] positions (0 where padded) and bool [n, width] that says which are real.
+    """
+    steps = torch.arange(width)
+    sizes = torch.from_numpy(lengths)
+    real = steps[None, :] < sizes[:, None]
+    positions = torch.from_numpy(ends - lengths)[:, None] + steps[None, :]
+    return torch.where(real, positions, torch.zeros_like(positions)), real
+
+
+def prefix_rows(dataset: PrefixDataset, split: Split) -> Interaction:
+    """The train rows of a sequential model, built by array operations.
+
+    Args:
+        dataset: holds the filtered rows (``rows``) and RecBole's field names.
+        split: the phases.
+
+    Returns:
+        Interaction with RecBole's fields: every loaded column, ``<column>_list`` [n, L] and the list length [n].
+    """
+    train = np.flatnonzero(split.phases == TRAIN)
+    rows = split.rows[train]
+    users = split.users[train]
+    first = np.concatenate(([True], users[1:] != users[:-1])) if len(users) else np.zeros(0, dtype=bool)
+    starts = np.maximum.accumulate(np.where(first, np.arange(len(users)), 0))
+    counts = np.bincount(users, minlength=split.n_users)[users]
+    limit = dataset.max_item_list_len
+    position = np.arange(len(users))
+    if split.protocol.by_time or split.protocol.kind == "TS":
+        chosen = ~first
+        lengths = np.minimum(position - starts, limit)[chosen]
+        table, real = windows(position[chosen], lengths, limit)
+    else:
+        chosen = counts > 1
+        ends = (starts + counts)[chosen]
+        # The last `limit` of the others: one more is taken, and the row itself is stepped over where it is among them.
+        lengths = np.minimum(counts - 1, limit)[chosen]
+        own = position[chosen]
+        inside = own >= ends - lengths
+        table, real = windows(ends, lengths, limit)
+        shift = torch.from_numpy(inside)[:, None] & (table <= torch.from_numpy(own)[:, None]) & real
+        table = table - shift.long()
+    return with_lists(dataset, take(dataset.rows, rows), position[chosen], table, real, lengths)
+
+
+def with_lists(
+    dataset: PrefixDataset,
+    source: Interaction,
+    targets: np.ndarray | None,
+    table: torch.Tensor,
+    real: torch.Tensor,
+    lengths: np.ndarray,
+) -> Interaction:
+    """Put history lists beside rows.
+
+    Args:
+        dataset: names of the list fields.
+        source: rows in time order, [n].
+        targets: int64 [m], the row of ``source`` that each sample predicts; ``None`` leaves the rows' own columns out.
+        table, real: [m, L] positions in ``source`` and which are real.
+        lengths: int64 [m].
+    """
+    fields = {} if targets is None else dict(take(source, targets).interaction)
+    for name in source:
+        if name == dataset.uid_field:
+            continue
+        column = source[name]
+        values = column[table]
+        mask = real.reshape(real.shape + (1,) * (values.dim() - 2))
+        fields[name + dataset.config["LIST_SUFFIX"]] = torch.where(mask, values, torch.zeros((), dtype=values.dtype))
+    fields[dataset.item_list_length_field] = torch.from_numpy(np.ascontiguousarray(lengths, dtype=np.int64))
+    return Interaction(fields)
+
+
+__all__ = ["DROPPED", "AtomicMixin", "PairDataset", "PrefixDataset", "SplitMixin", "take", "windows", "with_lists"]

@@ -1,0 +1,264 @@
+"""The text of every item, from any columns of a RecBole ``.item`` file, exactly as it stands there.
+
+RecBole splits a ``token_seq`` column into words and remaps each to an id, which loses repeated spaces, quotes, and
+titles such as ``NA``. The text that language models read is therefore taken out of band: the file's own characters,
+put together by a template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recbole_llm.data.atomic import open_atomic
+from recbole_llm.errors import UserError, did_you_mean
+
+# What the fallback's template may name: the raw id, whatever the file calls its id column.
+FALLBACK_COLUMN = "item_id"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a template: literals and columns in turn.
+
+    Attributes:
+        pieces: ``(literal, column)`` pairs in order; the column is ``None`` after the last literal.
+        optional: left out whole when any of its columns is empty.
+    """
+
+    pieces: tuple[tuple[str, str | None], ...]
+    optional: bool
+
+    def render(self, values: Mapping[str, str]) -> str:
+        """The part's text for one item."""
+        if self.optional and any(is_empty(values[column]) for _, column in self.pieces if column is not None):
+            return ""
+        return "".join(literal if column is None else literal + values[column] for literal, column in self.pieces)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template.
+
+    Attributes:
+        parts: its parts in order.
+        columns: the columns it names, each once, in order of first use.
+    """
+
+    parts: tuple[Part, ...]
+    columns: tuple[str, ...]
+
+    def render(self, values: Mapping[str, str]) -> str:
+        """The text for one item; what stands in a column is inserted as it is and never read as template."""
+        return "".join(part.render(values) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """One text for every item.
+
+    Attributes:
+        texts: by internal item id; ``texts[0]``, the padding item's, is empty.
+        missing: how many items have the fallback text.
+        template: the template the texts were made with.
+        fallback: the template of the other texts.
+    """
+
+    texts: list[str]
+    missing: int
+    template: str
+    fallback: str
+
+
+def is_empty(value: str) -> bool:
+    """Whether a column says nothing: no character but white space."""
+    return not value.strip()
+
+
+def parse_template(template: str, setting: str = "item_text_template") -> Template:
+    """Parse a template such as ``{movie_title}[ ({release_year})][. Genres: {class}]``.
+
+    ``{column}`` inserts a column. ``[...]`` is left out when any column in it is empty. ``[[``, ``]]``, ``{{`` and
+    ``}}`` stand for the single character; doubled characters are read from the left.
+
+    Args:
+        template: the template.
+        setting: the key it came from, for the message.
+
+    Raises:
+        UserError: an unpaired or nested bracket or brace, an empty column name, or an optional part without a column.
+    """
+
+    def wrong(what: str, position: int) -> UserError:
+        return UserError(f"{setting} {template!r}, character {position + 1}: {what}")
+
+    parts: list[Part] = []
+    pieces: list[tuple[str, str | None]] = []
+    literal: list[str] = []
+    opened: int | None = None  # where the optional part being read began
+    columns: dict[str, None] = {}
+
+    def close(optional: bool) -> None:
+        if literal:
+            pieces.append(("".join(literal), None))
+            literal.clear()
+        if pieces:
+            parts.append(Part(tuple(pieces), optional))
+            pieces.clear()
+
+    at = 0
+    while at < len(template):
+        character = template[at]
+        if character in "[]{}" and template[at + 1 : at + 2] == character:
+            literal.append(character)
+            at += 2
+            continue
+        if character == "{":
+            end = template.find("}", at)
+            name = template[at + 1 : end]
+            if end < 0 or re.search(r"[\[\]{]", name):
+                raise wrong("'{' without its '}' (write '{{' for a plain brace)", at)
+            if not name:
+                raise wrong("'{}' names no column", at)
+            pieces.append(("".join(literal), name))
+            literal.clear()
+            columns[name] = None
+            at = end
+        elif character == "}":
+            raise wrong("'}' without its '{' (write '}}' for a plain brace)", at)
+        elif character == "[":
+            if opened is not None:
+                raise wrong("an optional part inside another (write '[[' for a plain bracket)", at)
+            close(optional=False)
+            opened = at
+        elif character == "]":
+            if opened is None:
+                raise wrong("']' without its '[' (write ']]' for a plain bracket)", at)
+            if all(column is None for _, column in pieces):
+                raise wrong("an optional part names no column (write '[[' and ']]' for plain brackets)", opened)
+            close(optional=True)
+            opened = None
+        else:
+            literal.append(character)
+        at += 1
+    if opened is not None:
+        raise wrong("'[' without its ']' (write '[[' for a plain bracket)", opened)
+    close(optional=False)
+    return Template(tuple(parts), tuple(columns))
+
+
+def read_columns(
+    path: Path, id_field: str, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
+) -> dict[str, tuple[str, ...]]:
+    """Read columns of an atomic file as text, character by character as they stand there.
+
+    Args:
+        path: the file; its first line reads ``name:type`` for every column.
+        id_field: the column that names the row.
+        columns: the columns to read.
+        separator: between fields; nothing quotes or escapes it.
+        encoding: of the file.
+
+    Returns:
+        The columns' texts by raw id. Where an id stands twice its first row counts, as in RecBole.
+
+    Raises:
+        UserError: no such file or column, or a file that is broken (line named).
+    """
+    path = Path(path)
+    file = open_atomic(path, separator, encoding)
+    places = []
+    for column in (id_field, *columns):
+        if column not in file.names:
+            raise UserError(
+                f"{path} has no column '{column}'{did_you_mean(column, file.names)} (it has {', '.join(file.names)})"
+            )
+        places.append(file.names.index(column))
+    id_place, *text_places = places
+
+    # Only "\n" ends a line (str.splitlines would also cut titles at U+2028 and its like), and a "\r" before it belongs
+    # to the line end only where the header's own line ends so.
+    header, *lines = file.data.decode(encoding).split("\n")
+    dos = header.endswith("\r")
+    rows: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, start=2):
+        if dos:
+            line = line.removesuffix("\r")
+        if not line:
+            continue
+        fields = line.split(separator)
+        if len(fields) != len(file.names):
+            raise UserError(f"{path}, line {number}: {len(fields)} fields where the header has {len(file.names)}")
+        raw_id = fields[id_place]
+        if not raw_id:
+            raise UserError(f"{path}, line {number}: column '{id_field}' is empty")
+        rows.setdefault(raw_id, tuple(fields[place] for place in text_places))
+    return rows
+
+
+def first_words(text: str, count: int) -> str:
+    """The text up to the end of its ``count``-th word, its white space kept; the whole text where it has no more."""
+    for number, word in enumerate(re.finditer(r"\S+", text), start=1):
+        if number > count:
+            return text[:end]
+        end = word.end()
+    return text
+
+
+def load_item_text(
+    item_file: Path,
+    id_field: str,
+    template: str,
+    fallback: str,
+    id_tokens: Sequence[str],
+    max_words: int | None = None,
+    separator: str = "\t",
+    encoding: str = "utf-8",
+) -> ItemText:
+    """Make every item's text.
+
+    Args:
+        item_file: the data set's ``.item`` file.
+        id_field: its column of raw item ids.
+        template: how the columns make a text; see :func:`parse_template`.
+        fallback: the text of an item that the file does not have, or of which it has nothing but white space in every
+            column the template names; ``{item_id}`` is its raw id.
+        id_tokens: raw item ids by internal id; the first is the padding item's and gets no text.
+        max_words: how many words of a text to keep; ``None`` keeps all.
+        separator: between the file's fields.
+        encoding: of the file.
+
+    Raises:
+        UserError: no such file or column, a broken file, or a template that cannot be read.
+    """
+    item_file = Path(item_file)
+    parsed = parse_template(template)
+    if not parsed.columns:
+        raise UserError(f"item_text_template {template!r} names no column: all items would have the same text")
+    parsed_fallback = parse_template(fallback, "item_text_fallback")
+    for column in parsed_fallback.columns:
+        if column != FALLBACK_COLUMN:
+            raise UserError(f"item_text_fallback {fallback!r} may name {{{FALLBACK_COLUMN}}} only, not {{{column}}}")
+    if not item_file.is_file():
+        raise UserError(
+            f"data set '{item_file.stem}' has no item text: there is no file {item_file}. Put one there with the "
+            f"columns {id_field}:token and {', '.join(parsed.columns)}, or name its own in item_text_template"
+        )
+    rows = read_columns(item_file, id_field, parsed.columns, separator, encoding)
+
+    texts = [""]
+    missing = 0
+    for raw_id in map(str, id_tokens[1:]):
+        row = rows.get(raw_id)
+        text = ""
+        if row is not None and not all(map(is_empty, row)):
+            text = parsed.render(dict(zip(parsed.columns, row, strict=True)))
+            if max_words is not None:
+                text = first_words(text, max_words)
+        if is_empty(text):
+            text = parsed_fallback.render({FALLBACK_COLUMN: raw_id})
+            missing += 1
+        texts.append(text)
+    return ItemText(texts, missing, template, fallback)

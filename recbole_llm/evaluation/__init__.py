@@ -1,0 +1,1 @@
+"""Ranking the whole catalogue: one candidate policy, RecBole's metrics, one value a user."""

@@ -1,0 +1,187 @@
+"""Rank every user's catalogue with any model and measure the ranking."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.evaluator import metrics_dict
+from recbole.evaluator.collector import DataStruct
+from recbole.evaluator.register import metric_information
+
+from recbole_llm.errors import UserError
+from recbole_llm.evaluation.metrics import USER_METRICS
+from recbole_llm.progress import progress
+
+
+@dataclass
+class Measured:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: name to value, e.g. ``ndcg@10``.
+        per_user: name to float64 [U], for the metrics that are means over users.
+        users: int64 [U], internal user ids in the arrays' order.
+        items: int64 [U, K], the ranked items.
+    """
+
+    metrics: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    per_user: dict[str, np.ndarray] = field(default_factory=dict)
+    users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+
+
+@torch.no_grad()
+def measure(model: Any, loader: Any, config: Any, train_data: Any, show: bool = False, what: str = "ranking") -> Measured:
+    """Rank and measure one phase.
+
+    Args:
+        model: scores the catalogue through ``full_sort_predict`` (or, where it searches, through
+            ``full_sort_predict_excluding``, which learns what to exclude and so returns K legal items).
+        loader: yields RecBole's full-sort tuples; ours or RecBole's.
+        config: ``metrics``, ``topk`` and ``device``.
+        train_data: the training loader, for metrics that need popularity; ``None`` when none does.
+        show: tell progress.
+        what: the step's name in progress.
+
+    Returns:
+        The metrics, each user's values, the ranked items.
+
+    Raises:
+        UserError: the model's scores hold NaN, or the largest K exceeds the candidates.
+    """
+    model.eval()
+    n_items = loader._dataset.item_num
+    largest = max(config["topk"])
+    candidates = getattr(loader, "candidates", None)
+    available = int(candidates.sum()) if candidates is not None else n_items - 1
+    if largest > available:
+        raise UserError(f"topk asks for {largest} items, but only {available} can be recommended")
+    needs = {need for metric in config["metrics"] for need in metric_information[metric.lower()]}
+    found = _Found(largest, "rec.meanrank" in needs)
+    for batch in progress(loader, what, total=len(loader), show=show):
+        interaction, excluded, rows, items = batch
+        scores = _scores(model, interaction.to(config["device"]), excluded, candidates, n_items)
+        found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
+    return found.measured(config, needs, train_data)
+
+
+def _scores(
+    model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, n_items: int
+) -> torch.Tensor:
+    """Scores [B, n_items] with -inf at the padding item, at items that are no candidates and at excluded ones."""
+    device = interaction[next(iter(interaction))].device
+    if hasattr(model, "full_sort_predict_excluding") and candidates is not None:
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        row, item = (empty, empty) if excluded is None else (part.to(device) for part in excluded)
+        scores = model.full_sort_predict_excluding(interaction, row, item, candidates.to(device))
+    else:
+        scores = _full_sort(model, interaction, n_items)
+    scores = scores.view(-1, n_items)
+    if torch.isnan(scores).any():
+        raise UserError(f"{type(model).__name__} gives NaN scores; its weights have diverged, try a lower learning_rate")
+    scores[:, 0] = -torch.inf
+    if candidates is not None and not bool(candidates[1:].all()):
+        scores[:, ~candidates.to(device)] = -torch.inf
+    if excluded is not None:
+        scores[excluded[0].to(device), excluded[1].to(device)] = -torch.inf
+    return scores
+
+
+def _full_sort(model: Any, interaction: Any, n_items: int) -> torch.Tensor:
+    try:
+        return model.full_sort_predict(interaction)
+    except NotImplementedError:
+        # Models that score pairs only: every user against every item, as trainer.py:526 does.
+        rows = len(interaction)
+        item_field = model.ITEM_ID if hasattr(model, "ITEM_ID") else "item_id"
+        pairs = interaction.repeat_interleave(n_items)
+        device = pairs[next(iter(pairs))].device
+        pairs.update(type(interaction)({item_field: torch.arange(n_items, device=device).repeat(rows)}))
+        return model.predict(pairs)
+
+
+class _Found:
+    """Collects hits and ranked items batch by batch."""
+
+    def __init__(self, largest: int, ranks: bool) -> None:
+        self.largest, self.ranks = largest, ranks
+        self.users: list[torch.Tensor] = []
+        self.items: list[torch.Tensor] = []
+        self.hits: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
+        self.mean_ranks: list[torch.Tensor] = []
+
+    def add(self, users: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor) -> None:
+        """Take one batch: users [B], scores [B, n_items], targets as (row, item) pairs."""
+        top = scores.topk(self.largest, dim=1).indices
+        is_target = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        is_target[rows, items] = True
+        self.users.append(users.cpu())
+        self.items.append(top.cpu())
+        self.hits.append(is_target.gather(1, top).cpu())
+        # Repeated targets count once, so the matrix is summed, not the pairs.
+        row, item = is_target.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(scores))
+        self.targets.append(counts.cpu())
+        if self.ranks:
+            self.mean_ranks.append(_mean_ranks(scores, row, item, counts).cpu())
+
+    def measured(self, config: Any, needs: set[str], train_data: Any) -> Measured:
+        """Turn what was collected into metrics."""
+        hits = torch.cat(self.hits).numpy()
+        targets = torch.cat(self.targets).numpy()
+        result = Measured(users=torch.cat(self.users).numpy(), items=torch.cat(self.items).numpy())
+        struct = DataStruct()
+        struct.set("rec.items", torch.cat(self.items))
+        struct.set("rec.topk", torch.cat([torch.cat(self.hits).int(), torch.cat(self.targets).int()[:, None]], dim=1))
+        if self.ranks:
+            struct.set("rec.meanrank", torch.cat(self.mean_ranks))
+        _data_needs(struct, needs, train_data)
+        for metric in (name.lower() for name in config["metrics"]):
+            if metric in USER_METRICS:
+                values = USER_METRICS[metric](hits, targets)
+                for k in config["topk"]:
+                    result.per_user[f"{metric}@{k}"] = values[:, k - 1]
+                    result.metrics[f"{metric}@{k}"] = float(values[:, k - 1].mean())
+            else:
+                for name, value in metrics_dict[metric](config).calculate_metric(struct).items():
+                    result.metrics[name] = float(value)
+        return result
+
+
+def _mean_ranks(scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """What RecBole's GAUC needs (collector.py:165-184) without sorting the catalogue.
+
+    Returns:
+        float [B, 3]: sum of the targets' average descending ranks, number of finite scores, number of targets.
+    """
+    own = scores[rows, items]
+    sums = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        table = scores[rows[part]]
+        above = (table > own[part, None]).sum(dim=1)
+        equal = (table == own[part, None]).sum(dim=1)
+        sums.index_add_(0, rows[part], above.double() + (equal.double() + 1) / 2)
+    finite = torch.isfinite(scores).sum(dim=1)
+    return torch.stack([sums, finite.double(), counts.double()], dim=1)
+
+
+def _data_needs(struct: DataStruct, needs: set[str], train_data: Any) -> None:
+    wanted = {need for need in needs if need.startswith("data.")}
+    if not wanted:
+        return
+    data = train_data._dataset
+    values = {
+        "data.num_items": lambda: data.item_num,
+        "data.num_users": lambda: data.user_num,
+        # A sequential view has no row for a user's first item; the split has.
+        "data.count_items": lambda: Counter(data.train_histories.items.tolist()) if hasattr(data, "split") else data.item_counter,
+        "data.count_users": lambda: data.user_counter,
+    }
+    for need in wanted & set(values):
+        struct.set(need, values[need]())

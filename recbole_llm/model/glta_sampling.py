@@ -1,0 +1,124 @@
+"""GLTA's training samples: which of a user's train items the prompt shows and which the slots must name.
+
+All of it is array operations over a batch of users, with an explicit generator, so that an epoch can be drawn again.
+A target never stands among the items shown: histories hold each item once (:func:`unique_histories`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from recbole_llm.data.prompts import Ragged
+
+# torch.nn.functional.cross_entropy's own default: a slot without a target adds nothing to the loss.
+IGNORE = -100
+
+
+def unique_histories(offsets: np.ndarray, items: np.ndarray) -> Ragged:
+    """Each user's items in time order, a repeated item only where it came first.
+
+    A repeat later on would be at once shown and asked for; the candidate policy drops such rows from valid and test too.
+
+    Args:
+        offsets: int64 ``[n_users + 1]``.
+        items: int64 ``[n_interactions]``.
+
+    Returns:
+        One row a user.
+    """
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    pairs = users * (int(items.max(initial=0)) + 1) + items
+    first = np.sort(np.unique(pairs, return_index=True)[1])
+    lengths = np.bincount(users[first], minlength=len(offsets) - 1)
+    return Ragged.from_lengths(torch.from_numpy(items[first].astype(np.int64)), torch.from_numpy(lengths.astype(np.int64)))
+
+
+def shuffled_ranks(rows: Tensor, offsets: Tensor, generator: Generator) -> Tensor:
+    """A random permutation within each row: int64 ``[N]``, each value's rank ``0 .. len(row) - 1``."""
+    keys = rows.double() + torch.rand(len(rows), generator=generator, dtype=torch.double)
+    order = keys.argsort()
+    ranks = torch.empty_like(rows)
+    ranks[order] = torch.arange(len(rows)) - offsets[rows[order]]
+    return ranks
+
+
+def random_sample(
+    histories: Ragged, slots: int, history_length: int, generator: Generator
+) -> tuple[Ragged, Ragged]:
+    """Targets at random, and others of the user's items to show (GLTA, section 3.3: "randomly shuffled").
+
+    At most half of a user's items, and at most ``slots``, become targets, so that something is left to show.
+
+    Args:
+        histories: the batch's users, one row each, in time order.
+        slots: response slots.
+        history_length: items shown at most, drawn at random and shown in time order.
+        generator: the source of all randomness.
+
+    Returns:
+        The items shown, and the targets in random order; both one row a user.
+    """
+    rows = histories.rows
+    ranks = shuffled_ranks(rows, histories.offsets, generator)
+    wanted = (histories.lengths // 2).clamp(min=1, max=slots)[rows]
+    shown = (ranks >= wanted) & (ranks < wanted + history_length)
+    return histories.keep(shown), shuffle(histories.keep(ranks < wanted), generator)
+
+
+def next_sample(histories: Ragged, window: int, history_length: int, generator: Generator) -> tuple[Ragged, Ragged]:
+    """A random moment in each user's time: the items before it are shown, those after it are the targets.
+
+    Args:
+        histories: the batch's users, one row each, in time order.
+        window: how many items after the moment are targets.
+        history_length: how many items before it are shown.
+        generator: the source of all randomness.
+
+    Returns:
+        The items shown, in time order, and the targets in random order; both one row a user.
+    """
+    lengths, rows, positions = histories.lengths, histories.rows, histories.positions
+    draw = torch.rand(len(histories), generator=generator, dtype=torch.double)
+    # One item at least lies on each side; a user with a single item is shown nothing.
+    cuts = ((draw * (lengths - 1)).long() + 1).minimum((lengths - 1).clamp_min(0))[rows]
+    shown = (positions < cuts) & (positions >= cuts - history_length)
+    targets = (positions >= cuts) & (positions < cuts + window)
+    return histories.keep(shown), shuffle(histories.keep(targets), generator)
+
+
+def shuffle(ragged: Ragged, generator: Generator) -> Ragged:
+    """Each row in random order."""
+    rows = ragged.rows
+    ranks = shuffled_ranks(rows, ragged.offsets, generator)
+    values = torch.empty_like(ragged.values)
+    values[ragged.offsets[rows] + ranks] = ragged.values
+    return Ragged(values, ragged.offsets)
+
+
+def drop(ragged: Ragged, share: float, generator: Generator) -> Ragged:
+    """Each value taken out with probability ``share``."""
+    if not share:
+        return ragged
+    return ragged.keep(torch.rand(len(ragged.values), generator=generator) >= share)
+
+
+def slot_targets(targets: Ragged, slots: int, repeat: bool) -> Tensor:
+    """The targets laid out over the response slots.
+
+    Args:
+        targets: one row a prompt, in the order of the slots.
+        slots: response slots.
+        repeat: slots beyond the last target take the targets again in turn; otherwise they count for nothing.
+
+    Returns:
+        int64 ``[B, slots]``, :data:`IGNORE` where a slot has no target.
+    """
+    places = torch.arange(slots).expand(len(targets), -1)
+    lengths = targets.lengths.unsqueeze(1)
+    filled = (lengths > 0) & ((places < lengths) | repeat)
+    index = targets.offsets[:-1].unsqueeze(1) + places % lengths.clamp_min(1)
+    table = torch.full_like(places, IGNORE)
+    table[filled] = targets.values[index[filled]]
+    return table

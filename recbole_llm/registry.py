@@ -1,0 +1,139 @@
+"""Names to model classes: ours, RecBole's, and those that other packages register.
+
+Nothing is imported before a model is asked for, so listing names costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.errors import UserError, did_you_mean
+
+ENTRY_POINT = "recbole_llm.models"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered model.
+
+    Attributes:
+        name: as the user types it.
+        module: where the class is.
+        kind: general, sequential, language, context or knowledge.
+        stages: what it trains, in order.
+        needs: what the data must have beyond interactions.
+        base: RecBole's model whose settings lie below its own, for a named variant.
+        fast_of: ``True`` where the class computes RecBole's own model faster, with the same numbers.
+    """
+
+    name: str
+    module: str
+    kind: str
+    stages: tuple[str, ...] = ("train",)
+    needs: tuple[str, ...] = ()
+    base: str = ""
+    fast_of: bool = False
+
+
+_OURS = (
+    Entry(
+        "GLTA", "recbole_llm.model.glta", "language",
+        ("graph_model", "backbone", "item_text_alignment", "user_item_alignment"), ("item text",),
+    ),
+    Entry("SASRecAllPositions", "recbole_llm.model.sasrec_all_positions", "sequential", needs=("time",), base="SASRec"),
+)  # fmt: skip
+_FAST = (
+    Entry("LightGCN", "recbole_llm.model.lightgcn", "general", fast_of=True),
+    Entry("SASRec", "recbole_llm.model.transformer", "sequential", fast_of=True),
+    Entry("BERT4Rec", "recbole_llm.model.transformer", "sequential", fast_of=True),
+)
+_RECBOLE_KINDS = {
+    "general_recommender": "general",
+    "sequential_recommender": "sequential",
+    "context_aware_recommender": "context",
+    "knowledge_aware_recommender": "knowledge",
+    "exlib_recommender": "exlib",
+}
+
+
+def _recbole_folder() -> Path:
+    spec = importlib.util.find_spec("recbole")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("recbole is not installed; pip install recbole==1.2.1")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _recbole_entries() -> dict[str, Entry]:
+    """RecBole's models, by its folders: a model's YAML gives the spelling of its name, its module the kind."""
+    folder = _recbole_folder()
+    names = {path.stem.lower(): path.stem for path in (folder / "properties" / "model").glob("*.yaml")}
+    entries = {}
+    for package, kind in _RECBOLE_KINDS.items():
+        for path in sorted((folder / "model" / package).glob("*.py")):
+            name = names.get(path.stem)
+            if name:
+                entries[name] = Entry(name, f"recbole.model.{package}.{path.stem}", kind)
+    return entries
+
+
+def entries() -> dict[str, Entry]:
+    """Every registered model by name: ours, other packages' (entry points ``recbole_llm.models``), RecBole's."""
+    found = _recbole_entries()
+    for entry in (*_FAST, *_OURS):
+        found[entry.name] = entry
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT):
+        if point.name not in found:
+            found[point.name] = Entry(point.name, point.value.partition(":")[0], "external")
+    return found
+
+
+def get_model(name: str, fast: bool = True) -> Any:
+    """The class registered under a name; takes the argument of RecBole's ``get_model``.
+
+    Args:
+        name: e.g. ``GLTA`` or ``LightGCN``.
+        fast: of RecBole's own models, our class with the same numbers where there is one.
+
+    Raises:
+        UserError: nothing has that name (with the nearest), or an optional package that the model needs is missing.
+    """
+    from recbole_llm import compat
+
+    compat.install()
+    known = entries()
+    entry = known.get(name)
+    if entry is None:
+        raise UserError(f"unknown model '{name}'{did_you_mean(name, known) or '; recbole-llm models lists them'}")
+    if entry.fast_of and not fast:
+        entry = _recbole_entries()[name]
+    with compat.anomaly_mode_kept():
+        try:
+            return getattr(importlib.import_module(entry.module), name)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("recbole_llm"):
+                raise
+            raise UserError(f"{name} needs the package '{error.name}', which is not installed") from None
+
+
+def parts_of(model_class: type) -> tuple[str, ...]:
+    """Config keys of a model that name another recommender, trained before it."""
+    return tuple(getattr(model_class, "parts", ()))
+
+
+def yaml_base(name: str) -> str:
+    """The model whose settings a named variant starts from; the name itself for the rest."""
+    entry = {entry.name: entry for entry in _OURS}.get(name)
+    return entry.base or name if entry else name
+
+
+def variant_of(name: str, settings: Mapping[str, Any]) -> str:
+    """The registered name of a setting that makes another model out of one, so that its rows carry that name."""
+    if name == "SASRec" and settings.get("train_positions") == "all":
+        return "SASRecAllPositions"
+    return name

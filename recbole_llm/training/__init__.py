@@ -1,0 +1,33 @@
+"""Stages, trainers, checkpoints, runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def get_trainer(model_type: Any, model_name: str) -> type:
+    """The trainer class of a model; takes the arguments of RecBole's ``get_trainer`` and serves its models and ours.
+
+    Args:
+        model_type: RecBole's ModelType, as in ``config["MODEL_TYPE"]``.
+        model_name: a registered name.
+
+    Returns:
+        A class to call with ``(config, model)``.
+    """
+    from recbole_llm.registry import get_model
+
+    if hasattr(get_model(model_name), "stage_loss"):
+        from recbole_llm.training.staged import StagedTrainer
+
+        return StagedTrainer
+    from recbole_llm.training.trainer import trainer_class
+
+    return trainer_class(model_type, model_name)
+
+
+def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Train, rank and report; see :func:`recbole_llm.training.runs.run`."""
+    from recbole_llm.training.runs import run as run_
+
+    return run_(*args, **kwargs)

@@ -1,0 +1,154 @@
+"""From a Config to a trained recommender: data, stages through the cache, weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole.utils import init_seed
+
+from recbole_llm import registry
+from recbole_llm.config import Config
+from recbole_llm.data import create_dataset, data_preparation
+from recbole_llm.data.loaders import make_loaders
+from recbole_llm.training.staged import WEIGHTS, StagedTrainer
+from recbole_llm.training.store import Stage, StageStore, fingerprint_of
+from recbole_llm.training.trainer import RESUME_FILE, trainer_class
+
+# Raised when a change of ours moves what training a recommender makes.
+TRAIN_VERSION = 1
+
+
+@dataclass
+class Fit:
+    """A trained recommender.
+
+    Attributes:
+        config, dataset, train_data, valid_data, test_data, model, trainer: RecBole's objects.
+        stages: lines for ``result.json``, in the order they ran.
+        valid: metrics of the best epoch.
+        facts: what the last stage remembers (best epoch, losses).
+        folder: where the weights are.
+        fingerprint: of the last stage.
+        parts: fits of the recommenders trained first, by config key.
+    """
+
+    config: Config
+    dataset: Any
+    train_data: Any
+    valid_data: Any
+    test_data: Any
+    model: Any
+    trainer: Any
+    stages: list[dict[str, Any]]
+    valid: dict[str, float]
+    facts: dict[str, Any]
+    folder: Path
+    fingerprint: str
+    parts: dict[str, Fit] = field(default_factory=dict)
+
+
+def store_of(config: Config, run_folder: Path | None = None) -> StageStore:
+    """The stage cache that a Config asks for."""
+    if config["cache"] == "off" and run_folder is not None:
+        return StageStore(run_folder / "stages")
+    return StageStore(Path(config["output_dir"]) / "cache", refresh=config["cache"] == "refresh")
+
+
+def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool = False) -> Callable[[str], Fit]:
+    """How a staged recommender trains the parts it names.
+
+    Args:
+        config: of the whole.
+        store: the stage cache.
+        merged: train on train + valid rows (``refit_on_valid``).
+    """
+
+    def fit_part(name: str) -> Fit:
+        part = config.part(name)
+        part["refit_on_valid"] = merged
+        return fit(part, store or store_of(config))
+
+    return fit_part
+
+
+def fit(config: Config, store: StageStore) -> Fit:
+    """Train a recommender, stage by stage; every finished stage is kept and found again.
+
+    Args:
+        config: what to train, on what.
+        store: the stage cache.
+
+    Returns:
+        The trained recommender with its best weights; after ``refit_on_valid`` the one trained on train + valid.
+
+    Raises:
+        UserError: see the stages.
+    """
+    first = _fit_once(config, store, None)
+    if not config["refit_on_valid"] or not len(first.valid_data):
+        return first
+    second = _fit_once(config, store, first)
+    return second
+
+
+def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
+    """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs."""
+    init_seed(config["seed"], config["reproducibility"])
+    if before is None:
+        dataset = create_dataset(config)
+        train_data, valid_data, test_data = data_preparation(config, dataset)
+    else:
+        config = copy.copy(config)
+        config.final_config_dict = {**config.final_config_dict, "epochs": before.facts["best_epoch"] + 1, "eval_step": 0}
+        dataset = before.dataset
+        merged = before.train_data._dataset.split.with_valid_in_train()
+        train_data = make_loaders(config, dataset.cut(merged))[0]
+        valid_data, test_data = before.valid_data, before.test_data
+    init_seed(config["seed"], config["reproducibility"])
+    model = registry.get_model(config["model"], fast=config["fast_baselines"]) if config.model_class.__module__.startswith(("recbole.", "recbole_llm.")) else config.model_class
+    model = model(config, train_data._dataset).to(config["device"])
+    trainer = make_trainer(config, model)
+    upstream, stages = [], []
+    if isinstance(trainer, StagedTrainer):
+        upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
+        stages = list(trainer.stages)
+    name = model.stages[-1] if isinstance(trainer, StagedTrainer) else f"train-{config['model']}"
+    stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream)
+    trainer.load_best(stage.folder / WEIGHTS)
+    return Fit(
+        config=config, dataset=dataset, train_data=train_data, valid_data=valid_data, test_data=test_data, model=model,
+        trainer=trainer, stages=[*stages, stage.as_dict()], valid=before.valid if before else stage.facts["valid"],
+        facts=stage.facts, folder=stage.folder, fingerprint=stage.fingerprint,
+        parts=trainer.part_fits if isinstance(trainer, StagedTrainer) else {},
+    )  # fmt: skip
+
+
+def _train(
+    name: str, config: Config, trainer: Any, train_data: Any, valid_data: Any, store: StageStore, upstream: list[str]
+) -> Stage:
+    split = getattr(train_data._dataset, "split", None)
+    data = {"split": split.fingerprint, "train": split.count(0)} if split else fingerprint_of(config.as_dict())
+    inputs = {"config": config.stage_keys(), "data": data, "upstream": upstream}
+
+    def make(folder: Path) -> dict[str, Any]:
+        trainer.saved_model_file = str(folder / WEIGHTS)
+        trainer.resume_file = folder / RESUME_FILE
+        trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
+        trainer.resume_file.unlink(missing_ok=True)
+        losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
+        valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
+        return {"best_epoch": trainer.best_epoch, "losses": losses, "valid": valid, "train_rows": len(train_data) * train_data.step}
+
+    trainer._train_data = train_data
+    return store.run(name, TRAIN_VERSION, inputs, make)
+
+
+def make_trainer(config: Config, model: Any) -> Any:
+    """The trainer of a model: staged where the model has stages, RecBole's with our additions elsewhere."""
+    if hasattr(model, "stage_loss"):
+        return StagedTrainer(config, model)
+    return trainer_class(config["MODEL_TYPE"], config["model"])(config, model)

@@ -1,0 +1,214 @@
+"""One run: train or find, rank valid and test, write ``result.json`` and what goes with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_llm import __version__
+from recbole_llm.config import Config
+from recbole_llm.evaluation.ranking import Measured
+from recbole_llm.training.logs import run_logging
+from recbole_llm.training.pipeline import Fit, fit, store_of
+
+SCHEMA = 1
+PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft", "accelerate", "tokenizers")
+
+logger = logging.getLogger("recbole_llm")
+
+
+def run(
+    model: str | type | None = None,
+    dataset: str | None = None,
+    config_file_list: Sequence[str | Path] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Sequence[str] | None = (),
+) -> dict[str, Any]:
+    """Train a recommender and measure it; the arguments are those of RecBole's ``run_recbole``.
+
+    Args:
+        model: name or class.
+        dataset: name of the data set.
+        config_file_list: YAML files.
+        config_dict: settings.
+        command_line: ``--key=value`` arguments; ``None`` takes the process's own.
+
+    Returns:
+        The content of ``result.json``, with the paths ``result_file``, ``log_file`` and ``checkpoint`` and, where parts
+        were ranked too, their results under ``parts``.
+
+    Raises:
+        UserError: what the user asked for cannot be done; nothing half-written is left.
+    """
+    config = Config(model, dataset, config_file_list, config_dict, command_line)
+    folder = new_run_folder(config)
+    config["tensorboard_dir"] = str(folder / "tensorboard") if config["tensorboard"] else None
+    with run_logging(folder / "run.log", config["state"]):
+        try:
+            return _run(config, folder)
+        except BaseException:
+            _tidy(folder)
+            raise
+
+
+def new_run_folder(config: Config) -> Path:
+    """A folder that no other run has, under ``output_dir``."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(config["output_dir"]) / f"{config['model']}-{config['dataset']}-{stamp}-{uuid.uuid4().hex[:6]}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _tidy(folder: Path) -> None:
+    """A run that failed leaves its log and its kept weights, and nothing that looks like a result."""
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    (folder / "per_user.npz").unlink(missing_ok=True)
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    logging.getLogger().info("settings: %s", json.dumps(config.as_dict(), sort_keys=True))
+    fitted = fit(config, store_of(config, folder))
+    parts = {}
+    if config["evaluate_parts"]:
+        for name, part in fitted.parts.items():
+            parts[name] = report(part, folder / "parts" / name)
+    result = report(fitted, folder, config["result_file"])
+    return result | {
+        "parts": parts,
+        "log_file": str(folder / "run.log"),
+        "checkpoint": str(fitted.folder),
+    }
+
+
+def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[str, Any]:
+    """Rank valid and test and write ``result.json`` and ``per_user.npz``.
+
+    Args:
+        fitted: the trained recommender.
+        folder: where they go.
+        result_file: write the result there too.
+
+    Returns:
+        The content of ``result.json``, plus ``result_file``.
+    """
+    config, trainer = fitted.config, fitted.trainer
+    valid: Mapping[str, float] = {}
+    if fitted.valid_data is not None and len(fitted.valid_data) and not config["refit_on_valid"]:
+        valid = trainer.evaluate(fitted.valid_data, load_best_model=False, show_progress=config["show_progress"]) or {}
+    valid = valid or fitted.valid
+    start = time.monotonic()
+    test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
+    seconds = time.monotonic() - start
+    measured: Measured = trainer.measured if test else Measured()
+    folder.mkdir(parents=True, exist_ok=True)
+    split = getattr(fitted.train_data._dataset, "split", None)
+    test_users = len(measured.users)
+    result = {
+        "schema": SCHEMA,
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        "split": split.as_dict() if split else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
+        "evaluation": _evaluation(config, test_users, sequential=fitted.test_data.is_sequential),
+        "valid": dict(valid),
+        "test": dict(test),
+        "per_user": "per_user.npz" if measured.per_user else None,
+        "best_epoch": fitted.facts["best_epoch"] + 1,
+        "stages": fitted.stages,
+        "parameters": _parameters(fitted.model),
+        "throughput": {
+            "test_users_per_second": round(test_users / seconds, 2) if test_users else None,
+            "test_seconds": round(seconds, 3),
+        },
+        "device": _device(config),
+        "versions": {"recbole_llm": __version__} | {name: _version(name) for name in PACKAGES},
+        "config": config.as_dict(),
+    }
+    text = getattr(trainer, "item_text", None)
+    if text is not None:
+        result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
+    if measured.per_user:
+        users = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
+        _write(folder / "per_user.npz", lambda file: np.savez_compressed(file, user_id=users, **measured.per_user))
+    content = json.dumps(result, indent=1).encode()
+    for path in filter(None, (folder / "result.json", Path(result_file) if result_file else None)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, lambda file: file.write(content))
+    return result | {"result_file": str(folder / "result.json")}
+
+
+def _write(path: Path, fill: Any) -> None:
+    """A file in one step: a reader never finds half of it."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        fill(file)
+    os.replace(part, path)
+
+
+def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, Any]:
+    recbole = config["policy"] == "recbole"
+    return {
+        "policy": config["policy"],
+        "exclude_history": "recbole" if recbole else config["exclude_history"],
+        "eval_unit": "row" if sequential and (recbole or config["eval_unit"] == "row") else "user",
+        "ranking": "full",
+        "topk": config["topk"],
+        "test_users": test_users,
+        # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
+        "valid_rows_in_test_input": sequential,
+        "refit_on_valid": bool(config["refit_on_valid"]),
+    }
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    parameters = list(model.parameters())
+    backbone = getattr(model, "backbone", None)
+    frozen = sum(weight.numel() for weight in backbone.decoder.parameters()) if backbone is not None else 0
+    return {
+        "total": sum(weight.numel() for weight in parameters) + frozen,
+        "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),
+    }
+
+
+def _device(config: Config) -> str:
+    if config["device"].type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A plain table of test metrics: a line a metric, a column a result.
+
+    Args:
+        results: from :func:`run` or ``result.json``; their metrics need not be the same.
+    """
+    names = list(dict.fromkeys(name for result in results for name in result["test"]))
+    rows = [["", *(result["model"] for result in results)]]
+    rows += [[name, *(f"{result['test'][name]:.4f}" if name in result["test"] else "-" for result in results)] for name in names]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

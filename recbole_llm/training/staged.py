@@ -1,0 +1,290 @@
+"""Training of recommenders that need more than one stage before they can be trained, such as GLTA.
+
+What a staged recommender says of itself: ``parts`` (config keys that name a recommender trained first), ``stages`` (its
+own stages, the last of which is trained like any RecBole model), ``prepare`` (takes what the earlier stages made),
+``begin_stage``, ``stage_batches`` and ``stage_loss``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.trainer import Trainer
+from recbole.utils import init_seed
+from torch import nn
+
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
+from recbole_llm.backbone.load import load_backbone
+from recbole_llm.data import prompts
+from recbole_llm.data.item_text import ItemText, load_item_text
+from recbole_llm.data.keywords import prediction_keywords, profile_keywords
+from recbole_llm.errors import UserError
+from recbole_llm.progress import Steps
+from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
+from recbole_llm.training.store import Stage, StageStore, fingerprint_of
+from recbole_llm.training.trainer import RESUME_FILE, RESUME_SECONDS, TrainerMixin
+
+logger = logging.getLogger("recbole_llm")
+
+WEIGHTS = "weights.safetensors"
+
+# Raised when the code of a stage changes what it makes.
+BACKBONE_VERSION = 1
+ALIGNMENT_VERSION = 1
+
+
+class StagedTrainer(TrainerMixin, Trainer):
+    """Trains a staged recommender; RecBole's own calls (``fit``, ``evaluate``) run every stage through the cache."""
+
+    def __init__(self, config: Any, model: Any) -> None:
+        super().__init__(config, model)
+        self.stages: list[dict[str, Any]] = []
+        self.part_fits: dict[str, Any] = {}
+        self.item_text: ItemText | None = None
+        self._upstream: list[str] | None = None
+
+    def _build_optimizer(self, **kwargs: Any) -> Any:
+        """The layers that train exist only once the earlier stages have run."""
+        return super()._build_optimizer(**kwargs) if "params" in kwargs else None
+
+    # --- the stages before the last ----------------------------------------------------------------------------------
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+        """Run (or find) every stage but the last and hand the model what they made.
+
+        Args:
+            train_data: the training loader.
+            store: the stage cache.
+            fit_part: trains the recommender that a config key names and returns its fit.
+
+        Returns:
+            Fingerprints of what the last stage builds on.
+        """
+        config, dataset = self.config, train_data._dataset
+        user_embeddings, item_embeddings = self._graph(fit_part)
+        self.item_text = read_item_text(config, dataset)
+        backbone_stage, backbone = make_backbone(config, dataset, self.item_text, store, self._show())
+        if backbone_stage is not None:
+            self.stages.append(backbone_stage.as_dict("backbone"))
+        profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
+        init_seed(config["seed"], config["reproducibility"])
+        self.model.prepare(
+            user_embeddings=torch.as_tensor(user_embeddings),
+            item_embeddings=torch.as_tensor(item_embeddings),
+            backbone=backbone,
+            item_texts=self.item_text.texts,
+            profiles=profiles,
+            predictions=predictions,
+        )
+        upstream = [self.part_fits[part].fingerprint for part in self.model.parts]
+        upstream.append(backbone_stage.fingerprint if backbone_stage else fingerprint_of(str(config["llm"])))
+        upstream.append(fingerprint_of([self.item_text.texts, profiles, predictions]))
+        for stage in self.model.stages[:-1]:
+            made = self._alignment(stage, store, upstream)
+            self.stages.append(made.as_dict(stage))
+            upstream = [*upstream, made.fingerprint]
+        self._upstream = upstream
+        return upstream
+
+    def _show(self) -> bool:
+        return bool(self.config["show_progress"])
+
+    def _graph(self, fit_part: Callable[[str], Any]) -> tuple[np.ndarray, np.ndarray]:
+        for part in self.model.parts:
+            fit = fit_part(part)
+            self.part_fits[part] = fit
+            self.stages.extend({**line, "name": part} for line in fit.stages)
+        return graph_embeddings(self.part_fits["graph_model"].model, self.config["graph_model"])
+
+    def _alignment(self, stage: str, store: StageStore, upstream: list[str]) -> Stage:
+        config = self.config
+        keys = {key: value for key, value in config.stage_keys().items() if _shapes_alignment(key)}
+        inputs = {"config": keys, "upstream": upstream}
+        made = store.run(stage, ALIGNMENT_VERSION, inputs, lambda folder: self._align(stage, folder))
+        self.model.load_state_dict(load_state(made.folder / WEIGHTS, self.device))
+        return made
+
+    def _align(self, stage: str, folder: Path) -> dict[str, Any]:
+        """One alignment stage: a plain loop over its batches for a fixed number of epochs."""
+        config, model = self.config, self.model
+        init_seed(config["seed"], config["reproducibility"])
+        generator = torch.Generator().manual_seed(config["seed"])
+        optimizer = torch.optim.Adam(model.begin_stage(stage), lr=config["alignment_learning_rate"])
+        losses: list[float] = []
+        resume = folder / RESUME_FILE
+        if resume.is_file():
+            losses = _resume_alignment(resume, model, optimizer, generator)
+        epochs, last = config["alignment_epochs"], time.monotonic()
+        steps = Steps(stage, (epochs - len(losses)) * len(model.stage_batches(stage, generator)), self._show())
+        for epoch in range(len(losses), epochs):
+            losses.append(self._align_epoch(stage, epoch, optimizer, generator, steps))
+            if time.monotonic() - last > RESUME_SECONDS:
+                state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses, "rng": rng_state(generator)}
+                save_state(resume, state)
+                last = time.monotonic()
+        steps.close()
+        save_state(folder / WEIGHTS, dict(model.state_dict()))
+        resume.unlink(missing_ok=True)
+        return {"losses": losses}
+
+    def _align_epoch(
+        self, stage: str, epoch: int, optimizer: torch.optim.Optimizer, generator: torch.Generator, steps: Steps
+    ) -> float:
+        self.model.train()
+        total, count = 0.0, 0
+        for number, batch in enumerate(self.model.stage_batches(stage, generator)):
+            loss = self.model.stage_loss(stage, batch)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"{self.config['model']}: the loss of {stage} became {loss.item()} in epoch {epoch + 1}, batch "
+                    f"{number + 1}; try a lower alignment_learning_rate (now {self.config['alignment_learning_rate']})"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total, count = total + float(loss.detach()), count + 1
+            steps.advance()
+        return total / max(count, 1)
+
+    # --- the last stage ----------------------------------------------------------------------------------------------
+    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's ``fit``: earlier stages through the cache, then the last one."""
+        if self._upstream is None:
+            from recbole_llm.training.pipeline import fit_parts_of, store_of
+
+            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
+        init_seed(self.config["seed"], self.config["reproducibility"])
+        self.optimizer = self._build_optimizer(params=self.model.begin_stage(self.model.stages[-1]))
+        return super().fit(train_data, *args, **kwargs)
+
+
+def _shapes_alignment(key: str) -> bool:
+    """Settings of the alignment stage: the flat training keys belong to the last stage only."""
+    last_stage = {
+        "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
+        "clip_grad_norm", "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window",
+        "history_dropout", "history_length", "history_input", "valid_metric_bigger", "eval_unit", "exclude_history",
+    }  # fmt: skip
+    return key not in last_stage
+
+
+def _resume_alignment(
+    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> list[float]:
+    try:
+        state = load_state(file)
+    except UserError:
+        return []
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    set_rng_state(state["rng"], generator)
+    return list(state["losses"])
+
+
+def graph_embeddings(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """User [n_users, d] and item [n_items, d] embeddings of a trained collaborative model.
+
+    Args:
+        model: has ``graph_embeddings()``, or a ``forward()`` that returns both tables (RecBole's graph models), or
+            embedding layers named ``user_embedding`` and ``item_embedding``.
+        name: what to call it in an error.
+
+    Raises:
+        UserError: the model has no such tables.
+    """
+    model.eval()
+    with torch.no_grad():
+        if hasattr(model, "graph_embeddings"):
+            tables = model.graph_embeddings()
+        else:
+            tables = _forward_tables(model)
+    if tables is None:
+        raise UserError(f"graph_model: {name} has no user and item embeddings; take one such as LightGCN, NGCF, SGL or BPR")
+    return tables[0].detach().cpu().numpy(), tables[1].detach().cpu().numpy()
+
+
+def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        output = model.forward()
+    except TypeError:
+        output = None
+    if isinstance(output, tuple) and len(output) >= 2 and len(output[0]) == model.n_users and len(output[1]) == model.n_items:
+        return output[0], output[1]
+    user, item = getattr(model, "user_embedding", None), getattr(model, "item_embedding", None)
+    if isinstance(user, nn.Embedding) and isinstance(item, nn.Embedding):
+        return user.weight, item.weight
+    return None
+
+
+def read_item_text(config: Any, dataset: Any) -> ItemText:
+    """The texts of a data set's items, by internal id, read out of band.
+
+    Raises:
+        UserError: the data set has no template or no item file.
+    """
+    name, template = config["dataset"], config["item_text"]
+    file = Path(config["data_path"]) / f"{name}.item"
+    if not template:
+        raise UserError(f"{config['model']} needs item text, but '{name}' has no template; set item_text: '{{column}}' with columns of {file}")
+    text = load_item_text(
+        file,
+        id_field=config["ITEM_ID_FIELD"],
+        template=template,
+        fallback=config["item_text_fallback"] or "Item {item_id}",
+        id_tokens=dataset.field2id_token[dataset.iid_field].tolist(),
+        max_words=config["item_text_max_words"],
+    )
+    if text.missing:
+        logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
+    return text
+
+
+def make_backbone(
+    config: Any, dataset: Any, item_text: ItemText, store: StageStore, show: bool
+) -> tuple[Stage | None, Backbone]:
+    """The frozen language model: the embedded one as a cached stage, or one from a folder or the hub.
+
+    Returns:
+        The stage (``None`` for a model that is not ours to make) and the backbone.
+    """
+    options = {
+        "dtype": config["llm_dtype"],
+        "attention": config["llm_attention"],
+        "quantization": config["llm_quantization"],
+        "trust_remote_code": config["trust_remote_code"],
+        "device": str(config["device"]),
+    }
+    if config["llm"] != "embedded":
+        return None, load_backbone(config["llm"], **options)
+    settings = EmbeddedSettings.from_config(config)
+    seen = np.unique(dataset.train_histories.items)
+    texts = [item_text.texts[item] for item in seen.tolist()]
+    corpus = build_corpus(texts, prompts.TEMPLATES, config["seed"])
+    inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
+    stage = store.run(
+        "backbone", BACKBONE_VERSION, inputs,
+        lambda folder: train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model"),
+    )  # fmt: skip
+    return stage, load_backbone(stage.folder / "model", **options)
+
+
+def user_texts(
+    config: Any, dataset: Any, texts: list[str], user_embeddings: np.ndarray, item_embeddings: np.ndarray
+) -> tuple[list[str] | None, list[str] | None]:
+    """Profile tags and predicted interests of every user, from train rows only; ``None`` leaves a prompt's line out."""
+    if config["text_source"] == "none":
+        return None, None
+    histories = dataset.train_histories
+    profiles = profile_keywords(texts, histories, config["profile_words"]) if config["profile_words"] else None
+    predictions = None
+    if config["prediction_words"]:
+        predictions = prediction_keywords(
+            texts, histories, user_embeddings, item_embeddings, config["prediction_words"], config["prediction_neighbours"]
+        )
+    return profiles, predictions

@@ -1,0 +1,208 @@
+"""The stage cache: named steps with declared inputs, made once, put in place whole, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from recbole_llm.progress import clock
+
+logger = logging.getLogger("recbole_llm")
+
+CARD = "stage.json"
+LOCK_NOTE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage.
+
+    Attributes:
+        name: e.g. ``train-LightGCN``.
+        fingerprint: hash of its name, version and inputs.
+        folder: its artefacts.
+        seconds: what it cost when it was made.
+        cached: whether it was found rather than made.
+        peak_memory_mb: most memory the process held while making it.
+        facts: what its maker wants remembered (plain data).
+    """
+
+    name: str
+    fingerprint: str
+    folder: Path
+    seconds: float
+    cached: bool
+    peak_memory_mb: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self, name: str | None = None) -> dict[str, Any]:
+        """The stage's line in ``result.json``."""
+        return {
+            "name": name or self.name,
+            "fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 3),
+            "cached": self.cached,
+            "peak_memory_mb": round(self.peak_memory_mb, 1),
+        }
+
+
+class StageStore:
+    """Finished stages under one folder, keyed by fingerprint.
+
+    Two runs may share it: a lock a fingerprint makes the second wait and then find the stage. A stage is made in a
+    work folder whose name is its fingerprint, so that an interrupted one goes on from what it saved there, and is moved
+    into place in one step.
+
+    Args:
+        root: the cache folder.
+        refresh: make every stage again.
+    """
+
+    def __init__(self, root: Path, refresh: bool = False) -> None:
+        self.root, self.refresh = Path(root), refresh
+
+    def run(self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> Stage:
+        """Find a stage or make it.
+
+        Args:
+            name: what it is.
+            version: raised whenever the code that makes it changes what it makes.
+            inputs: everything else that its artefacts depend on, as plain data.
+            make: fills the folder it is given and returns facts (plain data). What it finds there is its own, from an
+                attempt that was cut off.
+
+        Returns:
+            The stage, from the cache when its files are whole.
+        """
+        mark = fingerprint_of({"stage": name, "version": version, "inputs": inputs})
+        entry = f"{name}-{mark[:16]}"
+        final, work = self.root / entry, self.root / ".work" / entry
+        (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(self.root / ".locks" / f"{entry}.lock"))
+        try:
+            lock.acquire(timeout=LOCK_NOTE_SECONDS)
+        except Timeout:
+            logger.info("%s: another run is making it; waiting", name)
+            lock.acquire()
+        try:
+            if self.refresh:
+                shutil.rmtree(final, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
+            found = self._find(name, mark, final)
+            return found or self._make(name, version, mark, inputs, make, work, final)
+        finally:
+            lock.release()
+
+    def _find(self, name: str, mark: str, final: Path) -> Stage | None:
+        if not final.exists():
+            return None
+        damage = _damage(final, mark)
+        if damage:
+            logger.warning("%s: the cache entry %s is damaged (%s); it is made again", name, final, damage)
+            shutil.rmtree(final)
+            return None
+        card = json.loads((final / CARD).read_text(encoding="utf-8"))
+        logger.info("%s: found in the cache (%s when it was made)", name, clock(card["seconds"]))
+        return Stage(name, mark, final, card["seconds"], True, card["peak_memory_mb"], card["facts"])
+
+    def _make(
+        self,
+        name: str,
+        version: int,
+        mark: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        work: Path,
+        final: Path,
+    ) -> Stage:
+        work.mkdir(parents=True, exist_ok=True)
+        before = _spent(work)
+        start = time.monotonic()
+        reset_peak_memory()
+        logger.info("%s: %s", name, "going on where it was cut off" if any(work.iterdir()) else "starting")
+        try:
+            facts = make(work)
+        finally:
+            if work.exists():
+                (work / ".seconds").write_text(str(before + time.monotonic() - start), encoding="utf-8")
+        seconds = before + time.monotonic() - start
+        (work / ".seconds").unlink(missing_ok=True)
+        peak = peak_memory_mb()
+        files = {str(path.relative_to(work)): _sha256(path) for path in sorted(work.rglob("*")) if path.is_file()}
+        card = {
+            "schema": 1, "name": name, "version": version, "fingerprint": mark, "inputs": inputs, "seconds": seconds,
+            "peak_memory_mb": peak, "facts": facts, "files": files,
+        }  # fmt: skip
+        with (work / CARD).open("w", encoding="utf-8") as file:
+            json.dump(card, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, final)
+        logger.info("%s: done in %s", name, clock(seconds))
+        return Stage(name, mark, final, seconds, False, peak, facts)
+
+
+def _spent(work: Path) -> float:
+    try:
+        return float((work / ".seconds").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _damage(folder: Path, mark: str) -> str:
+    """What is wrong with a stage's folder; empty when nothing is."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if card["fingerprint"] != mark:
+            return "it belongs to another stage"
+        files = dict(card["files"])
+        _ = card["seconds"], card["facts"], card["peak_memory_mb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{CARD} cannot be read"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} has changed"
+    return ""
+
+
+def fingerprint_of(value: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reset_peak_memory() -> None:
+    """Start counting the process's peak memory anew, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_memory_mb() -> float:
+    """Most memory that the process has held since :func:`reset_peak_memory` (or its start), in MiB."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,232 @@
+"""RecBole's trainers with checkpoints that can be read safely, exact resuming, and our ranking."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
+from recbole.utils import get_trainer as recbole_trainer
+
+from recbole_llm import compat
+from recbole_llm.errors import UserError
+from recbole_llm.evaluation.ranking import Measured, measure
+from recbole_llm.progress import Steps
+from recbole_llm.training.state import Generator, load_state, rng_state, save_state, set_rng_state
+
+# A resumable state is written at the first validation this long after the last one.
+RESUME_SECONDS = 20.0
+RESUME_FILE = "resume.safetensors"
+
+
+class TrainerMixin:
+    """What every trainer of ours adds to RecBole's; see :func:`trainer_class`."""
+
+    model: Any
+    config: Any
+    saved_model_file: str
+
+    def __init__(self, config: Any, model: Any) -> None:
+        folder = config["tensorboard_dir"]
+        with compat.tensorboard_in(Path(folder) if folder else None):
+            super().__init__(config, model)  # type: ignore[call-arg]
+        self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
+        self.resume_file: Path | None = None
+        self.best_epoch = -1
+        self.measured = Measured()
+        self._train_data: Any = None
+        self._steps: Steps | None = None
+        self._where = (0, 0)
+        self._stopped = False
+        self._last_resume = time.monotonic()
+
+    # --- training ----------------------------------------------------------------------------------------------------
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: Any = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Callable[[int, float], None] | None = None,
+    ) -> tuple[float, dict[str, float] | None]:
+        """RecBole's ``fit``; goes on from :attr:`resume_file` when that exists.
+
+        Returns:
+            Best validation score and the metrics at it.
+
+        Raises:
+            UserError: the loss became NaN or infinite; the last good weights stay in :attr:`saved_model_file`.
+        """
+        self._train_data = train_data
+        self._restore()
+        total = max(self.epochs - self.start_epoch, 0) * max(len(train_data), 1)  # type: ignore[attr-defined]
+        self._steps = Steps(f"training {self.config['model']}", total, bool(show_progress))
+
+        def after_validation(epoch: int, score: float) -> None:
+            self._keep(epoch)
+            if callback_fn is not None:
+                callback_fn(epoch, score)
+
+        try:
+            if self._stopped:
+                return self.best_valid_score, self.best_valid_result  # type: ignore[has-type]
+            return super().fit(  # type: ignore[misc]
+                train_data, valid_data if valid_data is not None and len(valid_data) else None, verbose, saved,
+                show_progress=False, callback_fn=after_validation,
+            )  # fmt: skip
+        finally:
+            self._steps.close()
+
+    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
+        self._where = (epoch_idx, 0)
+        watched = _Watched(train_data, self._tick)
+        return super()._train_epoch(watched, epoch_idx, loss_func, show_progress=False)  # type: ignore[misc]
+
+    def _tick(self, batch: int) -> None:
+        self._where = (self._where[0], batch)
+        if self._steps is not None:
+            self._steps.advance()
+
+    def _check_nan(self, loss: torch.Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        epoch, batch = self._where
+        kept = f"the weights of epoch {self.best_epoch + 1} are kept in {self.saved_model_file}" if self.best_epoch >= 0 else "no epoch was finished before"
+        raise UserError(
+            f"{self.config['model']}: the loss became {loss.item()} in epoch {epoch + 1}, batch {batch + 1}; {kept}; "
+            f"try a lower learning_rate (now {self.config['learning_rate']})"
+        )
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        """Replaces trainer.py:289, whose pickled Config no safe loader can read."""
+        file = Path(kwargs.pop("saved_model_file", self.saved_model_file))
+        self.best_epoch = epoch
+        save_state(file, {
+            "model": self.config["model"],
+            "epoch": epoch,
+            "state_dict": dict(self.model.state_dict()),
+            "other_parameter": self.model.other_parameter(),
+        })  # fmt: skip
+        if self.config["eval_step"] <= 0:
+            self._keep(epoch)
+
+    def load_best(self, file: str | Path | None = None) -> None:
+        """Put a checkpoint's weights into the model; replaces trainer.py:583.
+
+        Args:
+            file: by default the one that ``fit`` saved.
+
+        Raises:
+            UserError: it is missing, damaged, or of another model.
+        """
+        path = Path(file or self.saved_model_file)
+        state = load_state(path, self.device)  # type: ignore[attr-defined]
+        if state["model"] != self.config["model"]:
+            raise UserError(f"{path} holds {state['model']}, not {self.config['model']}")
+        self.model.load_state_dict(state["state_dict"])
+        self.model.load_other_parameter(state["other_parameter"])
+        self.best_epoch = state["epoch"]
+
+    def _generators(self) -> list[Generator]:
+        sampler = getattr(self._train_data, "_sampler", None)
+        owners = (self._train_data, sampler, self.model)
+        return [getattr(owner, "generator", None) for owner in owners]
+
+    def _keep(self, epoch: int) -> None:
+        """Save what is needed to go on after this epoch as if nothing had happened."""
+        if self._steps is not None and self.best_valid_result:  # type: ignore[has-type]
+            self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
+        if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
+            return
+        stopping = self.cur_step > self.stopping_step  # type: ignore[attr-defined]
+        save_state(self.resume_file, {
+            "epoch": epoch,
+            "cur_step": self.cur_step,  # type: ignore[attr-defined]
+            "best_valid_score": float(self.best_valid_score),
+            "best_valid_result": dict(self.best_valid_result or {}),  # type: ignore[has-type]
+            "best_epoch": self.best_epoch,
+            "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
+            "stopped": stopping,
+            "state_dict": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "rng": rng_state(*self._generators()),
+        })  # fmt: skip
+        self._last_resume = time.monotonic()
+
+    def _restore(self) -> None:
+        if self.resume_file is None or not self.resume_file.is_file() or not Path(self.saved_model_file).is_file():
+            return
+        try:
+            state = load_state(self.resume_file, self.device)  # type: ignore[attr-defined]
+        except UserError:
+            return
+        self.start_epoch = state["epoch"] + 1
+        self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
+        self.best_valid_result = OrderedDict(state["best_valid_result"])
+        self.best_epoch, self._stopped = state["best_epoch"], state["stopped"]
+        self.train_loss_dict = dict(state["losses"])
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
+        set_rng_state(state["rng"], *self._generators())
+
+    def resume_checkpoint(self, resume_file: str | Path) -> None:
+        """Go on from a resumable state at the next ``fit``; replaces trainer.py:314.
+
+        Args:
+            resume_file: a file that an interrupted ``fit`` left.
+        """
+        self.resume_file = Path(resume_file)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+    def evaluate(
+        self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
+    ) -> OrderedDict[str, float] | None:
+        """RecBole's ``evaluate`` through our ranking; each user's values are in :attr:`measured` afterwards.
+
+        Returns:
+            Metric names to values; ``None`` without data.
+        """
+        if not eval_data or not len(eval_data):
+            return None
+        if load_best_model:
+            self.load_best(model_file)
+        if not isinstance(eval_data, FullSortEvalDataLoader):
+            return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
+        what = f"ranking with {self.config['model']}"
+        self.measured = measure(self.model, eval_data, self.config, self._train_data, bool(show_progress), what)
+        return self.measured.metrics
+
+
+class _Watched:
+    """A loader that reports each batch it hands out."""
+
+    def __init__(self, loader: Any, tick: Callable[[int], None]) -> None:
+        self._loader, self._tick = loader, tick
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, interaction in enumerate(self._loader):
+            self._tick(batch)
+            yield interaction
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def trainer_class(model_type: Any, model_name: str) -> type:
+    """RecBole's trainer for a model, with our checkpoints, resuming and ranking.
+
+    Args:
+        model_type: RecBole's ModelType.
+        model_name: the model's name.
+    """
+    base = recbole_trainer(model_type, model_name)
+    return type(f"RecBoleLLM{base.__name__}", (TrainerMixin, base), {})
