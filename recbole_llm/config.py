@@ -83,6 +83,11 @@ class Config(RecBoleConfig):
             range, a missing or broken file; always before any work starts.
     """
 
+    external_config_dict: dict[str, Any]
+    internal_config_dict: dict[str, Any]
+    final_config_dict: dict[str, Any]
+    parameters: dict[str, list[str]]
+
     def __init__(
         self,
         model: str | type | None = None,
@@ -193,9 +198,10 @@ class Config(RecBoleConfig):
         if model_class.type == ModelType.SEQUENTIAL:
             # configurator.py:427 demands it; which items are masked is exclude_history's business here.
             self.internal_config_dict["repeatable"] = True
-            if self._setting("loss_type") == "CE":
-                # configurator.py:345 raises otherwise, for every cross-entropy model at its own defaults.
-                self.internal_config_dict["train_neg_sample_args"] = None
+            # configurator.py:345 refuses negatives with a softmax over all items, at every such model's own defaults.
+            softmax = self._setting("loss_type") == "CE"
+            negatives = read_yaml(properties_dir() / "overall.yaml")["train_neg_sample_args"]
+            self.internal_config_dict["train_neg_sample_args"] = None if softmax else copy.deepcopy(negatives)
 
     def _setting(self, key: str) -> Any:
         return self.external_config_dict.get(key, self.internal_config_dict.get(key))
@@ -246,8 +252,6 @@ class Config(RecBoleConfig):
         self._check_metrics()
         self._check_eval_args()
         super()._set_default_parameters()
-        if self.dataset != "ml-100k":
-            final["data_path"] = str(self._data_folder())
         final["checkpoint_dir"] = str(final["output_dir"]) if final["policy"] == "unified" else final["checkpoint_dir"]
 
     def _data_folder(self) -> Path:
@@ -310,6 +314,11 @@ class Config(RecBoleConfig):
             raise UserError(f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: no global time split (TS); use LS or RS")
 
     # --- use ---------------------------------------------------------------------------------------------------------
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Types and explanations of the settings, by key."""
+        return self._specs
+
     def split_protocol(self) -> SplitProtocol:
         """How this run divides its interactions."""
         args = self.final_config_dict["eval_args"]

@@ -50,8 +50,8 @@ _OURS = (
 )  # fmt: skip
 _FAST = (
     Entry("LightGCN", "recbole_llm.model.lightgcn", "general", fast_of=True),
-    Entry("SASRec", "recbole_llm.model.transformer", "sequential", fast_of=True),
-    Entry("BERT4Rec", "recbole_llm.model.transformer", "sequential", fast_of=True),
+    Entry("SASRec", "recbole_llm.model.sasrec", "sequential", fast_of=True),
+    Entry("BERT4Rec", "recbole_llm.model.bert4rec", "sequential", fast_of=True),
 )
 _RECBOLE_KINDS = {
     "general_recommender": "general",
@@ -107,9 +107,9 @@ def get_model(name: str, fast: bool = True) -> Any:
 
     compat.install()
     known = entries()
-    entry = known.get(name)
+    entry = known.get(name) if isinstance(name, str) else None
     if entry is None:
-        raise UserError(f"unknown model '{name}'{did_you_mean(name, known) or '; recbole-llm models lists them'}")
+        raise UserError(f"unknown model '{name}'{did_you_mean(str(name), known) or '; recbole-llm models lists them'}")
     if entry.fast_of and not fast:
         entry = _recbole_entries()[name]
     with compat.anomaly_mode_kept():

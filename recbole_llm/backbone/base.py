@@ -126,7 +126,7 @@ class Backbone:
         """Whether the first position's state is blind to the second: false for encoders such as BERT."""
         tokens = torch.tensor([[1, 2], [1, 3]], device=self.embed_tokens.weight.device)
         states = self.decoder(input_ids=tokens).last_hidden_state[:, 0].float()
-        return torch.allclose(states[0], states[1], rtol=1e-3, atol=1e-4)
+        return torch.allclose(states[0], states[1], rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _first(*ids: int | list[int] | None) -> int | None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recbole_llm.backbone.load import quiet_transformers
 from recbole_llm.errors import UserError
 from recbole_llm.progress import progress
 
@@ -65,8 +66,8 @@ class EmbeddedSettings:
     vocab_size: int = 2000
     context: int = 512
     train_steps: int = 200
-    train_batch_size: int = 8
-    learning_rate: float = 3e-3
+    train_batch_size: int = 2
+    learning_rate: float = 5e-3
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
@@ -102,7 +103,7 @@ def build_corpus(item_texts: Sequence[str], templates: Sequence[str], seed: int)
     """
     texts = sorted({text for text in item_texts if text.strip()})
     if not texts:
-        raise UserError("the embedded language model has no item text to learn from (see item_text_template)")
+        raise UserError("the embedded language model has no item text to learn from (see item_text)")
     draw = random.Random(seed)
     documents = list(texts)
     for template in templates:
@@ -142,7 +143,8 @@ def train_embedded(
     measured = blocks[:MEASURED_BLOCKS]
     with torch.no_grad():
         loss = sum(_loss(model, block[None], pad).item() for block in measured) / len(measured)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.errors import UserError, did_you_mean, nearest
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
@@ -33,7 +39,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeErr
 
 
 def load_backbone(
-    name_or_folder: str,
+    name_or_folder: str | Path,
     dtype: str = "float32",
     attention: str = "sdpa",
     quantization: str = "none",
@@ -46,7 +52,7 @@ def load_backbone(
         name_or_folder: a folder as ``save_pretrained`` writes it, or else a hub id; what the hub's local cache holds is
             used before the hub is asked.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        attention: ``sdpa`` (``eager`` for the few models that have none), ``flash_attention_2`` or ``eager``.
         quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are GPTQ already.
         trust_remote_code: whether code that comes with the model may run.
         device: where to put it.
@@ -57,21 +63,41 @@ def load_backbone(
     """
     _check_options(dtype, attention, quantization, device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    source = Path(name_or_folder).expanduser()
+    name = str(name_or_folder)
+    source = Path(name).expanduser()
     if source.is_dir():
         if not (source / "config.json").is_file():
-            raise UserError(f"llm '{name_or_folder}': the folder has no config.json{_models_in(source)}")
+            raise UserError(f"llm '{name}': the folder has no config.json{_models_in(source)}")
         return _load(str(source), dtype, attention, quantization, device, options | {"local_files_only": True})
-    if not _is_hub_id(name_or_folder):
-        raise UserError(f"llm '{name_or_folder}': no such folder{_siblings(source)}")
+    if not _is_hub_id(name):
+        raise UserError(f"llm '{name}': no such folder{_siblings(source)}")
     try:
-        return _load(name_or_folder, dtype, attention, quantization, device, options | {"local_files_only": True})
+        return _load(name, dtype, attention, quantization, device, options | {"local_files_only": True})
     except UserError as error:
         # Only a model that the cache does not have (whole) is worth asking the hub for.
         if not isinstance(error.__cause__, OSError):
             raise
-    _ask_hub(name_or_folder, source)
-    return _load(name_or_folder, dtype, attention, quantization, device, options)
+    _ask_hub(name, source)
+    return _load(name, dtype, attention, quantization, device, options)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' remarks off stderr, and its bars too where no terminal shows them.
+
+    It remarks on the vocabulary head that is left behind on purpose; weights that are missing are our own check.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_options(dtype: str, attention: str, quantization: str, device: str) -> None:
@@ -104,12 +130,15 @@ def _load(
             raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if quantization in ("int8", "nf4"):
-            options = options | {"quantization_config": _on_the_fly(quantization, DTYPES[dtype])}
+            options |= {"quantization_config": _on_the_fly(quantization, DTYPES[dtype])}
         if quantization != "none":
-            options = options | {"device_map": {"": device}}
-        decoder, report = AutoModel.from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True, **options
-        )
+            options |= {"device_map": {"": device}}
+        if attention == "sdpa" and not _has_sdpa(config):
+            logger.info("llm '%s': a %s has no sdpa attention; eager is used", source, config.model_type)
+            attention = "eager"
+        options |= {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
+        with quiet_transformers():
+            decoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
@@ -129,6 +158,11 @@ def _is_causal_type(config: Any) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in custom
 
 
+def _has_sdpa(config: Any) -> bool:
+    known = type(config) in AutoModel._model_mapping
+    return not known or AutoModel._model_mapping[type(config)]._supports_sdpa
+
+
 def _on_the_fly(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -143,14 +177,15 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _ask_hub(name: str, source: Path) -> None:
+    near = did_you_mean(name, ["embedded"]) or _siblings(source)
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"llm '{name}': neither a folder nor a model of the hub{_siblings(source)}") from None
+        raise UserError(f"llm '{name}': neither a folder nor a model of the hub{near}") from None
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"llm '{name}': no such folder{_siblings(source)}, and the hub cannot be asked ({reason}); "
+            f"llm '{name}': no such folder, and the hub cannot be asked ({reason}){near}; "
             "'llm: embedded' needs no download"
         ) from None
 

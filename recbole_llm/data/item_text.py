@@ -77,7 +77,7 @@ def is_empty(value: str) -> bool:
     return not value.strip()
 
 
-def parse_template(template: str, setting: str = "item_text_template") -> Template:
+def parse_template(template: str, setting: str = "item_text") -> Template:
     """Parse a template such as ``{movie_title}[ ({release_year})][. Genres: {class}]``.
 
     ``{column}`` inserts a column. ``[...]`` is left out when any column in it is empty. ``[[``, ``]]``, ``{{`` and
@@ -236,7 +236,7 @@ def load_item_text(
     item_file = Path(item_file)
     parsed = parse_template(template)
     if not parsed.columns:
-        raise UserError(f"item_text_template {template!r} names no column: all items would have the same text")
+        raise UserError(f"item_text {template!r} names no column: all items would have the same text")
     parsed_fallback = parse_template(fallback, "item_text_fallback")
     for column in parsed_fallback.columns:
         if column != FALLBACK_COLUMN:
@@ -244,7 +244,7 @@ def load_item_text(
     if not item_file.is_file():
         raise UserError(
             f"data set '{item_file.stem}' has no item text: there is no file {item_file}. Put one there with the "
-            f"columns {id_field}:token and {', '.join(parsed.columns)}, or name its own in item_text_template"
+            f"columns {id_field}:token and {', '.join(parsed.columns)}, or name its own in item_text"
         )
     rows = read_columns(item_file, id_field, parsed.columns, separator, encoding)
 

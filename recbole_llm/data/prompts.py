@@ -59,7 +59,7 @@ def user_item_template(*, items: bool = True, profile: bool = True, prediction: 
 def profile_prompt(descriptions: Sequence[str], count: int) -> str:
     """Template (c): asks a language model for ``count`` tags that sum up a user's items."""
     head = f"Use {count} tags to summarize descriptions of the user's interacted items as user profile: "
-    return head + "; ".join(descriptions)
+    return head + SEPARATOR.join(descriptions)
 
 
 def prediction_prompt(descriptions: Sequence[str], count: int) -> str:
@@ -68,7 +68,16 @@ def prediction_prompt(descriptions: Sequence[str], count: int) -> str:
     The figure prints ``{Desc_1};{Desc_2}; ...``, a separator with and without a blank; with one is used throughout.
     """
     head = f"Use {count} words to predict the user's interests based on descriptions of items interacted: "
-    return head + "; ".join(descriptions)
+    return head + SEPARATOR.join(descriptions)
+
+
+# All four, for whoever needs their wording (the embedded language model learns from it).
+TEMPLATES = (
+    ITEM_TEXT_ALIGNMENT,
+    user_item_template(),
+    profile_prompt([DESCRIPTIONS], 10),
+    prediction_prompt([DESCRIPTIONS], 10),
+)
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,7 @@ class Ragged:
 
     def keep(self, mask: Tensor) -> Ragged:
         """The values where ``mask`` (bool ``[N]``) holds; as many rows as before."""
-        counts = torch.zeros(len(self), dtype=torch.long).index_add_(0, self.rows[mask], torch.ones_like(self.rows[mask]))
-        return Ragged.from_lengths(self.values[mask], counts)
+        return Ragged.from_lengths(self.values[mask], torch.bincount(self.rows[mask], minlength=len(self)))
 
     def padded(self, value: int) -> Tensor:
         """int64 ``[R, longest]``, filled up with ``value`` on the right."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -130,7 +131,8 @@ class NegativeSampler:
 
     def _draw(self, count: int) -> np.ndarray:
         if self._weights is not None:
-            places = np.searchsorted(self._cumulative, self.generator.random(count) * self._cumulative[-1], side="right")
+            marks = self.generator.random(count) * self._cumulative[-1]
+            places = np.searchsorted(self._cumulative, marks, side="right")
             # A product rounded up to the total would fall behind the last item.
             return self._drawable[np.minimum(places, len(self._drawable) - 1)]
         if self._contiguous:
@@ -183,7 +185,7 @@ class NegativeSampler:
         """The train items of each user as RecBole keeps them: an object array of sets; made when first asked for."""
         used = np.empty(self.n_users, dtype=object)
         bounds = self.histories.offsets
-        used[:] = [set(self.histories.items[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        used[:] = [set(self.histories.items[a:b].tolist()) for a, b in pairwise(bounds)]
         return used
 
     def set_phase(self, phase: str) -> NegativeSampler:
@@ -191,11 +193,3 @@ class NegativeSampler:
         other = copy.copy(self)
         other.phase = phase
         return other
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator's state, as plain values that JSON can hold."""
-        return dict(self.generator.bit_generator.state)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on drawing where :meth:`state_dict` was taken."""
-        self.generator.bit_generator.state = state

@@ -20,7 +20,7 @@ from recbole.utils import InputType
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from recbole_llm.backbone.soft_tokens import SoftPromptDecoder
+from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, Stream
 from recbole_llm.data import prompts
 from recbole_llm.data.prompts import Prompt, Ragged, soft_ids
 from recbole_llm.errors import UserError
@@ -130,7 +130,6 @@ class GLTA(SequentialRecommender):
         self.histories = sampling.unique_histories(dataset.train_histories.offsets, dataset.train_histories.items)
         self.trainable_users = self.histories.lengths.nonzero().squeeze(1)
         self._user_names = dataset.field2id_token[self.USER_ID]
-        self._generator = torch.Generator().manual_seed(config["seed"])
 
     def prepare(
         self,
@@ -169,10 +168,10 @@ class GLTA(SequentialRecommender):
         self.gllm = nn.Linear(width, width if config["gllm"] == "tied" else self.n_items)
         self.item_bias = nn.Parameter(torch.zeros(self.n_items)) if config["gllm"] == "tied" else None
         self.dropout = nn.Dropout(config["gllm_dropout"])
-        slots = max(self.slots, self.items_per_prompt)
-        self.slot_inputs = (
-            nn.Parameter(torch.randn(slots - 1, width) * self._token_scale) if config["slot_input"] == "learned" else None
-        )
+        self.slot_inputs: nn.Parameter | None = None
+        if config["slot_input"] == "learned":
+            inputs = max(self.slots, self.items_per_prompt) - 1
+            self.slot_inputs = nn.Parameter(torch.randn(inputs, width) * self._token_scale)
         # Some models keep their padding row at zero, which says nothing to attention or normalisation.
         self._slot_id = backbone.pad_id if bool(table[backbone.pad_id].any()) else backbone.eos_id
         self.to(self.device)
@@ -259,13 +258,14 @@ class GLTA(SequentialRecommender):
     def stage_loss(self, stage: str, batch: PromptBatch) -> Tensor:
         """Equation 3: mean cross-entropy of the target items at the slots that have one."""
         batch = batch.to(self.device)
-        logits = self.item_logits(self._slot_states(stage, batch.ids, batch.places, batch.users, batch.items))
+        soft = self._soft_tokens(batch.users, batch.items)
+        logits = self.item_logits(self._readers[stage].states(batch.ids, soft, batch.places).float())
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=sampling.IGNORE)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Stage 3's loss for a batch of users; samples are drawn from the model's own seeded generator."""
+        """Stage 3's loss for a batch of users, sampled by torch's own generator, which a resumed run restores."""
         users = interaction[self.USER_ID].cpu()
-        return self.stage_loss(ALIGN_USERS, self.user_batch(users, self._generator))
+        return self.stage_loss(ALIGN_USERS, self.user_batch(users, torch.default_generator))
 
     def alignment_batch(self, items: Tensor, generator: Generator) -> PromptBatch:
         """Template (a) for items int64 ``[B, m]``: their descriptions shuffled, then their soft tokens."""
@@ -344,10 +344,6 @@ class GLTA(SequentialRecommender):
             parts.append(self.slot_inputs)
         return torch.cat(parts)
 
-    def _slot_states(self, stage: str, ids: Tensor, places: Tensor, users: Tensor, items: Tensor) -> Tensor:
-        """The language model's last states at the slots, float32 ``[B, S, H]``."""
-        return self._readers[stage].states(ids, self._soft_tokens(users, items), places).float()
-
     def item_logits(self, states: Tensor) -> Tensor:
         """GLLM: logits over the catalogue.
 
@@ -392,25 +388,30 @@ class GLTA(SequentialRecommender):
         lists, lengths = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu().unsqueeze(1)
         places = torch.arange(lists.shape[1])
         history = Ragged.from_padded(lists, (places < lengths) & (places >= lengths - self.history_length))
+        chunks = torch.arange(len(users)).split(self.config["inference_batch_size"])
+        return torch.cat([self._scores(users[part], history.take(part), allowed[part]) for part in chunks])
+
+    def _scores(self, users: Tensor, history: Ragged, allowed: Tensor) -> Tensor:
+        """Scores of some users at once, by the mode of inference."""
         suffix, soft_users, soft_items = self._user_prompt(users, history)
+        soft = self._soft_tokens(soft_users.to(self.device), soft_items.to(self.device))
+        reader = self._readers[ALIGN_USERS]
         if self.config["inference"] == "ar":
-            return self._autoregressive_scores(suffix, soft_users, soft_items, allowed)
+            ids = suffix.padded(self._slot_id).to(self.device)
+            return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
         slots = 1 if self.config["inference"] == "fl" else self.slots
         inputs = self._slot_rows(users.unsqueeze(1), slots, len(soft_users) + len(soft_items))
-        ids, at = self._with_slots(suffix, inputs)
-        device = self.device
-        states = self._slot_states(ALIGN_USERS, ids.to(device), at.to(device), soft_users.to(device), soft_items.to(device))
-        log_probs = self.item_logits(states).log_softmax(-1)
+        ids, slot_places = self._with_slots(suffix, inputs)
+        states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
+        log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:
             return log_probs[:, 0].masked_fill(~allowed, -torch.inf)
         return first_k_scores(log_probs, allowed)
 
-    def _autoregressive_scores(self, suffix: Ragged, users: Tensor, items: Tensor, allowed: Tensor) -> Tensor:
+    def _autoregressive_scores(self, stream: Stream, allowed: Tensor) -> Tensor:
         """``inference: ar``: each slot reads the projected token of the item that the slot before it named."""
-        ids, device = suffix.padded(self._slot_id), self.device
-        soft = self._soft_tokens(users.to(device), items.to(device))
-        stream = self._readers[ALIGN_USERS].stream(ids.to(device), soft, suffix.lengths.to(device))
-        remaining, picks, total = allowed.clone(), [], torch.zeros_like(allowed, dtype=torch.float)
+        remaining, total = allowed.clone(), torch.zeros_like(allowed, dtype=torch.float)
+        picks: list[Tensor] = []
         for slot in range(self.slots):
             if slot:
                 stream.step(self.item_projector(self.item_embeddings[picks[-1]]))

@@ -19,7 +19,7 @@ IGNORE = -100
 def unique_histories(offsets: np.ndarray, items: np.ndarray) -> Ragged:
     """Each user's items in time order, a repeated item only where it came first.
 
-    A repeat later on would be at once shown and asked for; the candidate policy drops such rows from valid and test too.
+    A repeat would be shown and asked for at once; the candidate policy drops such rows from valid and test too.
 
     Args:
         offsets: int64 ``[n_users + 1]``.
@@ -32,7 +32,7 @@ def unique_histories(offsets: np.ndarray, items: np.ndarray) -> Ragged:
     pairs = users * (int(items.max(initial=0)) + 1) + items
     first = np.sort(np.unique(pairs, return_index=True)[1])
     lengths = np.bincount(users[first], minlength=len(offsets) - 1)
-    return Ragged.from_lengths(torch.from_numpy(items[first].astype(np.int64)), torch.from_numpy(lengths.astype(np.int64)))
+    return Ragged.from_lengths(torch.from_numpy(items[first]).long(), torch.from_numpy(lengths).long())
 
 
 def shuffled_ranks(rows: Tensor, offsets: Tensor, generator: Generator) -> Tensor:
@@ -44,9 +44,7 @@ def shuffled_ranks(rows: Tensor, offsets: Tensor, generator: Generator) -> Tenso
     return ranks
 
 
-def random_sample(
-    histories: Ragged, slots: int, history_length: int, generator: Generator
-) -> tuple[Ragged, Ragged]:
+def random_sample(histories: Ragged, slots: int, history_length: int, generator: Generator) -> tuple[Ragged, Ragged]:
     """Targets at random, and others of the user's items to show (GLTA, section 3.3: "randomly shuffled").
 
     At most half of a user's items, and at most ``slots``, become targets, so that something is left to show.

@@ -1,0 +1,127 @@
+"""Runs beside each other, paired by user; rows that were not judged alike are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from recbole_llm.errors import UserError, nearest
+
+# What must be the same for two rows to mean the same thing.
+_JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's runs over seeds, averaged user by user.
+
+    Attributes:
+        model: its name.
+        seeds: how many runs.
+        users: raw user ids, sorted, [U].
+        values: metric to float64 [U], the mean over seeds.
+    """
+
+    model: str
+    seeds: int
+    users: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """``result.json`` and the users' values of a run.
+
+    Args:
+        path: the run's folder or its ``result.json``.
+
+    Raises:
+        UserError: there is no result there.
+    """
+    folder = Path(path)
+    file = folder if folder.suffix == ".json" else folder / "result.json"
+    if not file.is_file():
+        near = nearest(folder.name, [other.name for other in folder.parent.glob("*/")]) if folder.parent.is_dir() else []
+        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
+        raise UserError(f"no result.json in {folder}{hint}")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        with np.load(file.parent / result["per_user"], allow_pickle=False) as arrays:
+            return result, {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} or its per_user.npz cannot be read ({error})") from None
+
+
+def rows_of(paths: Sequence[str | Path]) -> list[Row]:
+    """Read runs and average each model's seeds.
+
+    Raises:
+        UserError: fewer than two runs, or two whose data set, split or policy differs; the runs are named.
+    """
+    if len(paths) < 2:
+        raise UserError("compare takes two runs or more: recbole-llm compare RUN RUN")
+    runs = [read_run(path) for path in paths]
+    first = runs[0][0]
+    for path, (result, _) in zip(paths[1:], runs[1:], strict=True):
+        _refuse_unlike(first, result, str(paths[0]), str(path))
+    grouped: dict[str, list[dict[str, np.ndarray]]] = {}
+    for result, arrays in runs:
+        grouped.setdefault(result["model"], []).append(arrays)
+    return [_average(model, arrays) for model, arrays in grouped.items()]
+
+
+def _refuse_unlike(first: dict[str, Any], other: dict[str, Any], first_name: str, other_name: str) -> None:
+    if first["split"]["fingerprint"] is None or first["split"]["fingerprint"] != other["split"]["fingerprint"]:
+        raise UserError(f"{first_name} and {other_name} were judged on different splits; their numbers cannot be compared")
+    for key in _JUDGED_BY:
+        if first["evaluation"][key] != other["evaluation"][key]:
+            raise UserError(f"{first_name} has {key} {first['evaluation'][key]}, {other_name} {other['evaluation'][key]}; their numbers cannot be compared")
+
+
+def _average(model: str, runs: list[dict[str, np.ndarray]]) -> Row:
+    orders = [np.argsort(run["user_id"], kind="stable") for run in runs]
+    users = runs[0]["user_id"][orders[0]]
+    names = [name for name in runs[0] if name != "user_id" and all(name in run for run in runs)]
+    values = {name: np.mean([run[name][order] for run, order in zip(runs, orders, strict=True)], axis=0) for name in names}
+    return Row(model, len(runs), users, values)
+
+
+def paired_test(row: Row, base: Row, metric: str) -> tuple[float, float]:
+    """Mean difference of two models over users and the p-value of a paired t-test.
+
+    Args:
+        row, base: judged on the same users.
+        metric: e.g. ``ndcg@10``.
+
+    Returns:
+        ``row`` minus ``base``, and the two-sided p (1 when no user differs).
+    """
+    difference = row.values[metric] - base.values[metric]
+    if not np.any(difference):
+        return 0.0, 1.0
+    return float(difference.mean()), float(stats.ttest_rel(row.values[metric], base.values[metric]).pvalue)
+
+
+def compare_runs(arguments: Sequence[str]) -> str:
+    """The table behind ``recbole-llm compare``: every model against the first one, metric by metric.
+
+    Args:
+        arguments: run folders or ``result.json`` files; runs of one model are seeds of one row.
+    """
+    rows = rows_of(arguments)
+    base = rows[0]
+    lines = [f"{len(base.users)} users; difference to {base.model} and p of a paired t-test over users (no correction)"]
+    for metric in base.values:
+        cells = [f"{metric:14}{base.model} {base.values[metric].mean():.4f}"]
+        for row in rows[1:]:
+            if metric in row.values:
+                gain, p = paired_test(row, base, metric)
+                cells.append(f"{row.model} {row.values[metric].mean():.4f} ({gain:+.4f}, p {p:.2g})")
+        lines.append("   ".join(cells))
+    lines.append("seeds: " + ", ".join(f"{row.model} {row.seeds}" for row in rows))
+    return "\n".join(lines)

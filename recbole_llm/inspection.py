@@ -1,0 +1,87 @@
+"""``recbole-llm inspect``: look at a data set, a run, or the settings of a model without training anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from recbole_llm.errors import UserError, did_you_mean
+
+
+def inspect(arguments: Sequence[str]) -> str:
+    """What the verb prints.
+
+    Args:
+        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER`` or ``settings MODEL``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if len(arguments) < 2:
+        raise UserError(f"inspect takes one of {', '.join(_VIEWS)} and a name, e.g. recbole-llm inspect dataset ml-100k")
+    what, name, *rest = arguments
+    if what not in _VIEWS:
+        raise UserError(f"cannot inspect '{what}'{did_you_mean(what, _VIEWS)} ({', '.join(_VIEWS)})")
+    return _VIEWS[what](name, list(rest))
+
+
+def _dataset(name: str, arguments: list[str]) -> str:
+    from recbole_llm.config import Config
+    from recbole_llm.data import create_dataset
+    from recbole_llm.data.split import TRAIN
+
+    config = Config("BPR", name, command_line=arguments)
+    dataset = create_dataset(config)
+    split = dataset.make_split(config.split_protocol())
+    lengths = split.histories(TRAIN).lengths
+    lengths = lengths[lengths > 0]
+    lines = [f"{name} in {config['data_path']}"]
+    lines += [f"  {key:16}{value}" for key, value in split.as_dict().items()]
+    lines.append(f"  train items a user: min {lengths.min()}, median {np.median(lengths):g}, max {lengths.max()}")
+    lines += _text_lines(config, dataset)
+    return "\n".join(lines)
+
+
+def _text_lines(config: Any, dataset: Any) -> list[str]:
+    from recbole_llm.training.staged import read_item_text
+
+    if not config["item_text"]:
+        return ["  item text: no template (item_text) for this data set"]
+    text = read_item_text(config, dataset)
+    shown = [f"    {text.texts[item]}" for item in range(1, min(4, len(text.texts)))]
+    return [f"  item text {text.template!r}: {text.missing} of {len(text.texts) - 1} items have none; the first are", *shown]
+
+
+def _run(path: str, arguments: list[str]) -> str:
+    from recbole_llm.evaluation.comparison import read_run
+    from recbole_llm.training.runs import table
+
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not understood here; inspect run takes a folder only")
+    result, _ = read_run(path)
+    lines = [f"{result['model']} on {result['dataset']}, seed {result['seed']}, best epoch {result['best_epoch']}", table([result]), ""]
+    for stage in result["stages"]:
+        state = "cached" if stage["cached"] else "made"
+        lines.append(f"  {stage['name']:22}{stage['seconds']:9.1f} s  {stage['peak_memory_mb']:8.0f} MiB  {state}  {stage['fingerprint'][:16]}")
+    lines.append(f"  split {result['split']['fingerprint']}")
+    lines.append(f"  evaluation {json.dumps(result['evaluation'])}")
+    return "\n".join(lines)
+
+
+def _settings(model: str, arguments: list[str]) -> str:
+    from recbole_llm.config import Config
+
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not understood here; inspect settings takes a model only")
+    config = Config(model, "ml-100k", command_line=[])
+    lines = []
+    for key, spec in sorted(config.specs.items()):
+        if key in config.final_config_dict:
+            lines.append(f"{key} = {json.dumps(config.as_dict()[key])}\n    ({spec.text}) {spec.help}")
+    return "\n".join(lines)
+
+
+_VIEWS: dict[str, Callable[[str, list[str]], str]] = {"dataset": _dataset, "run": _run, "settings": _settings}

@@ -1,0 +1,71 @@
+"""Shared fixtures: small real data, and a clean process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_llm import compat
+
+compat.install()
+
+import recbole  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+ML100K = Path(recbole.__file__).parent / "dataset_example" / "ml-100k"
+
+settings.register_profile("here", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
+torch.set_num_threads(1)
+
+
+def small_ml100k(folder: Path, users: int = 60, name: str = "small", items: int | None = None) -> Path:
+    """Real interactions of a few users, under a name of their own so that RecBole's packaged copy is not taken.
+
+    Args:
+        folder: gets ``<name>/<name>.inter`` and ``.item``.
+        users: users with an id up to this.
+        name: of the data set.
+        items: items with an id up to this only.
+    """
+    target = folder / name
+    target.mkdir(parents=True)
+    lines = (ML100K / "ml-100k.inter").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines[1:] if int(line.split("\t")[0]) <= users and (items is None or int(line.split("\t")[1]) <= items)]
+    (target / f"{name}.inter").write_text("\n".join([lines[0], *kept]) + "\n", encoding="utf-8")
+    shutil.copy(ML100K / "ml-100k.item", target / f"{name}.item")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``data_path`` with the data set ``small``: 60 users of ml-100k."""
+    return small_ml100k(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def settings_of(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Settings of a quick run on ``small``; keyword arguments are added."""
+
+    def make(**more: Any) -> dict[str, Any]:
+        base = {
+            "data_path": str(small_data), "output_dir": str(tmp_path / "saved"), "epochs": 2, "show_progress": False,
+            "tensorboard": False, "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "gpu_id": "",
+        }  # fmt: skip
+        return base | more
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def anomaly_mode_stays_off() -> Iterator[None]:
+    """Anomaly mode doubles every training step; nothing of ours may leave it on."""
+    yield
+    assert not torch.is_anomaly_enabled()
