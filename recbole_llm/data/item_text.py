@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from recbole_llm.data.atomic import open_atomic
@@ -19,23 +20,28 @@ from recbole_llm.errors import UserError, did_you_mean
 FALLBACK_COLUMN = "item_id"
 
 
+# Doubled characters come first; a column's name holds none of the four.
+TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{[^\[\]{}]*\}|[\[\]{}]|[^\[\]{}]+")
+DOUBLED = ("[[", "]]", "{{", "}}")
+
+
 @dataclass(frozen=True)
 class Part:
-    """One piece of a template: literals and columns in turn.
+    """A run of a template that is inserted, or left out, as a whole.
 
     Attributes:
-        pieces: ``(literal, column)`` pairs in order; the column is ``None`` after the last literal.
-        optional: left out whole when any of its columns is empty.
+        pieces: in order, a column's name with ``True`` or a literal with ``False``.
+        optional: left out when any of its columns is empty.
     """
 
-    pieces: tuple[tuple[str, str | None], ...]
+    pieces: tuple[tuple[str, bool], ...]
     optional: bool
 
     def render(self, values: Mapping[str, str]) -> str:
         """The part's text for one item."""
-        if self.optional and any(is_empty(values[column]) for _, column in self.pieces if column is not None):
+        if self.optional and any(is_empty(values[text]) for text, is_column in self.pieces if is_column):
             return ""
-        return "".join(literal if column is None else literal + values[column] for literal, column in self.pieces)
+        return "".join(values[text] if is_column else text for text, is_column in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -90,63 +96,48 @@ def parse_template(template: str, setting: str = "item_text") -> Template:
     Raises:
         UserError: an unpaired or nested bracket or brace, an empty column name, or an optional part without a column.
     """
-
-    def wrong(what: str, position: int) -> UserError:
-        return UserError(f"{setting} {template!r}, character {position + 1}: {what}")
-
     parts: list[Part] = []
-    pieces: list[tuple[str, str | None]] = []
-    literal: list[str] = []
+    pieces: list[tuple[str, bool]] = []
     opened: int | None = None  # where the optional part being read began
-    columns: dict[str, None] = {}
-
-    def close(optional: bool) -> None:
-        if literal:
-            pieces.append(("".join(literal), None))
-            literal.clear()
-        if pieces:
-            parts.append(Part(tuple(pieces), optional))
-            pieces.clear()
-
-    at = 0
-    while at < len(template):
-        character = template[at]
-        if character in "[]{}" and template[at + 1 : at + 2] == character:
-            literal.append(character)
-            at += 2
-            continue
-        if character == "{":
-            end = template.find("}", at)
-            name = template[at + 1 : end]
-            if end < 0 or re.search(r"[\[\]{]", name):
-                raise wrong("'{' without its '}' (write '{{' for a plain brace)", at)
-            if not name:
-                raise wrong("'{}' names no column", at)
-            pieces.append(("".join(literal), name))
-            literal.clear()
-            columns[name] = None
-            at = end
-        elif character == "}":
-            raise wrong("'}' without its '{' (write '}}' for a plain brace)", at)
-        elif character == "[":
-            if opened is not None:
-                raise wrong("an optional part inside another (write '[[' for a plain bracket)", at)
-            close(optional=False)
-            opened = at
-        elif character == "]":
-            if opened is None:
-                raise wrong("']' without its '[' (write ']]' for a plain bracket)", at)
-            if all(column is None for _, column in pieces):
-                raise wrong("an optional part names no column (write '[[' and ']]' for plain brackets)", opened)
-            close(optional=True)
-            opened = None
+    for match in TOKEN.finditer(template):
+        token = match[0]
+        problem = _problem(token, opened is not None, pieces)
+        if problem:
+            raise UserError(f"{setting} {template!r}, character {match.start() + 1}: {problem}")
+        if token in ("[", "]"):
+            parts.append(Part(tuple(pieces), optional=token == "]"))
+            pieces = []
+            opened = match.start() if token == "[" else None
+        elif token in DOUBLED:
+            pieces.append((token[0], False))
+        elif token[0] == "{":
+            pieces.append((token[1:-1], True))
         else:
-            literal.append(character)
-        at += 1
+            pieces.append((token, False))
     if opened is not None:
-        raise wrong("'[' without its ']' (write '[[' for a plain bracket)", opened)
-    close(optional=False)
+        raise UserError(
+            f"{setting} {template!r}, character {opened + 1}: '[' without its ']' (write '[[' for a plain bracket)"
+        )
+    parts.append(Part(tuple(pieces), optional=False))
+    columns = dict.fromkeys(text for part in parts for text, is_column in part.pieces if is_column)
     return Template(tuple(parts), tuple(columns))
+
+
+def _problem(token: str, inside: bool, pieces: Sequence[tuple[str, bool]]) -> str | None:
+    """What is wrong with a token after these pieces, inside or outside an optional part."""
+    if token == "{":
+        return "'{' without its '}' (write '{{' for a plain brace)"
+    if token == "}":
+        return "'}' without its '{' (write '}}' for a plain brace)"
+    if token == "{}":
+        return "'{}' names no column"
+    if token == "[" and inside:
+        return "an optional part inside another (write '[[' for a plain bracket)"
+    if token == "]" and not inside:
+        return "']' without its '[' (write ']]' for a plain bracket)"
+    if token == "]" and not any(is_column for _, is_column in pieces):
+        return "an optional part that names no column (write '[[' and ']]' for plain brackets)"
+    return None
 
 
 def read_columns(
@@ -200,11 +191,10 @@ def read_columns(
 
 def first_words(text: str, count: int) -> str:
     """The text up to the end of its ``count``-th word, its white space kept; the whole text where it has no more."""
-    for number, word in enumerate(re.finditer(r"\S+", text), start=1):
-        if number > count:
-            return text[:end]
-        end = word.end()
-    return text
+    last = next(islice(re.finditer(r"\S+", text), count - 1, None), None)
+    if last is None or is_empty(text[last.end() :]):
+        return text
+    return text[: last.end()]
 
 
 def load_item_text(

@@ -68,7 +68,9 @@ def prediction_keywords(
     users, items = _as_array(user_embeddings), _as_array(item_embeddings)
     train = _train_matrix(histories, len(texts))
     if train.shape != (len(users), len(items)):
-        raise ValueError(f"embeddings of {len(users)} users and {len(items)} items, histories and texts of {train.shape}")
+        raise ValueError(
+            f"embeddings of {len(users)} users and {len(items)} items, histories and texts of {train.shape}"
+        )
     weights, words = _item_words(texts, histories)
     rows = _chunk_rows(max(len(words), len(items)), len(users))
     found: list[str] = []

@@ -1,0 +1,154 @@
+"""What bad input gets: one plain line, exit 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_ml100k
+
+from recbole_llm.cli import main
+from recbole_llm.config import Config
+from recbole_llm.errors import UserError
+from recbole_llm.training.runs import run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command line, expect exit 2 and one or two lines without a traceback."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    said = [line for line in error.splitlines() if line.startswith("recbole-llm: ")]
+    assert len(said) == 1 and "Traceback" not in error
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--model=LihgtGCN", "--dataset=ml-100k"], ["unknown model 'LihgtGCN'", "'LightGCN'"]),
+        (["run", "--model=BPR", "--dataset=ml-100kk"], ["no data set 'ml-100kk'"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--epoch=3"], ["unknown setting 'epoch'", "'epochs'"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--metrics=[NDGC]"], ["unknown metric 'NDGC'", "'ndcg'"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--valid_metric=MAP@10"], ["valid_metric", "not among the metrics"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--epochs=many"], ["epochs should be int >= 0", "'many'"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--epochs=-1"], ["epochs should be int >= 0"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--learning_rate=0"], ["learning_rate should be float > 0"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--topk=[0]"], ["topk"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--policy=unfied"], ["policy should be"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--eval_args={order: XX}"], ["eval_args.order", "TO, RO"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--eval_args={mode: uni100}"], ["whole catalogue"]),
+        (["run", "--model=BPR", "--dataset=ml-100k", "--config_files=nowhere.yaml"], ["nowhere.yaml does not exist"]),
+        (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_modle.epochs=3"], ["no part 'graph_modle'", "graph_model"]),
+        (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_model.epoch=3"], ["unknown setting 'graph_model.epoch'", "'epochs'"]),
+        (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_model=LightGNC"], ["unknown model 'LightGNC'", "'LightGCN'"]),
+        (["run", "--model=BPR"], ["no dataset is named"]),
+        (["run", "BPR"], ["'BPR' is not understood", "--key=value"]),
+        (["rum", "--model=BPR"], ["unknown verb 'rum'", "'run'"]),
+        (["--model=BPR"], ["recbole-llm run --model=BPR"]),
+        (["inspect", "datsaet", "ml-100k"], ["'dataset'"]),
+        (["compare", "nowhere", "nowhere"], ["no result.json in nowhere"]),
+        (["models", "--kind=lnguage"], ["kinds: "]),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *arguments)
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_values_are_yaml_and_never_python() -> None:
+    config = Config("BPR", "ml-100k", command_line=["--topk=[3, 7]", "--valid_metric=NDCG@3", "--data_path=__import__('os').getcwd()"])
+    assert config["topk"] == [3, 7]
+    assert "__import__" in str(config.external_config_dict["data_path"])
+
+
+def test_a_missing_llm_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "llama-2-7b").mkdir()
+    line = refused(capsys, "run", "--model=GLTA", "--dataset=tiny", f"--llm={tmp_path}/lama-2-7b", f"--output_dir={tmp_path}/saved", "--graph_model.epochs=1")
+    assert "lama-2-7b" in line and "llama-2-7b" in line
+
+
+def broken(tmp_path: Path, change: Any) -> dict[str, Any]:
+    folder = small_ml100k(tmp_path / "data", users=8)
+    file = folder / "small" / "small.inter"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
+    return {"data_path": str(folder), "output_dir": str(tmp_path / "saved"), "epochs": 1, "show_progress": False, "tensorboard": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [*lines[:3], lines[3] + "\textra", *lines[4:]], r"small.inter, line 4: 5 fields where the header has 4"),
+        (lambda lines: [*lines[:3], "1\t2", *lines[4:]], r"small.inter, line 4: 2 fields"),
+        (lambda lines: [*lines[:5], "1\t2\t3\tyesterday", *lines[6:]], r"small.inter, line 6, column 'timestamp': 'yesterday'"),
+        (lambda lines: [lines[0].replace("user_id:token", "uesr_id:token"), *lines[1:]], r"'user_id'.*did you mean 'uesr_id'"),
+        (lambda lines: [lines[0].replace(":float", ""), *lines[1:]], r"line 1: column 'rating' should read name:type"),
+        (lambda lines: [*lines[:5], "1\t2\t3\t", *lines[6:]], r"1 interactions have no timestamp"),
+    ],
+)  # fmt: skip
+def test_a_broken_atomic_file_is_named_by_line_and_column(tmp_path: Path, change: Any, words: str) -> None:
+    settings = broken(tmp_path, change) | {"load_col": {"inter": ["user_id", "item_id", "timestamp", "uesr_id", "rating"]}}
+    with pytest.raises(UserError, match=words):
+        run("BPR", "small", config_dict=settings)
+    assert not list((tmp_path / "saved").rglob("result.json"))
+
+
+def test_no_timestamp_under_an_order_by_time(tmp_path: Path) -> None:
+    settings = broken(tmp_path, lambda lines: lines) | {"load_col": {"inter": ["user_id", "item_id"]}}
+    with pytest.raises(UserError, match="no timestamp column"):
+        run("BPR", "small", config_dict=settings)
+
+
+def test_no_item_text_for_a_model_that_needs_it(tmp_path: Path) -> None:
+    settings = broken(tmp_path, lambda lines: lines) | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "graph_model.epochs": 1}
+    with pytest.raises(UserError, match="item_text"):
+        run("GLTA", "small", config_dict=settings)
+    (tmp_path / "data" / "small" / "small.item").unlink()
+    with pytest.raises(UserError, match="small.item"):
+        run("GLTA", "small", config_dict=settings | {"item_text": "{movie_title}"})
+
+
+def test_users_too_short_for_the_split(tmp_path: Path) -> None:
+    settings = broken(tmp_path, lambda lines: [*lines, "99\t1\t3\t874965758"]) | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
+    with pytest.raises(UserError, match="'99'"):
+        run("BPR", "small", config_dict=settings | {"short_users": "refuse"})
+    assert run("BPR", "small", config_dict=settings)["split"]["dropped_users"] == 1
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(settings_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recbole.model.general_recommender.bpr import BPR
+
+    calls = []
+    stock = BPR.calculate_loss
+
+    def diverges(self: Any, interaction: Any) -> Any:
+        calls.append(1)
+        loss = stock(self, interaction)
+        return loss * float("nan") if len(calls) > 8 else loss
+
+    monkeypatch.setattr(BPR, "calculate_loss", diverges)
+    settings = settings_of(epochs=9, train_batch_size=2048)
+    with pytest.raises(UserError, match=r"BPR: the loss became nan in epoch 3, batch 1; the weights of epoch 2 are kept in (\S+);") as caught:
+        run("BPR", "small", config_dict=settings)
+    kept = Path(str(caught.value).split("kept in ")[1].split(";")[0])
+    assert kept.is_file()
+
+
+def test_a_bug_of_ours_leaves_a_traceback_and_exit_1(tmp_path: Path) -> None:
+    code = "import recbole_llm.cli as c; c.VERBS['run'] = lambda a: 1 / 0; raise SystemExit(c.main(['run']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_the_runner_without_arguments_says_what_is_missing(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "run_recbole_llm.py"
+    done = subprocess.run([sys.executable, str(script), "--dataset=tiny"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "no model is named" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,156 @@
+"""Nothing fitted may look at valid or test rows, over the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_llm import registry
+from recbole_llm.config import Config
+from recbole_llm.data import create_dataset
+from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID
+from recbole_llm.training.pipeline import fit, store_of
+
+QUICK = ("BPR", "LightGCN", "NGCF", "SGL", "SASRec", "GRU4Rec", "BERT4Rec", "SASRecAllPositions", "EASE", "ItemKNN", "GLTA")
+SMALL: dict[str, dict[str, Any]] = {
+    "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "BERT4Rec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "SASRecAllPositions": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "GRU4Rec": {"embedding_size": 16, "hidden_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "GLTA": {
+        "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+        "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
+    },
+}  # fmt: skip
+# Models that need what the data has not, or a package that is not among the requirements.
+OUT_OF_REACH = {
+    "NCL": "faiss on a GPU", "GRU4RecKG": "entity embeddings", "KSR": "entity embeddings", "S3Rec": "pre-training",
+    "LDiffRec": "a trained embedding file", "RaCT": "pre-training", "DGCF": "batches larger than this data",
+    "FDSA": "item features", "SASRecF": "item features", "GRU4RecF": "item features", "NeuMF": "", "ConvNCF": "",
+}  # fmt: skip
+
+
+def rows_of(folder: Path, name: str) -> tuple[list[str], list[list[str]]]:
+    lines = (folder / name / f"{name}.inter").read_text(encoding="utf-8").splitlines()
+    return lines[0].split("\t"), [line.split("\t") for line in lines[1:]]
+
+
+def settings_of(folder: Path, saved: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data_path": str(folder), "output_dir": str(saved), "show_progress": False, "tensorboard": False,
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "gpu_id": "", "epochs": 1, "eval_step": 0,
+        "item_text": "{movie_title} {class}", "stopping_step": 99,
+    } | more  # fmt: skip
+
+
+def write_by_phase(source: Path, target: Path, swap: int | None, seed: int = 0) -> None:
+    """The data set again, train rows first (so that ids do not depend on the rest), one phase's items exchanged.
+
+    Args:
+        source: has ``small``.
+        target: gets ``small``.
+        swap: the phase whose items are replaced by other train items that their users do not have; ``None``: none.
+        seed: of the choice.
+    """
+    config = Config("BPR", "small", config_dict=settings_of(source, target / "saved"))
+    dataset = create_dataset(config)
+    split = dataset.make_split(config.split_protocol())
+    tokens = (dataset.field2id_token["user_id"], dataset.field2id_token["item_id"])
+    items = split.items.copy()
+    train_items = np.unique(items[split.phases == TRAIN])
+    rng = np.random.default_rng(seed)
+    if swap is not None:
+        for row in np.flatnonzero(split.phases == swap):
+            taken = set(items[split.users == split.users[row]].tolist())
+            items[row] = rng.choice([item for item in train_items if item not in taken])
+    # Every item must stand in train, or exchanging the others would change who is a candidate.
+    keep = np.isin(split.items, train_items)
+    times = dataset.exact_times[split.rows]
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for phase in range(len(PHASES)):
+        for row in np.flatnonzero((split.phases == phase) & keep):
+            lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{times[row]:.0f}")
+    (target / "small").mkdir(parents=True)
+    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def three_worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same train rows; the test items exchanged in the second, the valid items in the third."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("plain", "test_swapped", "valid_swapped")]
+    for folder, swap in zip(folders, (None, TEST, VALID), strict=True):
+        write_by_phase(small_data, folder, swap)
+    return folders
+
+
+def fitted_state(model: str, folder: Path, saved: Path) -> dict[str, Any]:
+    config = Config(model, "small", config_dict=settings_of(folder, saved, **SMALL.get(model, {})))
+    trained = fit(config, store_of(config))
+    state = dict(trained.model.state_dict())
+    for part, inner in trained.parts.items():
+        state |= {f"{part}.{name}": value for name, value in inner.model.state_dict().items()}
+    if hasattr(trained.model, "backbone"):
+        state |= {f"llm.{name}": value for name, value in trained.model.backbone.decoder.state_dict().items()}
+    state |= {f"other.{name}": value for name, value in trained.model.other_parameter().items()}
+    return {**state, "fingerprint": trained.train_data._dataset.split.fingerprint}
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.pop("fingerprint") != second.pop("fingerprint"), "the exchange changed nothing; the test would pass blindly"
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name]), name
+        elif hasattr(value, "toarray"):
+            assert (value != second[name]).nnz == 0, name
+        else:
+            assert np.array_equal(np.asarray(value), np.asarray(second[name])), name
+
+
+def check(model: str, worlds: list[Path], tmp_path: Path) -> None:
+    plain, test_swapped, valid_swapped = (
+        fitted_state(model, world, tmp_path / str(number)) for number, world in enumerate(worlds)
+    )
+    assert_same(dict(plain), test_swapped)
+    assert_same(dict(plain), valid_swapped)
+
+
+@pytest.mark.parametrize("model", QUICK)
+def test_exchanged_test_and_valid_items_move_no_fitted_state(
+    model: str, three_worlds: list[Path], tmp_path: Path
+) -> None:
+    check(model, three_worlds, tmp_path)
+
+
+def the_rest() -> list[str]:
+    entries = registry.entries().values()
+    return sorted(
+        entry.name for entry in entries
+        if entry.kind in ("general", "sequential") and entry.name not in QUICK and entry.name not in OUT_OF_REACH
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", the_rest())
+def test_the_rest_of_the_registry(model: str, three_worlds: list[Path], tmp_path: Path) -> None:
+    check(model, three_worlds, tmp_path)
+
+
+def test_the_check_sees_a_leak(three_worlds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that knows every phase, as RecBole builds it, must be caught."""
+    from recbole.sampler import Sampler
+
+    from recbole_llm.data import loaders
+
+    def leaky(config: Any, train: Any) -> Any:
+        return Sampler(["all"], [train.cut(train.split.with_valid_in_train())[0]]).set_phase("all")
+
+    monkeypatch.setattr(loaders, "train_sampler", leaky)
+    states = [fitted_state("BPR", world, tmp_path / str(number)) for number, world in enumerate((three_worlds[0], three_worlds[2]))]
+    with pytest.raises(AssertionError):
+        assert_same(*states)

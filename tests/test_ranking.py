@@ -1,0 +1,80 @@
+"""The evaluator: what it excludes, what it counts, what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_llm.config import Config
+from recbole_llm.data import create_dataset, data_preparation
+from recbole_llm.errors import UserError
+from recbole_llm.evaluation.ranking import measure
+
+
+class Fixed(torch.nn.Module):
+    """Scores every user alike."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        return self.scores.repeat(len(interaction["user_id"]), 1)
+
+
+@pytest.fixture
+def loaders(settings_of: Callable[..., dict[str, Any]]) -> tuple[Any, Any, Any, Any]:
+    metrics = ["NDCG", "Recall", "Hit", "Precision", "MRR", "MAP", "GAUC", "ItemCoverage", "AveragePopularity", "GiniIndex", "TailPercentage", "ShannonEntropy"]
+    config = Config("BPR", "small", config_dict=settings_of(topk=[1, 7], metrics=metrics, valid_metric="NDCG@7", eval_max_cells=9000))
+    return (config, *data_preparation(config, create_dataset(config)))
+
+
+def test_rankings_against_a_plain_loop(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    split = train._dataset.split
+    scores = torch.from_numpy(np.random.default_rng(0).random(split.n_items)).float()
+    found = measure(Fixed(scores), test, config, train)
+    assert len(found.users) == 60 and found.items.shape == (60, 7)
+    known, wanted = split.histories(0, 1), split.histories(2)
+    for place, user in enumerate(found.users.tolist()):
+        allowed = [item for item in torch.argsort(scores, descending=True).tolist() if item and split.candidates[item] and item not in set(known.of(user).tolist())]
+        assert found.items[place].tolist() == allowed[:7]
+        rank = allowed.index(int(wanted.of(user)[0]))
+        assert found.per_user["ndcg@7"][place] == pytest.approx(1 / np.log2(rank + 2) if rank < 7 else 0)
+        assert found.per_user["hit@1"][place] == (rank == 0)
+    assert 0 < found.metrics["gauc"] < 1
+    assert found.metrics["itemcoverage@7"] == pytest.approx(len(np.unique(found.items)) / split.n_items)
+
+
+def test_gauc_is_the_share_of_pairs_in_order(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    split = train._dataset.split
+    scores = torch.from_numpy(np.random.default_rng(1).integers(0, 9, split.n_items)).float()
+    found = measure(Fixed(scores), test, config, train)
+    known, wanted = split.histories(0, 1), split.histories(2)
+    shares = []
+    for user in found.users.tolist():
+        target = int(wanted.of(user)[0])
+        others = [item for item in range(1, split.n_items) if split.candidates[item] and item != target and item not in set(known.of(user).tolist())]
+        own = scores[target].item()
+        shares.append(np.mean([(own > scores[item].item()) + 0.5 * (own == scores[item].item()) for item in others]))
+    assert found.metrics["gauc"] == pytest.approx(float(np.mean(shares)), abs=1e-9)
+
+
+def test_nan_scores_are_refused(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    scores = torch.zeros(train._dataset.item_num)
+    scores[5] = torch.nan
+    with pytest.raises(UserError, match="NaN scores"):
+        measure(Fixed(scores), test, config, train)
+
+
+def test_more_items_than_there_are_is_refused(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    config["topk"] = [5000]
+    with pytest.raises(UserError, match="5000 items"):
+        measure(Fixed(torch.zeros(train._dataset.item_num)), test, config, train)
