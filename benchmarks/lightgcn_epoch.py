@@ -1,7 +1,7 @@
 """One training epoch of LightGCN: ours against stock RecBole, on ml-100k and at the size of ml-1m.
 
 Reference: RecBole's model, loader and sampler under the step loop of its trainer. Ours: CSR graph with its symmetric
-gradient, the loader and sampler without Python lists, Adam in one fused kernel. Both draw their own negatives while
+gradient, the loader and sampler without Python lists. Both draw their own negatives while
 timed; that both have the same losses is checked first, on equal batches. ``ratio`` is that at ml-1m's size.
 """
 
@@ -68,7 +68,7 @@ def compare(dataset: str, pairs: int, batches: int | None, **settings: Any) -> d
     built = time.perf_counter()
     fast = seeded(lambda: LightGCN(config, data))
     init = (time.perf_counter() - built, built - start)
-    optimizers = (torch.optim.Adam(fast.parameters(), fused=True), torch.optim.Adam(stock.parameters()))
+    optimizers = (torch.optim.Adam(fast.parameters()), torch.optim.Adam(stock.parameters()))
 
     equal_batches = list(itertools.islice(train, 8))
     losses = np.array([train_batches(*side, equal_batches) for side in zip((fast, stock), optimizers, strict=True)])

@@ -57,7 +57,7 @@ NEUTRAL_KEYS = frozenset({
     "dataset_save_path", "save_dataloaders", "dataloaders_save_path", "log_wandb", "wandb_project", "tensorboard",
     "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
-    "refit_on_valid", "item_text_citation",
+    "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
 })  # fmt: skip
 
 
@@ -156,13 +156,7 @@ class Config(RecBoleConfig):
             if key in self.internal_config_dict
         }  # fmt: skip
         own = properties_dir()
-        base = registry.yaml_base(model)
-        files = [
-            own / "overall.yaml",
-            own / "dataset" / f"{dataset}.yaml",
-            *([_RECBOLE / "model" / f"{base}.yaml", own / "model" / f"{base}.yaml"] if base != model else []),
-            own / "model" / f"{model}.yaml",
-        ]
+        files = [own / "overall.yaml", own / "dataset" / f"{dataset}.yaml", *_model_files(model, model_class)]
         for file in files:
             if file.is_file():
                 self._specs.update(read_specs(file))
@@ -388,13 +382,29 @@ def base_specs() -> dict[str, Spec]:
     return specs
 
 
-def _model_specs(model: str) -> dict[str, Spec]:
+def _model_files(model: str, model_class: type | None = None) -> list[Path]:
+    """The settings files of a model, those of what it builds on first.
+
+    Args:
+        model: a registered name, or the name of a class of the user's own.
+        model_class: where no file has its name, the nearest class it inherits from that has one stands in.
+    """
+    names = list(dict.fromkeys((registry.yaml_base(model), model)))
+    files = _named_files(names)
+    for parent in model_class.__mro__ if model_class is not None else ():
+        files = files or _named_files([parent.__name__])
+    return files
+
+
+def _named_files(names: list[str]) -> list[Path]:
+    paths = [folder / "model" / f"{name}.yaml" for name in names for folder in (_RECBOLE, properties_dir())]
+    return [path for path in paths if path.is_file()]
+
+
+def _model_specs(model: str, model_class: type | None = None) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
-    for name in dict.fromkeys((registry.yaml_base(model), model)):
-        for folder in (_RECBOLE, properties_dir()):
-            file = folder / "model" / f"{name}.yaml"
-            if file.is_file():
-                specs.update(read_specs(file))
+    for file in _model_files(model, model_class):
+        specs.update(read_specs(file))
     return specs
 
 
@@ -403,13 +413,11 @@ def known_keys(model: str, model_class: type) -> set[str]:
 
     RecBole's YAML files name most; the rest are the ``config["..."]`` that the model's own classes read.
     """
-    keys = set(base_specs()) | _UNLISTED | set(_model_specs(model))
+    keys = set(base_specs()) | _UNLISTED
     for listed in (general_arguments, training_arguments, evaluation_arguments, dataset_arguments):
         keys |= set(listed)
-    for folder in (_RECBOLE, properties_dir()):
-        for name in dict.fromkeys((registry.yaml_base(model), model)):
-            file = folder / "model" / f"{name}.yaml"
-            keys |= set(read_yaml(file)) if file.is_file() else set()
+    for file in _model_files(model, model_class):
+        keys |= set(read_yaml(file))
     for cls in model_class.__mro__:
         if cls.__module__.startswith(("recbole.", "recbole_llm.")):
             keys |= set(re.findall(r"""config\[\s*["'](\w+)["']\s*\]""", inspect.getsource(cls)))

@@ -336,25 +336,26 @@ def test_the_loss_is_equation_3() -> None:
         for slot in range(SLOTS):
             if (target := int(batch.targets[row, slot])) != -100:
                 real = logits[row, slot, 1:]  # the padding item has no share
-                total += float(torch.logsumexp(real, 0) - real[target - 1])
+                total += float((torch.logsumexp(real, 0) - real[target - 1]).detach())
                 count += 1
     assert count < 2 * SLOTS  # user 5 has one train item only
     assert made.stage_loss("user_item_alignment", batch).item() == pytest.approx(total / count, abs=1e-5)
 
 
 def test_stages_2_and_3_learn() -> None:
-    made = model(gllm="free", learning_rate=0.02)
+    made = model(gllm="free")
     for stage in made.stages:
-        optimizer = torch.optim.Adam(made.begin_stage(stage), lr=0.02)
+        optimizer = torch.optim.Adam(made.begin_stage(stage), lr=0.01)
         losses = []
-        for epoch in range(12):
+        for epoch in range(80):
             for batch in made.stage_batches(stage, generator(epoch)):
                 loss = made.stage_loss(stage, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-        assert np.mean(losses[-3:]) < 0.9 * losses[0]
+        print(stage, losses[0], losses[-5:])
+        assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
 # --- ablations and settings ------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,19 +15,14 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from recbole_llm.data import keywords
 from recbole_llm.data.keywords import prediction_keywords, profile_keywords
+from recbole_llm.data.split import Histories
 
 TEXTS = ["", "Space opera, space ships", "Ships of the desert 42", "A desert opera", "a of the", "robots robots x_y"]
 
 
-@dataclass(frozen=True)
-class Rows:
-    offsets: np.ndarray
-    items: np.ndarray
-
-
-def histories(*users: list[int]) -> Rows:
+def histories(*users: list[int]) -> Histories:
     offsets = np.cumsum([0, *(len(items) for items in users)])
-    return Rows(offsets.astype(np.int64), np.array([item for items in users for item in items], dtype=np.int64))
+    return Histories(offsets.astype(np.int64), np.array([item for items in users for item in items], dtype=np.int64))
 
 
 def words_of(text: str) -> list[str]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from recbole_llm.progress import progress
+
 if TYPE_CHECKING:
     from recbole_llm.data.split import Histories
 
@@ -37,7 +39,7 @@ def profile_keywords(texts: Sequence[str], histories: Histories, count: int) -> 
     train = _train_matrix(histories, len(texts))
     rows = _chunk_rows(len(words), train.shape[0])
     found: list[str] = []
-    for start in range(0, train.shape[0], rows):
+    for start in progress(range(0, train.shape[0], rows), "keywords of users' items"):
         found += _top_words(train[start : start + rows] @ weights, words, count)
     return found
 
@@ -74,7 +76,7 @@ def prediction_keywords(
     weights, words = _item_words(texts, histories)
     rows = _chunk_rows(max(len(words), len(items)), len(users))
     found: list[str] = []
-    for start in range(0, len(users), rows):
+    for start in progress(range(0, len(users), rows), "keywords of items nearest to users"):
         scores = users[start : start + rows] @ items.T
         scores[:, 0] = -np.inf
         scores[train[start : start + rows].nonzero()] = -np.inf

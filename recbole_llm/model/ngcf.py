@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from recbole.model.general_recommender.ngcf import NGCF as RecBoleNGCF
+from recbole.model.general_recommender import ngcf as recbole_ngcf
 
 from recbole_llm.model.graph import SymmetricProduct, csr_tensor, normalised_adjacency
 
 
-class NGCF(RecBoleNGCF):
+class NGCF(recbole_ngcf.NGCF):
     """RecBole's NGCF (Wang et al., SIGIR 2019): same parameters, initial values, losses and scores, less time."""
 
     def get_norm_adj_mat(self) -> torch.Tensor:

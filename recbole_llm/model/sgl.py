@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from recbole.model.general_recommender.sgl import SGL as RecBoleSGL
+from recbole.model.general_recommender import sgl as recbole_sgl
 
 from recbole_llm.model.graph import MeanOfPowers, SymmetricProduct, csr_tensor
 
 
-class SGL(RecBoleSGL):
+class SGL(recbole_sgl.SGL):
     """RecBole's SGL (Wu et al., SIGIR 2021): same parameters, initial values, views, losses and scores, less time."""
 
     def csr2tensor(self, matrix: Any) -> torch.Tensor:

@@ -19,7 +19,6 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from torch import nn
 
-from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.data import prompts
@@ -67,11 +66,17 @@ class StagedTrainer(TrainerMixin, Trainer):
             Fingerprints of what the last stage builds on.
         """
         config, dataset = self.config, train_data._dataset
-        user_embeddings, item_embeddings = self._graph(fit_part)
+        # What the user may have got wrong comes first: a graph model is minutes of training.
         self.item_text = read_item_text(config, dataset)
-        backbone_stage, backbone = make_backbone(config, dataset, self.item_text, store, self._show())
-        if backbone_stage is not None:
-            self.stages.append(backbone_stage.as_dict("backbone"))
+        named = None if config["llm"] == "embedded" else load_backbone(config["llm"], **_backbone_options(config))
+        settings = EmbeddedSettings.from_config(config)
+        user_embeddings, item_embeddings = self._graph(fit_part)
+        if named is None:
+            stage = embedded_stage(config, dataset, self.item_text, settings, store)
+            self.stages.append(stage.as_dict("backbone"))
+            backbone, backbone_mark = load_backbone(stage.folder / "model", **_backbone_options(config)), stage.fingerprint
+        else:
+            backbone, backbone_mark = named, fingerprint_of([named.fingerprint, _backbone_options(config)])
         profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
@@ -83,7 +88,7 @@ class StagedTrainer(TrainerMixin, Trainer):
             predictions=predictions,
         )
         upstream = [self.part_fits[part].fingerprint for part in self.model.parts]
-        upstream.append(backbone_stage.fingerprint if backbone_stage else fingerprint_of(str(config["llm"])))
+        upstream.append(backbone_mark)
         upstream.append(fingerprint_of([self.item_text.texts, profiles, predictions]))
         for stage in self.model.stages[:-1]:
             made = self._alignment(stage, store, upstream)
@@ -236,42 +241,36 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
         file,
         id_field=config["ITEM_ID_FIELD"],
         template=template,
-        fallback=config["item_text_fallback"] or "Item {item_id}",
+        fallback=config["item_text_fallback"],
         id_tokens=dataset.field2id_token[dataset.iid_field].tolist(),
         max_words=config["item_text_max_words"],
+        separator=config["field_separator"],
+        encoding=config["encoding"] or "utf-8",
     )
     if text.missing:
         logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
     return text
 
 
-def make_backbone(
-    config: Any, dataset: Any, item_text: ItemText, store: StageStore, show: bool
-) -> tuple[Stage | None, Backbone]:
-    """The frozen language model: the embedded one as a cached stage, or one from a folder or the hub.
-
-    Returns:
-        The stage (``None`` for a model that is not ours to make) and the backbone.
-    """
-    options = {
+def _backbone_options(config: Any) -> dict[str, Any]:
+    return {
         "dtype": config["llm_dtype"],
         "attention": config["llm_attention"],
         "quantization": config["llm_quantization"],
         "trust_remote_code": config["trust_remote_code"],
         "device": str(config["device"]),
     }
-    if config["llm"] != "embedded":
-        return None, load_backbone(config["llm"], **options)
-    settings = EmbeddedSettings.from_config(config)
+
+
+def embedded_stage(config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore) -> Stage:
+    """Train (or find) the embedded language model on the texts of items that stand in train, and the prompt templates."""
     seen = np.unique(dataset.train_histories.items)
-    texts = [item_text.texts[item] for item in seen.tolist()]
-    corpus = build_corpus(texts, prompts.TEMPLATES, config["seed"])
+    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
-    stage = store.run(
+    return store.run(
         "backbone", BACKBONE_VERSION, inputs,
         lambda folder: train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model"),
     )  # fmt: skip
-    return stage, load_backbone(stage.folder / "model", **options)
 
 
 def user_texts(

@@ -1,0 +1,79 @@
+"""The benchmarks' own machinery, and that each runs, compares like with like and ends in one JSON line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_harness", FOLDER / "_harness.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestHarness:
+    def test_sides_take_turns_and_places_belong_together(
+        self, harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[str] = []
+        now = [0.0]
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+        def side(name: str, seconds: float) -> Any:
+            def run() -> None:
+                calls.append(name)
+                now[0] += seconds
+
+            return run
+
+        ours, reference = harness.measure_pairs(side("ours", 1.0), side("reference", 3.0), pairs=3, warmup=2)
+        assert calls[:4] == ["reference", "ours"] * 2
+        assert calls[4:] == ["reference", "ours", "ours", "reference", "reference", "ours"]
+        assert ours == pytest.approx([1.0] * 3) and reference == pytest.approx([3.0] * 3)
+
+    def test_the_collector_is_off_while_timed_and_on_again(self, harness: ModuleType) -> None:
+        seen = []
+        harness.once(lambda: seen.append(harness.gc.isenabled()))
+        assert seen == [False] and harness.gc.isenabled()
+        with pytest.raises(ZeroDivisionError):
+            harness.once(lambda: 1 / 0)
+        assert harness.gc.isenabled()
+
+    def test_report_ends_in_one_json_line(self, harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+        harness.report("x", [1.0, 2.0, 4.0], [10.0, 8.0, 8.0], equal=True, max_error=1e-7, detail={"rows": 3})
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert list(result) == ["name", "ratio", "ratios", "equal", "max_error", "detail"]
+        assert result["ratios"] == [10.0, 4.0, 2.0] and result["ratio"] == 4.0
+        assert result["equal"] is True and result["detail"]["rows"] == 3
+        assert result["detail"]["machine"]["cores"] >= 1 and len(result["detail"]["machine"]["load_average"]) == 3
+
+    def test_quick_is_an_option(self, harness: ModuleType) -> None:
+        assert harness.parser("x").parse_args([]).quick is False
+        assert harness.parser("x").parse_args(["--quick"]).quick is True
+
+
+@pytest.mark.parametrize("name", ["sasrec_step", pytest.param("lightgcn_epoch", marks=pytest.mark.slow)])
+def test_quick_run(name: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--quick", "--threads", "1"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["name"] == name and result["equal"] is True
+    # Far below what is claimed: this run shares its machine with other tests.
+    assert result["ratio"] > 1.5

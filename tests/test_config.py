@@ -1,0 +1,112 @@
+"""Settings: precedence, types from comments, parts, and what every shipped file must say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from recbole_llm.config import Config
+from recbole_llm.errors import UserError
+from recbole_llm.schema import Spec, parse_value, read_specs, read_yaml
+
+SHIPPED = sorted((ROOT / "properties").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_shipped_key_is_commented_and_fits_its_own_type(file: Path) -> None:
+    specs = read_specs(file)
+    for key, value in read_yaml(file).items():
+        assert key in specs, f"{key} has no comment with a type"
+        assert specs[key].help, f"{key} is not explained"
+        assert specs[key].allows(value), f"{key}: {value!r} is no {specs[key].text}"
+
+
+def test_precedence_is_shipped_then_files_then_dict_then_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 11\nseed: 12\nsplit_seed: 13\n", encoding="utf-8")
+    config = Config("BPR", "ml-100k", [file], {"seed": 22, "split_seed": 23}, ["--split_seed=33"])
+    assert (config["epochs"], config["seed"], config["split_seed"], config["train_batch_size"]) == (11, 22, 33, 2048)
+    named = Config("BPR", "ml-100k", command_line=[f"--config_files={file}", "--seed=5"])
+    assert (named["epochs"], named["seed"]) == (11, 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "good", "bad"),
+    [
+        ("int >= 1", [1, 7], [0, 1.5, True, "1", None]),
+        ("float > 0", [0.1, 3], [0, -1.0, "x"]),
+        ("float 0..1", [0, 0.5, 1], [-0.1, 1.1]),
+        ("str: a | b c | d", ["a", "b c", "d"], ["b", "e", 1]),
+        ("int >= 1 or None", [1, None], [0, "none"]),
+        ("bool or str: recbole", [True, False, "recbole"], ["yes", 1]),
+        ("list or str", [[1], "x"], [1, {}]),
+        ("dict or None", [{}, None], [[]]),
+    ],
+)
+def test_types_allow_what_they_say(spec: str, good: list[object], bad: list[object]) -> None:
+    assert all(Spec(spec).allows(value) for value in good)
+    assert not any(Spec(spec).allows(value) for value in bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "value"),
+    [
+        ("1e-3", "float > 0", 0.001), ("[1, 2]", "list", [1, 2]), ("{a: 1}", "dict", {"a": 1}), ("true", "bool", True),
+        ("None", "dict or None", None), ("~", "int or None", None), ("'quoted'", "str", "'quoted'"), ("007", "str", "007"),
+        ("sys.argv", "str", "sys.argv"), ("{'RS': [0.8, 0.1, 0.1]}", "dict", {"RS": [0.8, 0.1, 0.1]}),
+    ],
+)  # fmt: skip
+def test_values_of_the_command_line(text: str, spec: str, value: object) -> None:
+    assert parse_value(text, Spec(spec)) == value
+
+
+def test_a_broken_settings_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("epochs: 3\nseed: [1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"bad.yaml, line \d"):
+        Config("BPR", "ml-100k", [file])
+    file.write_text("!!python/object/apply:os.system ['true']\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not YAML"):
+        Config("BPR", "ml-100k", [file])
+
+
+def test_a_part_has_its_own_defaults_and_its_prefixed_keys() -> None:
+    config = Config("GLTA", "ml-100k", config_dict={"epochs": 3, "graph_model.epochs": 7, "seed": 4, "topk": [10]})
+    part, alone = config.part("graph_model"), Config("LightGCN", "ml-100k", config_dict={"epochs": 7, "seed": 4, "topk": [10]})
+    assert part["model"] == "LightGCN" and part["epochs"] == 7 and config["epochs"] == 3
+    assert part.stage_keys() == alone.stage_keys()
+
+
+@pytest.mark.parametrize("model", ["LightGCN", "SASRec", "GLTA"])
+def test_the_parts_and_models_share_one_protocol(model: str) -> None:
+    base = Config("BPR", "ml-100k").split_protocol()
+    assert Config(model, "ml-100k").split_protocol() == base
+
+
+def test_settings_that_change_no_number_are_in_no_fingerprint() -> None:
+    one = Config("BPR", "ml-100k", config_dict={"output_dir": "a/", "topk": [10], "show_progress": False})
+    two = Config("BPR", "ml-100k", config_dict={"output_dir": "b/", "topk": [10, 20], "show_progress": True})
+    assert one.stage_keys() == two.stage_keys()
+    assert one.stage_keys() != Config("BPR", "ml-100k", config_dict={"learning_rate": 0.1}).stage_keys()
+
+
+def test_recboles_shared_key_list_does_not_grow() -> None:
+    from recbole.utils.argument_list import dataset_arguments
+
+    Config("BPR", "tiny")
+    before = len(dataset_arguments)
+    Config("BPR", "tiny")
+    assert len(dataset_arguments) == before
+
+
+def test_a_split_at_one_time_is_refused_where_times_are_positions() -> None:
+    with pytest.raises(UserError, match="positions"):
+        Config("BPR", "ml-1m", config_dict={"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}})
+
+
+def test_our_files_are_plain_yaml_too() -> None:
+    for file in SHIPPED:
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,0 +1,148 @@
+"""What every registered recommender owes, and what RecBole's own calls owe to our models."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_leakage import SMALL
+
+import recbole_llm
+from recbole_llm import registry
+from recbole_llm.config import Config
+from recbole_llm.training import trainer as trainer_module
+from recbole_llm.training.runs import run
+
+MODELS = ("BPR", "LightGCN", "SASRec", "BERT4Rec", "SASRecAllPositions", "EASE", "GLTA")
+SHOWN = {
+    "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
+    "throughput", "device", "versions", "config",
+}  # fmt: skip
+
+
+def quick(settings_of: Callable[..., dict[str, Any]], model: str, **more: Any) -> dict[str, Any]:
+    return settings_of(item_text="{movie_title} {class}", **SMALL.get(model, {})) | more
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_reports_repeats_and_recommends_what_is_allowed(model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    settings = quick(settings_of, model, result_file=str(tmp_path / "copy.json"))
+    first = run(model, "small", config_dict=settings)
+    written = json.loads(Path(first["result_file"]).read_text(encoding="utf-8"))
+    assert set(written) >= SHOWN and written == json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
+    assert written["evaluation"]["test_users"] == 60 and written["evaluation"]["ranking"] == "full"
+    assert all(0 <= value <= 1 for value in written["test"].values())
+    assert set(written["stages"][0]) == {"name", "fingerprint", "seconds", "cached", "peak_memory_mb"}
+    assert Path(first["log_file"]).read_text(encoding="utf-8")
+
+    again = run(model, "small", config_dict=settings)
+    assert all(stage["cached"] for stage in again["stages"]), "nothing changed, so nothing may be trained"
+    assert again["test"] == first["test"]
+
+    # The same seed from nothing gives the same numbers; another seed another model.
+    anew = run(model, "small", config_dict=settings | {"cache": "refresh"})
+    assert not any(stage["cached"] for stage in anew["stages"]) and anew["test"] == first["test"]
+    if model != "EASE":
+        other = run(model, "small", config_dict=settings | {"seed": 1})
+        assert other["stages"][-1]["fingerprint"] != first["stages"][-1]["fingerprint"]
+        assert other["split"]["fingerprint"] == first["split"]["fingerprint"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recboles_own_way_works(model: str, settings_of: Callable[..., dict[str, Any]]) -> None:
+    config = recbole_llm.Config(model, "small", config_dict=quick(settings_of, model))
+    dataset = recbole_llm.create_dataset(config)
+    train, valid, test = recbole_llm.data_preparation(config, dataset)
+    made = recbole_llm.get_model(config["model"])(config, train.dataset).to(config["device"])
+    trainer = recbole_llm.get_trainer(config["MODEL_TYPE"], config["model"])(config, made)
+    best, result = trainer.fit(train, valid, saved=True, show_progress=False)
+    found = trainer.evaluate(test, load_best_model=True, show_progress=False)
+    assert best == pytest.approx(result["ndcg@10"]) and 0 <= found["ndcg@10"] <= 1
+    known = train._dataset.split.histories(0, 1)
+    for user, items in zip(trainer.measured.users.tolist(), trainer.measured.items.tolist(), strict=True):
+        assert len(set(items)) == len(items) == 20
+        assert not set(items) & {0, *known.of(user).tolist()}
+
+
+def test_the_graph_model_behind_glta_is_the_leaderboards_own_row(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = quick(settings_of, "GLTA")
+    del settings["graph_model.eval_step"]
+    inside = run("GLTA", "small", config_dict=settings)
+    plain = {key: value for key, value in settings.items() if key in settings_of()}
+    alone = run("LightGCN", "small", config_dict=plain | {"epochs": 1})
+    assert alone["stages"][0]["cached"]
+    assert inside["parts"]["graph_model"]["test"] == alone["test"]
+    assert inside["stages"][0]["fingerprint"] == alone["stages"][0]["fingerprint"]
+
+
+def test_refit_on_valid_trains_on_both_for_the_best_epochs(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = settings_of(epochs=4)
+    plain = run("BPR", "small", config_dict=settings)
+    refit = run("BPR", "small", config_dict=settings | {"refit_on_valid": True})
+    assert refit["best_epoch"] == plain["best_epoch"] and refit["split"]["fingerprint"] == plain["split"]["fingerprint"]
+    assert refit["evaluation"]["refit_on_valid"] and refit["valid"] == plain["valid"]
+    assert refit["stages"][0]["fingerprint"] != plain["stages"][0]["fingerprint"]
+
+
+def test_train_positions_all_is_its_own_named_variant(settings_of: Callable[..., dict[str, Any]]) -> None:
+    config = Config("SASRec", "small", config_dict=settings_of(train_positions="all"))
+    assert config["model"] == "SASRecAllPositions" and config["train_batch_size"] == 128
+
+
+def test_every_listed_model_can_be_found() -> None:
+    optional = {"lightgbm", "xgboost", "dgl", "torch_scatter", "kmeans_pytorch", "faiss"}
+    for name in registry.entries():
+        try:
+            assert registry.get_model(name).__name__ == name
+        except recbole_llm.UserError as error:
+            assert any(package in str(error) for package in optional), error
+
+
+def test_another_packages_model_runs_by_class(settings_of: Callable[..., dict[str, Any]]) -> None:
+    from recbole.model.general_recommender.bpr import BPR
+
+    class Outside(BPR):
+        """A user's own model."""
+
+    result = run(Outside, "small", config_dict=settings_of())
+    assert result["model"] == "Outside" and result["test"]["ndcg@10"] > 0
+
+
+def _train(settings: dict[str, Any], model: str) -> None:
+    trainer_module.RESUME_SECONDS = 0.0
+    torch.set_num_threads(1)
+    run(model, "small", config_dict=settings)
+
+
+@pytest.mark.parametrize("model", ["LightGCN", "SASRec"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
+    model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "RESUME_SECONDS", 0.0)
+    settings = quick(settings_of, model, epochs=12, stopping_step=99, train_batch_size=128)
+    whole = run(model, "small", config_dict=settings | {"output_dir": str(tmp_path / "whole")})
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_train, args=(settings, model))
+    process.start()
+    deadline = time.monotonic() + 120
+    # Killed once it has saved its first state, at no moment of our choosing.
+    while not list(Path(settings["output_dir"]).rglob("resume.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    left = list(Path(settings["output_dir"]).rglob("resume.safetensors"))
+    assert left, "the run ended before it could be killed"
+    resumed = run(model, "small", config_dict=settings)
+    assert "going on where it was cut off" in Path(resumed["log_file"]).read_text(encoding="utf-8")
+    assert resumed["test"] == whole["test"] and resumed["best_epoch"] == whole["best_epoch"]
+    losses = [json.loads(next(Path(folder).rglob("train-*/stage.json")).read_text(encoding="utf-8"))["facts"]["losses"] for folder in (settings["output_dir"], tmp_path / "whole")]
+    np.testing.assert_array_equal(losses[0], losses[1])
