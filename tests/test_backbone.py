@@ -437,3 +437,13 @@ def test_embedded_settings() -> None:
         EmbeddedSettings(hidden_size=100, heads=8)
     with pytest.raises(UserError, match=r"llm_vocab_size is 200.*259"):
         EmbeddedSettings(vocab_size=200)
+
+
+def test_a_fingerprint_knows_one_changed_weight(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    train_embedded(["a film about rain"] * 4, EmbeddedSettings(1, 16, 2, 300, 16, train_steps=0), seed=0, folder=folder)
+    first, second = load_backbone(folder), load_backbone(folder)
+    assert first.fingerprint() == second.fingerprint()
+    with torch.no_grad():
+        next(second.decoder.parameters())[0] += 1
+    assert first.fingerprint() != second.fingerprint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -38,6 +39,7 @@ class PlainEncoder:
         for token in markers:
             token["special"] = True
         state.update(truncation=None, padding=None)
+        self.text = json.dumps(state, sort_keys=True)
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
         self._tokenizer.encode_special_tokens = True
         self.forbidden = frozenset(token["id"] for token in markers) | frozenset(tokenizer.all_special_ids)
@@ -124,6 +126,21 @@ class Backbone:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """:meth:`encode` of many texts, in parallel."""
         return self._encoder.encode(list(texts))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the model is: its configuration, its tokenizer, and a sample of every weight.
+
+        A folder may be overwritten and a hub id moved, so a name says too little; hashing every byte of 7 B weights would
+        take longer than loading them. Up to 1,024 values spread over each tensor tell two checkpoints apart.
+        """
+        digest = hashlib.sha256(str(self.decoder.config.to_json_string(use_diff=False)).encode())
+        digest.update(self._encoder.text.encode())
+        for name, weight in sorted(self.decoder.state_dict().items()):
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def is_causal(self) -> bool:

@@ -76,7 +76,7 @@ class StagedTrainer(TrainerMixin, Trainer):
             self.stages.append(stage.as_dict("backbone"))
             backbone, backbone_mark = load_backbone(stage.folder / "model", **_backbone_options(config)), stage.fingerprint
         else:
-            backbone, backbone_mark = named, fingerprint_of([named.fingerprint, _backbone_options(config)])
+            backbone, backbone_mark = named, fingerprint_of([named.fingerprint(), _backbone_options(config)])
         profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
