@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ def stock_config(model: str, dataset: str, **settings: Any) -> Any:
             """Done by compat.install()."""
 
     logging.disable(logging.WARNING)
-    before, os.sys.argv = os.sys.argv, os.sys.argv[:1]  # RecBole reads the command line of whoever imports it
+    before, sys.argv = sys.argv, sys.argv[:1]  # RecBole reads the command line of whoever imports it
     try:
         return StockConfig(model=model, dataset=dataset, config_dict={"use_gpu": False, **settings})
     finally:
-        os.sys.argv = before
+        sys.argv = before
 
 
 def stock_loaders(config: Any) -> tuple[Any, Any, Any]:

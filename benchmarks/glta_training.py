@@ -123,7 +123,8 @@ def build() -> tuple[Any, nn.Module, tuple[list[list[int]], list[list[int]]]]:
         **read_yaml(properties_dir() / "model" / "GLTA.yaml"), "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id",
         "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length", "NEG_PREFIX": "neg_", "device": "cpu",
         "seed": 0, "eval_args": {"order": "RO"}, "gllm": "free", "gllm_dropout": 0.0, "history_dropout": 0.0,
-        "train_item_projector": False, "targets": "random", "slot_input": "pad", "item_alignment": True, "user_alignment": True,
+        "train_item_projector": False, "targets": "random", "slot_input": "pad",
+        "item_alignment": True, "user_alignment": True,
     }  # fmt: skip
     glta = GLTA(config, dataset)
     backbone: Any = SimpleNamespace(

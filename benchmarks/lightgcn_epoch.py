@@ -1,8 +1,8 @@
 """One training epoch of LightGCN: ours against stock RecBole, on ml-100k and at the size of ml-1m.
 
 Reference: RecBole's model, loader and sampler under the step loop of its trainer. Ours: CSR graph with its symmetric
-gradient, the loader and sampler without Python lists. Both draw their own negatives while
-timed; that both have the same losses is checked first, on equal batches. ``ratio`` is that at ml-1m's size.
+gradient, the loader and sampler without Python lists. Both draw their own negatives while timed; that both have the
+same losses is checked first, on equal batches. ``ratio`` is that at ml-1m's size.
 """
 
 from __future__ import annotations

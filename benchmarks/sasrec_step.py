@@ -91,7 +91,8 @@ def main() -> None:
         ("then fused GELU, attention and dropout", "anomaly_off", "fused_layers"),
         ("then last layer at one position, rows by length", "fused_layers", "ours"),
     ):
-        parts[label] = round(median(_harness.ratios_of(*_harness.measure_pairs(sides[after], sides[before], pairs - 1))), 3)
+        times = _harness.measure_pairs(sides[after], sides[before], pairs - 1)
+        parts[label] = round(median(_harness.ratios_of(*times)), 3)
         print(f"{label}: {parts[label]:.2f}x")
     detail = {
         "wanted": 3, "rows": rows, "length": batch["item_id_list"].shape[1], "parts": parts,

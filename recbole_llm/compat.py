@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ def install() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.(GradScaler|autocast).*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*torch\.sparse\.SparseTensor.*", category=UserWarning)
     warnings.filterwarnings("ignore", message=r".*(Sparse CSR|sparse csr).*", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r".*Sparse invariant checks.*", category=UserWarning)
     warnings.filterwarnings("ignore", message=r".*non-writable.*", category=UserWarning)
 
 
@@ -70,6 +72,22 @@ def anomaly_mode_kept() -> Iterator[None]:
         yield
     finally:
         torch.autograd.set_detect_anomaly(before)
+
+
+@contextlib.contextmanager
+def recbole_says() -> Iterator[None]:
+    """Pass on what RecBole itself refuses while it loads data as the user's mistake that it is.
+
+    dataset.py raises ValueError for a field that does not exist, a bad interval and their like; one from anywhere but
+    RecBole's own code stays what it is.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "recbole" not in Path(last).parts or isinstance(error, UserError):
+            raise
+        raise UserError(f"RecBole refuses the data: {error}") from error
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import yaml
 from recbole_llm.errors import UserError, did_you_mean
 
 _LINE = re.compile(r"^(?P<key>[A-Za-z_][\w.]*)\s*:[^#]*?(?:\s|:)#\s*\((?P<spec>[^)]*)\)\s*(?P<text>.*)$")
+_TYPE = re.compile(r"(int|float)( (>=|>|<=|<) \S+| \S+\.\.\S+)?|str(: .+)?|bool|list|dict|None")
 _BASE = {
     "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "float": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
@@ -118,10 +119,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_specs(path: Path) -> dict[str, Spec]:
     """The types of a shipped file's top-level keys, by its comments."""
     specs = {}
+    values = read_yaml(path)
     for line in path.read_text(encoding="utf-8").splitlines():
         match = _LINE.match(line)
-        if match:
-            specs[match["key"]] = Spec(_normal(match["spec"]), match["text"].strip())
+        if match is None or match["key"] not in values:
+            continue
+        spec = Spec(_normal(match["spec"]), match["text"].strip())
+        default = values[match["key"]]
+        if default is None and not spec.allows(None):
+            spec = Spec(f"{spec.text} or None", spec.help)
+        # Some of RecBole's comments are wrong about their own line; such a key is not checked.
+        if spec.allows(default):
+            specs[match["key"]] = spec
     return specs
 
 
@@ -130,7 +139,8 @@ def _normal(spec: str) -> str:
     parts = []
     for part in spec.split(" or "):
         base = re.match(r"[A-Za-z]+", part.strip())
-        parts.append(part.strip() if base and base[0] in _BASE else "str")
+        kind = base[0] if base and base[0] in _BASE else "str"
+        parts.append(part.strip() if _TYPE.fullmatch(part.strip()) else kind)
     return " or ".join(parts)
 
 

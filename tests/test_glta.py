@@ -468,9 +468,7 @@ def test_scores_are_finite_where_allowed_and_excluded_elsewhere(inference: str) 
     assert not (scores == torch.inf).any() and not scores.isnan().any()
     again = made.full_sort_predict_excluding(interaction(users), rows, items, candidates)
     assert torch.equal(scores, again)
-    one_by_one = [
-        made.full_sort_predict_excluding(interaction([user]), *seen([user]), candidates) for user in users
-    ]
+    one_by_one = [made.full_sort_predict_excluding(interaction([user]), *seen([user]), candidates) for user in users]
     torch.testing.assert_close(torch.cat(one_by_one), scores, atol=1e-4, rtol=1e-4)
 
 

@@ -47,7 +47,8 @@ def create_dataset(config: Any) -> Any:
     Raises:
         UserError: no such data set, a broken file (line and column named), missing columns.
     """
-    return dataset_class(config)(config)
+    with compat.recbole_says():
+        return dataset_class(config)(config)
 
 
 def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
@@ -63,7 +64,9 @@ def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
     if config["policy"] == "recbole":
         from recbole.data.utils import data_preparation as stock
 
-        return stock(config, dataset)
+        with compat.recbole_says():
+            return stock(config, dataset)
     from recbole_llm.data.loaders import make_loaders
 
-    return make_loaders(config, dataset.build())
+    with compat.recbole_says():
+        return make_loaders(config, dataset.build())

@@ -16,6 +16,9 @@ from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.progress import progress
 
+# Pairs that a model which only scores pairs is given at once.
+PAIRS_AT_ONCE = 200_000
+
 
 @dataclass
 class Measured:
@@ -64,13 +67,13 @@ def measure(model: Any, loader: Any, config: Any, train_data: Any, show: bool = 
     found = _Found(largest, "rec.meanrank" in needs)
     for batch in progress(loader, what, total=len(loader), show=show):
         interaction, excluded, rows, items = batch
-        scores = _scores(model, interaction.to(config["device"]), excluded, candidates, n_items)
+        scores = _scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
     return found.measured(config, needs, train_data)
 
 
 def _scores(
-    model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, n_items: int
+    model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, dataset: Any
 ) -> torch.Tensor:
     """Scores [B, n_items] with -inf at the padding item, at items that are no candidates and at excluded ones."""
     device = interaction[next(iter(interaction))].device
@@ -79,8 +82,8 @@ def _scores(
         row, item = (empty, empty) if excluded is None else (part.to(device) for part in excluded)
         scores = model.full_sort_predict_excluding(interaction, row, item, candidates.to(device))
     else:
-        scores = _full_sort(model, interaction, n_items)
-    scores = scores.view(-1, n_items)
+        scores = _full_sort(model, interaction, dataset)
+    scores = scores.view(-1, dataset.item_num)
     if torch.isnan(scores).any():
         raise UserError(f"{type(model).__name__} gives NaN scores; its weights have diverged, try a lower learning_rate")
     scores[:, 0] = -torch.inf
@@ -91,17 +94,21 @@ def _scores(
     return scores
 
 
-def _full_sort(model: Any, interaction: Any, n_items: int) -> torch.Tensor:
+def _full_sort(model: Any, interaction: Any, dataset: Any) -> torch.Tensor:
+    """``full_sort_predict``, or every pair through ``predict`` for models that only score pairs (trainer.py:526)."""
     try:
         return model.full_sort_predict(interaction)
     except NotImplementedError:
-        # Models that score pairs only: every user against every item, as trainer.py:526 does.
-        rows = len(interaction)
-        item_field = model.ITEM_ID if hasattr(model, "ITEM_ID") else "item_id"
-        pairs = interaction.repeat_interleave(n_items)
-        device = pairs[next(iter(pairs))].device
-        pairs.update(type(interaction)({item_field: torch.arange(n_items, device=device).repeat(rows)}))
-        return model.predict(pairs)
+        pass
+    features = dataset.get_item_feature().to(interaction[next(iter(interaction))].device)
+    rows = max(1, PAIRS_AT_ONCE // len(features))
+    scores = []
+    for start in range(0, len(interaction), rows):
+        part = type(interaction)({name: interaction[name][start : start + rows] for name in interaction})
+        pairs = part.repeat_interleave(len(features))
+        pairs.update(features.repeat(len(part)))
+        scores.append(model.predict(pairs).view(len(part), len(features)))
+    return torch.cat(scores)
 
 
 class _Found:

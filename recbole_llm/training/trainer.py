@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.utils import get_trainer as recbole_trainer
+from torch import nn
 
 from recbole_llm import compat
 from recbole_llm.errors import UserError
@@ -111,7 +112,10 @@ class TrainerMixin:
             "model": self.config["model"],
             "epoch": epoch,
             "state_dict": dict(self.model.state_dict()),
-            "other_parameter": self.model.other_parameter(),
+            # SASRecF and its kin list a submodule there, whose weights are in the state already.
+            "other_parameter": {
+                name: value for name, value in self.model.other_parameter().items() if not isinstance(value, nn.Module)
+            },
         })  # fmt: skip
         if self.config["eval_step"] <= 0:
             self._keep(epoch)
