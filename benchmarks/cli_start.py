@@ -31,7 +31,9 @@ def main() -> None:
     def reference() -> None:
         subprocess.run([sys.executable, "-c", STOCK], check=True, capture_output=True)
 
-    said = subprocess.run([sys.executable, "-m", "recbole_llm", "--help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-m", "recbole_llm", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     mine, theirs = measure_pairs(ours, reference, pairs=3 if arguments.quick else 9)
     report("cli_start", mine, theirs, equal="usage: recbole-llm" in said.stdout, max_error=0.0)
 

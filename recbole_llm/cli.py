@@ -34,10 +34,16 @@ def _run(arguments: list[str]) -> int:
     result = run(command_line=arguments)
     parts = list(result["parts"].values())
     split, evaluation = result["split"], result["evaluation"]
-    print(f"\n{result['dataset']}: test, {evaluation['test_users']} rankings of the whole catalogue, policy {evaluation['policy']}")
+    print(
+        f"\n{result['dataset']}: test, {evaluation['test_users']} rankings of the whole catalogue, "
+        f"policy {evaluation['policy']}"
+    )
     print(table([*parts, result]))
     if split["fingerprint"]:
-        print(f"\nsplit       {split['fingerprint'][:16]} ({split['train']} train, {split['valid']} valid, {split['test']} test)")
+        print(
+            f"\nsplit       {split['fingerprint'][:16]} "
+            f"({split['train']} train, {split['valid']} valid, {split['test']} test)"
+        )
     print(f"result      {result['result_file']}\nlog         {result['log_file']}\ncheckpoint  {result['checkpoint']}")
     return 0
 
@@ -112,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0].startswith("--"):
             raise UserError(f"a verb comes first: recbole-llm run {' '.join(words)}")
         if words[0] not in VERBS:
-            raise UserError(f"unknown verb '{words[0]}'{did_you_mean(words[0], VERBS) or '; verbs: ' + ', '.join(VERBS)}")
+            raise UserError(
+                f"unknown verb '{words[0]}'{did_you_mean(words[0], VERBS) or '; verbs: ' + ', '.join(VERBS)}"
+            )
         return VERBS[words[0]](words[1:])
     except UserError as error:
         print(f"recbole-llm: {error}", file=sys.stderr)

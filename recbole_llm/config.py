@@ -40,7 +40,8 @@ _RECBOLE = Path(recbole.__file__).parent / "properties"
 _UNLISTED = {
     "model", "dataset", "config_files", "encoding", "use_gpu", "nproc", "ip", "port", "world_size", "offset",
     "local_rank", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "single_spec", "device", "valid_neg_sample_args",
-    "test_neg_sample_args", "kg_reverse_r", "pretrain_path", "numerical_features", "neg_sampling", "training_neg_sample_num",
+    "test_neg_sample_args", "kg_reverse_r", "pretrain_path", "numerical_features", "neg_sampling",
+    "training_neg_sample_num",
 }  # fmt: skip
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
@@ -151,8 +152,9 @@ class Config(RecBoleConfig):
         super()._load_internal_config_dict(model, model_class, dataset)
         # RecBole keeps the dataset keys of every Config in one shared list; ours must not grow it.
         self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
-        self._protocol_of_recbole = {
-            key: copy.deepcopy(self.internal_config_dict[key]) for key in ("eval_args", "repeatable", "train_neg_sample_args")
+        self._protocol_of_recbole: dict[str, Any] = {
+            key: copy.deepcopy(self.internal_config_dict[key])
+            for key in ("eval_args", "repeatable", "train_neg_sample_args")
             if key in self.internal_config_dict
         }  # fmt: skip
         own = properties_dir()
@@ -217,7 +219,9 @@ class Config(RecBoleConfig):
     def _check_part_key(self, key: str, prefix: str, rest: str, parts: tuple[str, ...], model: str) -> None:
         if prefix not in parts:
             owned = f"; its parts: {', '.join(parts)}" if parts else ""
-            raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}{did_you_mean(prefix, parts) if not owned else ''}")
+            raise UserError(
+                f"unknown setting '{key}': {model} has no part '{prefix}'{owned}"
+            )
         name = self._setting(prefix)
         part_class = registry.get_model(name)
         specs = dict(base_specs()) | _model_specs(name)
@@ -233,9 +237,19 @@ class Config(RecBoleConfig):
             from_cli = key in self.cmd_config_dict
             if from_cli or (spec is not None and not spec.allows(value)):
                 value = parse_value(value, spec)
-                if isinstance(value, int | float) and spec is not None and not spec.allows(value) and spec.allows(str(value)):
+                if (
+                    isinstance(value, int | float)
+                    and spec is not None
+                    and not spec.allows(value)
+                    and spec.allows(str(value))
+                ):
                     value = self.external_config_dict[key]
-        if spec is not None and isinstance(value, int) and not isinstance(value, bool) and spec.text.startswith("float"):
+        if (
+            spec is not None
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and spec.text.startswith("float")
+        ):
             value = float(value)
         _require(key, value, spec)
         self.external_config_dict[key] = value
@@ -274,8 +288,12 @@ class Config(RecBoleConfig):
         name, at, cut = str(final["valid_metric"]).partition("@")
         if name.lower() not in metric_types:
             raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
-        if name.lower() not in [metric.lower() for metric in final["metrics"]] or (at and cut not in map(str, final["topk"])):
-            raise UserError(f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}")
+        if name.lower() not in [metric.lower() for metric in final["metrics"]] or (
+            at and cut not in map(str, final["topk"])
+        ):
+            raise UserError(
+                f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
+            )
         final["valid_metric_bigger"] = name.lower() not in smaller_metrics
 
     def _check_eval_args(self) -> None:
@@ -292,20 +310,29 @@ class Config(RecBoleConfig):
         args = final["eval_args"] = defaults | given
         split = args["split"]
         if not isinstance(split, dict) or len(split) != 1 or next(iter(split)) not in ("LS", "RS", "TS"):
-            raise UserError(f"eval_args.split should be one of {{LS: valid_and_test}}, {{RS: [0.8, 0.1, 0.1]}}, {{TS: [0.8, 0.1, 0.1]}}, but is {split!r}")
+            raise UserError(
+                "eval_args.split should be one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]}, {TS: [0.8, 0.1, 0.1]}, "
+                f"but is {split!r}"
+            )
         _one_of("eval_args.order", args["order"], ("TO", "RO"))
         args["group_by"] = args["group_by"] or "none"
         _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
         modes = set(args["mode"].values()) if isinstance(args["mode"], dict) else {args["mode"]}
         if modes != {"full"}:
-            raise UserError(f"eval_args.mode should be full: everything is ranked on the whole catalogue (sampled candidates, {args['mode']!r}, work under policy: recbole)")
+            raise UserError(
+                "eval_args.mode should be full: everything is ranked on the whole catalogue "
+                f"(sampled candidates, {args['mode']!r}, work under policy: recbole)"
+            )
         kind, value = next(iter(split.items()))
         if kind == "LS":
             _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
         elif not _is_ratios(value):
             raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
         if kind == "TS" and final.get("time_scope") == "user":
-            raise UserError(f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: no global time split (TS); use LS or RS")
+            raise UserError(
+                f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: "
+                "no global time split (TS); use LS or RS, or set time_scope: global if your copy has real times"
+            )
 
     # --- use ---------------------------------------------------------------------------------------------------------
     @property
@@ -338,14 +365,22 @@ class Config(RecBoleConfig):
         Args:
             name: the part's key, e.g. ``graph_model``.
         """
-        inner = {key: copy.deepcopy(self.final_config_dict[key]) for key in _PROTOCOL_KEYS if key in self.final_config_dict}
+        inner = {
+            key: copy.deepcopy(self.final_config_dict[key]) for key in _PROTOCOL_KEYS if key in self.final_config_dict
+        }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
         inner |= {
-            key.partition(".")[2]: value for key, value in self.external_config_dict.items() if key.startswith(f"{name}.")
+            key.partition(".")[2]: value
+            for key, value in self.external_config_dict.items()
+            if key.startswith(f"{name}.")
         }
         part_specs = _model_specs(self[name]) | base_specs() | self._specs
-        inner = {key: value for key, value in inner.items() if key in part_specs or key in shared or key in known_keys(self[name], registry.get_model(self[name]))}
+        inner = {
+            key: value
+            for key, value in inner.items()
+            if key in part_specs or key in shared or key in known_keys(self[name], registry.get_model(self[name]))
+        }
         return Config(self[name], self.dataset, config_dict=inner, command_line=[])
 
     def _dataset_keys(self) -> list[str]:
@@ -431,7 +466,9 @@ def _require(key: str, value: Any, spec: Spec | None) -> None:
 
 def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}")
+        raise UserError(
+            f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}"
+        )
 
 
 def _is_ratios(value: Any) -> bool:

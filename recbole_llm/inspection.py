@@ -21,7 +21,9 @@ def inspect(arguments: Sequence[str]) -> str:
         UserError: anything else.
     """
     if len(arguments) < 2:
-        raise UserError(f"inspect takes one of {', '.join(_VIEWS)} and a name, e.g. recbole-llm inspect dataset ml-100k")
+        raise UserError(
+            f"inspect takes one of {', '.join(_VIEWS)} and a name, e.g. recbole-llm inspect dataset ml-100k"
+        )
     what, name, *rest = arguments
     if what not in _VIEWS:
         raise UserError(f"cannot inspect '{what}'{did_you_mean(what, _VIEWS)} ({', '.join(_VIEWS)})")
@@ -52,7 +54,10 @@ def _text_lines(config: Any, dataset: Any) -> list[str]:
         return ["  item text: no template (item_text) for this data set"]
     text = read_item_text(config, dataset)
     shown = [f"    {text.texts[item]}" for item in range(1, min(4, len(text.texts)))]
-    return [f"  item text {text.template!r}: {text.missing} of {len(text.texts) - 1} items have none; the first are", *shown]
+    return [
+        f"  item text {text.template!r}: {text.missing} of {len(text.texts) - 1} items have none; the first are",
+        *shown,
+    ]
 
 
 def _run(path: str, arguments: list[str]) -> str:
@@ -62,10 +67,17 @@ def _run(path: str, arguments: list[str]) -> str:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not understood here; inspect run takes a folder only")
     result, _ = read_run(path)
-    lines = [f"{result['model']} on {result['dataset']}, seed {result['seed']}, best epoch {result['best_epoch']}", table([result]), ""]
+    lines = [
+        f"{result['model']} on {result['dataset']}, seed {result['seed']}, best epoch {result['best_epoch']}",
+        table([result]),
+        "",
+    ]
     for stage in result["stages"]:
         state = "cached" if stage["cached"] else "made"
-        lines.append(f"  {stage['name']:22}{stage['seconds']:9.1f} s  {stage['peak_memory_mb']:8.0f} MiB  {state}  {stage['fingerprint'][:16]}")
+        lines.append(
+            f"  {stage['name']:22}{stage['seconds']:9.1f} s  {stage['peak_memory_mb']:8.0f} MiB  {state}  "
+            f"{stage['fingerprint'][:16]}"
+        )
     lines.append(f"  split {result['split']['fingerprint']}")
     lines.append(f"  evaluation {json.dumps(result['evaluation'])}")
     return "\n".join(lines)

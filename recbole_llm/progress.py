@@ -70,7 +70,9 @@ class Steps:
         self.done, self.text = 0, ""
         self.start = self.last = time.monotonic()
         terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True) if terminal else None
+        self.bar = (
+            tqdm(total=total, desc=what, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True) if terminal else None
+        )
 
     def note(self, text: str) -> None:
         """What to say beside the count, e.g. the last validation."""

@@ -89,7 +89,7 @@ def properties_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "properties"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_yaml(path: Path) -> dict[str, Any]:
     """A settings file as a dictionary.
 
@@ -103,7 +103,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"settings file {path} does not exist{did_you_mean(path.name, near)}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_specs(path: Path) -> dict[str, Spec]:
     """The types of a shipped file's top-level keys, by its comments."""
     specs = {}
@@ -160,6 +160,6 @@ def parse_value(text: str, spec: Spec | None) -> Any:
         # RecBole's own commands write Python's None; YAML would read the word.
         return None
     try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
+        return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         raise UserError(f"{text!r} is not a YAML value") from None

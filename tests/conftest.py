@@ -38,7 +38,11 @@ def small_ml100k(folder: Path, users: int = 60, name: str = "small", items: int 
     target = folder / name
     target.mkdir(parents=True)
     lines = (ML100K / "ml-100k.inter").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines[1:] if int(line.split("\t")[0]) <= users and (items is None or int(line.split("\t")[1]) <= items)]
+    kept = [
+        line
+        for line in lines[1:]
+        if int(line.split("\t")[0]) <= users and (items is None or int(line.split("\t")[1]) <= items)
+    ]
     (target / f"{name}.inter").write_text("\n".join([lines[0], *kept]) + "\n", encoding="utf-8")
     shutil.copy(ML100K / "ml-100k.item", target / f"{name}.item")
     return folder

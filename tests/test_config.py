@@ -55,7 +55,8 @@ def test_types_allow_what_they_say(spec: str, good: list[object], bad: list[obje
     ("text", "spec", "value"),
     [
         ("1e-3", "float > 0", 0.001), ("[1, 2]", "list", [1, 2]), ("{a: 1}", "dict", {"a": 1}), ("true", "bool", True),
-        ("None", "dict or None", None), ("~", "int or None", None), ("'quoted'", "str", "'quoted'"), ("007", "str", "007"),
+        ("None", "dict or None", None), ("~", "int or None", None), ("'quoted'", "str", "'quoted'"),
+        ("007", "str", "007"),
         ("sys.argv", "str", "sys.argv"), ("{'RS': [0.8, 0.1, 0.1]}", "dict", {"RS": [0.8, 0.1, 0.1]}),
     ],
 )  # fmt: skip
@@ -75,7 +76,10 @@ def test_a_broken_settings_file_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_a_part_has_its_own_defaults_and_its_prefixed_keys() -> None:
     config = Config("GLTA", "ml-100k", config_dict={"epochs": 3, "graph_model.epochs": 7, "seed": 4, "topk": [10]})
-    part, alone = config.part("graph_model"), Config("LightGCN", "ml-100k", config_dict={"epochs": 7, "seed": 4, "topk": [10]})
+    part, alone = (
+        config.part("graph_model"),
+        Config("LightGCN", "ml-100k", config_dict={"epochs": 7, "seed": 4, "topk": [10]}),
+    )
     assert part["model"] == "LightGCN" and part["epochs"] == 7 and config["epochs"] == 3
     assert part.stage_keys() == alone.stage_keys()
 

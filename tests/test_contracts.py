@@ -34,7 +34,9 @@ def quick(settings_of: Callable[..., dict[str, Any]], model: str, **more: Any) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_run_reports_repeats_and_recommends_what_is_allowed(model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_run_reports_repeats_and_recommends_what_is_allowed(
+    model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     settings = quick(settings_of, model, result_file=str(tmp_path / "copy.json"))
     first = run(model, "small", config_dict=settings)
     written = json.loads(Path(first["result_file"]).read_text(encoding="utf-8"))
@@ -145,5 +147,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
     resumed = run(model, "small", config_dict=settings)
     assert "going on where it was cut off" in Path(resumed["log_file"]).read_text(encoding="utf-8")
     assert resumed["test"] == whole["test"] and resumed["best_epoch"] == whole["best_epoch"]
-    losses = [json.loads(next(Path(folder).rglob("train-*/stage.json")).read_text(encoding="utf-8"))["facts"]["losses"] for folder in (settings["output_dir"], tmp_path / "whole")]
+    losses = [
+        json.loads(next(Path(folder).rglob("train-*/stage.json")).read_text(encoding="utf-8"))["facts"]["losses"]
+        for folder in (settings["output_dir"], tmp_path / "whole")
+    ]
     np.testing.assert_array_equal(losses[0], losses[1])

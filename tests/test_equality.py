@@ -29,7 +29,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def stock_metrics(model: str, settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def stock_metrics(
+    model: str, settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, float]:
     """RecBole as its own ``run_recbole`` runs it, without the ray that the module needs to be imported."""
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
@@ -64,7 +66,8 @@ def test_policy_recbole_gives_stock_metrics(
         settings["eval_args"] = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
     stock = stock_metrics(model, settings, tmp_path, monkeypatch)
     ours = run(model, "small", config_dict={
-        **settings, "policy": "recbole", "output_dir": str(tmp_path / "ours"), "show_progress": False, "tensorboard": False,
+        **settings, "policy": "recbole", "output_dir": str(tmp_path / "ours"), "show_progress": False,
+        "tensorboard": False,
     })["test"]  # fmt: skip
     assert set(stock) <= set(ours)
     for name, value in stock.items():
@@ -73,12 +76,14 @@ def test_policy_recbole_gives_stock_metrics(
 
 
 @pytest.mark.parametrize("model", ["LightGCN", "SASRec"])
-def test_the_fast_classes_change_no_number_worth_naming(
-    model: str, settings_of: Callable[..., dict[str, Any]]
-) -> None:
+def test_the_fast_classes_change_no_number_worth_naming(model: str, settings_of: Callable[..., dict[str, Any]]) -> None:
     more = SIZES[model] | ({"MAX_ITEM_LIST_LENGTH": 10} if model in SEQUENTIAL else {})
     fast, plain = (
-        run(model, "small", config_dict=settings_of(fast_baselines=fast, epochs=15, eval_step=15, stopping_step=99, **more))
+        run(
+            model,
+            "small",
+            config_dict=settings_of(fast_baselines=fast, epochs=15, eval_step=15, stopping_step=99, **more),
+        )
         for fast in (True, False)
     )
     # Negatives and dropout are drawn from other streams, so equal is not asked; far apart would be a fault.

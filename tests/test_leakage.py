@@ -15,7 +15,19 @@ from recbole_llm.data import create_dataset
 from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID
 from recbole_llm.training.pipeline import fit, store_of
 
-QUICK = ("BPR", "LightGCN", "NGCF", "SGL", "SASRec", "GRU4Rec", "BERT4Rec", "SASRecAllPositions", "EASE", "ItemKNN", "GLTA")
+QUICK = (
+    "BPR",
+    "LightGCN",
+    "NGCF",
+    "SGL",
+    "SASRec",
+    "GRU4Rec",
+    "BERT4Rec",
+    "SASRecAllPositions",
+    "EASE",
+    "ItemKNN",
+    "GLTA",
+)
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "BERT4Rec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -101,7 +113,9 @@ def fitted_state(model: str, folder: Path, saved: Path) -> dict[str, Any]:
 
 
 def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first.pop("fingerprint") != second.pop("fingerprint"), "the exchange changed nothing; the test would pass blindly"
+    assert first.pop("fingerprint") != second.pop("fingerprint"), (
+        "the exchange changed nothing; the test would pass blindly"
+    )
     assert first.keys() == second.keys()
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
@@ -151,6 +165,9 @@ def test_the_check_sees_a_leak(three_worlds: list[Path], tmp_path: Path, monkeyp
         return Sampler(["all"], [train.cut(train.split.with_valid_in_train())[0]]).set_phase("all")
 
     monkeypatch.setattr(loaders, "train_sampler", leaky)
-    states = [fitted_state("BPR", world, tmp_path / str(number)) for number, world in enumerate((three_worlds[0], three_worlds[2]))]
+    states = [
+        fitted_state("BPR", world, tmp_path / str(number))
+        for number, world in enumerate((three_worlds[0], three_worlds[2]))
+    ]
     with pytest.raises(AssertionError):
         assert_same(*states)

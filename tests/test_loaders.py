@@ -32,13 +32,19 @@ def prepared(settings_of: Callable[..., dict[str, Any]]) -> Callable[..., Prepar
 
 
 def items_of(split: Any, user: int, *phases: int) -> list[int]:
-    return [int(item) for who, item, phase in zip(split.users, split.items, split.phases, strict=True) if who == user and phase in phases]
+    return [
+        int(item)
+        for who, item, phase in zip(split.users, split.items, split.phases, strict=True)
+        if who == user and phase in phases
+    ]
 
 
 def test_prefix_rows_are_recboles_augmentation(settings_of: Callable[..., dict[str, Any]]) -> None:
     """Under leave-one-out by time the train rows must be the ones that RecBole makes, minus its float32 order."""
     settings = settings_of(MAX_ITEM_LIST_LENGTH=7)
-    ours = data_preparation(config := Config("SASRec", "small", config_dict=settings), create_dataset(config))[0]._dataset
+    ours = data_preparation(config := Config("SASRec", "small", config_dict=settings), create_dataset(config))[
+        0
+    ]._dataset
     stock_config = Config("SASRec", "small", config_dict=settings | {"policy": "recbole"})
     # Dense ranks fit float32, so that RecBole's own order is the exact one.
     stock = create_dataset(stock_config)
@@ -51,7 +57,7 @@ def test_prefix_rows_are_recboles_augmentation(settings_of: Callable[..., dict[s
         return {
             (user, item, tuple(history[:length]))
             for user, item, history, length in zip(
-                feat["user_id"].tolist(), feat["item_id"].tolist(), feat["item_id_list"].tolist(), feat["item_length"].tolist(), strict=True
+                *(feat[name].tolist() for name in ("user_id", "item_id", "item_id_list", "item_length")), strict=True
             )
         }  # fmt: skip
 
@@ -60,12 +66,18 @@ def test_prefix_rows_are_recboles_augmentation(settings_of: Callable[..., dict[s
 
 
 @pytest.mark.parametrize("eval_args", [LAST, BY_TIME, GLOBAL, RANDOM], ids=["LS", "RS-TO", "TS", "RS-RO"])
-def test_train_histories_hold_the_users_other_train_rows(prepared: Callable[..., Prepared], eval_args: dict[str, Any]) -> None:
+def test_train_histories_hold_the_users_other_train_rows(
+    prepared: Callable[..., Prepared], eval_args: dict[str, Any]
+) -> None:
     _, train, _, _ = prepared("SASRec", eval_args=eval_args, MAX_ITEM_LIST_LENGTH=6)
     split, feat = train._dataset.split, train._dataset.inter_feat
     seen: dict[int, int] = {}
     for user, target, history, length in zip(
-        feat["user_id"].tolist(), feat["item_id"].tolist(), feat["item_id_list"].tolist(), feat["item_length"].tolist(), strict=True
+        feat["user_id"].tolist(),
+        feat["item_id"].tolist(),
+        feat["item_id_list"].tolist(),
+        feat["item_length"].tolist(),
+        strict=True,
     ):
         own = items_of(split, user, TRAIN)
         history = history[:length]
@@ -83,7 +95,9 @@ def test_train_histories_hold_the_users_other_train_rows(prepared: Callable[...,
 
 @pytest.mark.parametrize("model", ["BPR", "SASRec"])
 @pytest.mark.parametrize("eval_args", [LAST, BY_TIME, GLOBAL, RANDOM], ids=["LS", "RS-TO", "TS", "RS-RO"])
-def test_every_model_is_asked_the_same_rankings(prepared: Callable[..., Prepared], model: str, eval_args: dict[str, Any]) -> None:
+def test_every_model_is_asked_the_same_rankings(
+    prepared: Callable[..., Prepared], model: str, eval_args: dict[str, Any]
+) -> None:
     _, train, valid, test = prepared(model, eval_args=eval_args)
     split = train._dataset.split
     for loader, phase, known in ((valid, VALID, (TRAIN,)), (test, TEST, (TRAIN, VALID))):
@@ -97,10 +111,14 @@ def test_every_model_is_asked_the_same_rankings(prepared: Callable[..., Prepared
                 if model == "SASRec":
                     length = int(interaction["item_length"][place])
                     assert interaction["item_id_list"][place, :length].tolist() == items_of(split, user, *known)[-50:]
-        assert asked == {user: sorted(items_of(split, user, phase)) for user in set(split.users[split.phases == phase].tolist())}
+        assert asked == {
+            user: sorted(items_of(split, user, phase)) for user in set(split.users[split.phases == phase].tolist())
+        }
 
 
-def test_rows_of_recboles_unit_have_one_target_and_everything_before_as_input(prepared: Callable[..., Prepared]) -> None:
+def test_rows_of_recboles_unit_have_one_target_and_everything_before_as_input(
+    prepared: Callable[..., Prepared],
+) -> None:
     _, train, _, test = prepared("SASRec", eval_args=BY_TIME, eval_unit="row")
     split = train._dataset.split
     rows = [
@@ -128,17 +146,27 @@ def test_windows_make_every_item_but_the_first_a_target_once(prepared: Callable[
     histories = train._dataset.train_histories
     found: dict[int, list[int]] = {}
     for batch in loader:
-        for user, inputs, targets, length in zip(*(batch[name].tolist() for name in ("user_id", "item_id_list", "target_list", "item_length")), strict=True):
+        for user, inputs, targets, length in zip(
+            *(batch[name].tolist() for name in ("user_id", "item_id_list", "target_list", "item_length")), strict=True
+        ):
             own = histories.of(user).tolist()
-            assert any(own[start : start + length] == inputs[:length] and own[start + 1 : start + 1 + length] == targets[:length] for start in range(len(own)))
+            assert any(
+                own[start : start + length] == inputs[:length]
+                and own[start + 1 : start + 1 + length] == targets[:length]
+                for start in range(len(own))
+            )
             assert not any(inputs[length:]) and not any(targets[length:])
             found.setdefault(user, []).extend(targets[:length])
     assert {user: sorted(items) for user, items in found.items()} == {
-        user: sorted(histories.of(user)[1:].tolist()) for user in range(len(histories.lengths)) if histories.lengths[user] > 1
+        user: sorted(histories.of(user)[1:].tolist())
+        for user in range(len(histories.lengths))
+        if histories.lengths[user] > 1
     }
 
 
 def test_items_without_interactions_are_no_candidates(prepared: Callable[..., Prepared]) -> None:
-    _, train, _, test = prepared("BPR", load_col={"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "movie_title"]})
+    _, train, _, test = prepared(
+        "BPR", load_col={"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "movie_title"]}
+    )
     assert train._dataset.item_num == 1683
     assert test.candidates.sum() == len(np.unique(train._dataset.split.items)) < 1682

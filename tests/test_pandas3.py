@@ -18,7 +18,8 @@ import pandas
 from recbole_llm.training.runs import run
 
 BASE = {"epochs": 1, "output_dir": sys.argv[1], "state": "ERROR", "show_progress": False, "tensorboard": False,
-        "user_inter_num_interval": "[150,200]", "metrics": ["NDCG"], "topk": [20], "valid_metric": "NDCG@20", "gpu_id": ""}
+        "user_inter_num_interval": "[150,200]", "metrics": ["NDCG"], "topk": [20], "valid_metric": "NDCG@20",
+        "gpu_id": ""}
 INTER = ["user_id", "item_id", "rating", "timestamp"]
 SHUFFLED = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 MODELS = {
@@ -31,7 +32,8 @@ found = {"pandas": pandas.__version__}
 for model, settings in MODELS.items():
     for policy in ("unified", "recbole"):
         more = {"eval_args": SHUFFLED} if policy == "recbole" and model != "SASRecF" else {}
-        found[f"{model} {policy}"] = run(model, "ml-100k", config_dict=BASE | settings | more | {"policy": policy})["test"]
+        settings = BASE | settings | more | {"policy": policy}
+        found[f"{model} {policy}"] = run(model, "ml-100k", config_dict=settings)["test"]
 print(json.dumps(found))
 """
 
@@ -46,8 +48,8 @@ def test_pandas_3_gives_the_same_numbers(tmp_path: Path) -> None:
     found = []
     for number, path in enumerate(("", str(target))):
         done = subprocess.run(
-            [sys.executable, "-c", CODE, str(tmp_path / str(number))], cwd=ROOT, capture_output=True, text=True, check=False,
-            env=os.environ | {"PYTHONPATH": path},
+            [sys.executable, "-c", CODE, str(tmp_path / str(number))], cwd=ROOT, capture_output=True, text=True,
+            check=False, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))

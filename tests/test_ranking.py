@@ -28,8 +28,25 @@ class Fixed(torch.nn.Module):
 
 @pytest.fixture
 def loaders(settings_of: Callable[..., dict[str, Any]]) -> tuple[Any, Any, Any, Any]:
-    metrics = ["NDCG", "Recall", "Hit", "Precision", "MRR", "MAP", "GAUC", "ItemCoverage", "AveragePopularity", "GiniIndex", "TailPercentage", "ShannonEntropy"]
-    config = Config("BPR", "small", config_dict=settings_of(topk=[1, 7], metrics=metrics, valid_metric="NDCG@7", eval_max_cells=9000))
+    metrics = [
+        "NDCG",
+        "Recall",
+        "Hit",
+        "Precision",
+        "MRR",
+        "MAP",
+        "GAUC",
+        "ItemCoverage",
+        "AveragePopularity",
+        "GiniIndex",
+        "TailPercentage",
+        "ShannonEntropy",
+    ]
+    config = Config(
+        "BPR",
+        "small",
+        config_dict=settings_of(topk=[1, 7], metrics=metrics, valid_metric="NDCG@7", eval_max_cells=9000),
+    )
     return (config, *data_preparation(config, create_dataset(config)))
 
 
@@ -41,7 +58,11 @@ def test_rankings_against_a_plain_loop(loaders: tuple[Any, Any, Any, Any]) -> No
     assert len(found.users) == 60 and found.items.shape == (60, 7)
     known, wanted = split.histories(0, 1), split.histories(2)
     for place, user in enumerate(found.users.tolist()):
-        allowed = [item for item in torch.argsort(scores, descending=True).tolist() if item and split.candidates[item] and item not in set(known.of(user).tolist())]
+        allowed = [
+            item
+            for item in torch.argsort(scores, descending=True).tolist()
+            if item and split.candidates[item] and item not in set(known.of(user).tolist())
+        ]
         assert found.items[place].tolist() == allowed[:7]
         rank = allowed.index(int(wanted.of(user)[0]))
         assert found.per_user["ndcg@7"][place] == pytest.approx(1 / np.log2(rank + 2) if rank < 7 else 0)
@@ -59,7 +80,11 @@ def test_gauc_is_the_share_of_pairs_in_order(loaders: tuple[Any, Any, Any, Any])
     shares = []
     for user in found.users.tolist():
         target = int(wanted.of(user)[0])
-        others = [item for item in range(1, split.n_items) if split.candidates[item] and item != target and item not in set(known.of(user).tolist())]
+        others = [
+            item
+            for item in range(1, split.n_items)
+            if split.candidates[item] and item != target and item not in set(known.of(user).tolist())
+        ]
         own = scores[target].item()
         shares.append(np.mean([(own > scores[item].item()) + 0.5 * (own == scores[item].item()) for item in others]))
     assert found.metrics["gauc"] == pytest.approx(float(np.mean(shares)), abs=1e-9)

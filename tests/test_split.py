@@ -21,7 +21,15 @@ def split_of(rows: Rows, **protocol: Any) -> Any:
     user_tokens = ["[PAD]", *(f"u{number}" for number in range(1, 12))]
     item_tokens = ["[PAD]", *(f"i{number}" for number in range(1, 12))]
     kind = protocol.pop("kind", "LS")
-    return make_split(users, items, times.astype(float), np.arange(len(rows)), user_tokens, item_tokens, SplitProtocol(kind, **protocol))
+    return make_split(
+        users,
+        items,
+        times.astype(float),
+        np.arange(len(rows)),
+        user_tokens,
+        item_tokens,
+        SplitProtocol(kind, **protocol),
+    )
 
 
 rows_strategy = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 10), st.integers(0, 5)), min_size=1, max_size=60)
@@ -40,13 +48,23 @@ def test_leave_one_out_is_the_last_two_by_time_and_file_order(rows: Rows) -> Non
 
 
 @given(rows_strategy, st.sampled_from(["LS", "RS", "TS"]), st.booleans(), st.booleans())
-def test_every_row_has_one_phase_and_no_target_was_seen_before(rows: Rows, kind: str, by_time: bool, drop: bool) -> None:
+def test_every_row_has_one_phase_and_no_target_was_seen_before(
+    rows: Rows, kind: str, by_time: bool, drop: bool
+) -> None:
     split = split_of(rows, kind=kind, by_time=by_time, drop_repeats=drop)
     assert sorted(split.rows.tolist()) == list(range(len(rows)))
     assert set(split.phases.tolist()) <= {TRAIN, VALID, TEST, DROPPED}
     if drop:
-        pairs = [(int(user), int(item)) for user, item, phase in zip(split.users, split.items, split.phases, strict=True) if phase in (VALID, TEST)]
-        train = {(int(user), int(item)) for user, item, phase in zip(split.users, split.items, split.phases, strict=True) if phase == TRAIN}
+        pairs = [
+            (int(user), int(item))
+            for user, item, phase in zip(split.users, split.items, split.phases, strict=True)
+            if phase in (VALID, TEST)
+        ]
+        train = {
+            (int(user), int(item))
+            for user, item, phase in zip(split.users, split.items, split.phases, strict=True)
+            if phase == TRAIN
+        }
         assert len(pairs) == len(set(pairs))
         assert not train & set(pairs)
 
@@ -64,7 +82,12 @@ def test_ratio_counts_are_recboles(total: int) -> None:
 
 def test_global_time_puts_every_test_row_after_every_train_row() -> None:
     rng = np.random.default_rng(0)
-    rows = [(int(user), int(item), int(time)) for user, item, time in zip(rng.integers(1, 8, 300), rng.integers(1, 11, 300), rng.integers(0, 1000, 300), strict=True)]
+    rows = [
+        (int(user), int(item), int(time))
+        for user, item, time in zip(
+            rng.integers(1, 8, 300), rng.integers(1, 11, 300), rng.integers(0, 1000, 300), strict=True
+        )
+    ]
     split = split_of(rows, kind="TS", drop_repeats=False)
     times = np.array([row[2] for row in rows])[split.rows]
     assert times[split.phases == TRAIN].max() < times[split.phases == VALID].min()
@@ -84,7 +107,14 @@ def test_time_is_exact_where_float32_is_not() -> None:
 
 def test_fingerprint_is_the_documented_hash() -> None:
     split = split_of([(1, 2, 5), (1, 1, 3), (1, 3, 9), (2, 1, 1), (2, 2, 2), (2, 3, 3)])
-    lines = ["u1\ti1\t0\ttrain", "u1\ti2\t1\tvalid", "u1\ti3\t2\ttest", "u2\ti1\t0\ttrain", "u2\ti2\t1\tvalid", "u2\ti3\t2\ttest"]
+    lines = [
+        "u1\ti1\t0\ttrain",
+        "u1\ti2\t1\tvalid",
+        "u1\ti3\t2\ttest",
+        "u2\ti1\t0\ttrain",
+        "u2\ti2\t1\tvalid",
+        "u2\ti3\t2\ttest",
+    ]
     text = "".join(line + "\n" for line in sorted(lines)) + "i1\ni2\ni3\n"
     assert split.fingerprint == hashlib.sha256(text.encode()).hexdigest()
 

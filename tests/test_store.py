@@ -33,8 +33,12 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     assert (second.folder / "data.txt").read_text(encoding="utf-8") == "content"
 
 
-@pytest.mark.parametrize(("name", "version", "inputs"), [("other", 1, {"a": 1}), ("step", 2, {"a": 1}), ("step", 1, {"a": 2})])
-def test_another_name_version_or_input_is_another_stage(tmp_path: Path, name: str, version: int, inputs: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "version", "inputs"), [("other", 1, {"a": 1}), ("step", 2, {"a": 1}), ("step", 1, {"a": 2})]
+)
+def test_another_name_version_or_input_is_another_stage(
+    tmp_path: Path, name: str, version: int, inputs: dict[str, int]
+) -> None:
     store = StageStore(tmp_path)
     store.run("step", 1, {"a": 1}, make_file)
     assert not store.run(name, version, inputs, make_file).cached

@@ -130,10 +130,11 @@ class Backbone:
     def fingerprint(self) -> str:
         """SHA-256 of what the model is: its configuration, its tokenizer, and a sample of every weight.
 
-        A folder may be overwritten and a hub id moved, so a name says too little; hashing every byte of 7 B weights would
-        take longer than loading them. Up to 1,024 values spread over each tensor tell two checkpoints apart.
+        A folder may be overwritten and a hub id moved, so a name says too little; hashing every byte of 7 B weights
+        would take longer than loading them. Up to 1,024 values spread over each tensor tell two checkpoints apart.
         """
-        digest = hashlib.sha256(str(self.decoder.config.to_json_string(use_diff=False)).encode())
+        model: Any = self.decoder
+        digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
         digest.update(self._encoder.text.encode())
         for name, weight in sorted(self.decoder.state_dict().items()):
             flat = weight.detach().reshape(-1)

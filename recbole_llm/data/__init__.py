@@ -19,7 +19,8 @@ def dataset_class(config: Any) -> type:
         config: its ``model``, ``MODEL_TYPE`` and ``policy`` decide.
 
     Returns:
-        Under ``policy: unified`` a RecBole dataset with our split; under ``policy: recbole`` RecBole's own, read exactly.
+        Under ``policy: unified`` a RecBole dataset with our split, under ``policy: recbole`` RecBole's own; both are
+        read exactly.
     """
     from recbole.utils import ModelType
 

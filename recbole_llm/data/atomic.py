@@ -83,7 +83,9 @@ class AtomicFile:
                     float(text)
                 except ValueError:
                     line = self._line_of_row(row)
-                    raise UserError(f"{self.path}, line {line}, column '{column.name}': {text!r} is no number") from None
+                    raise UserError(
+                        f"{self.path}, line {line}, column '{column.name}': {text!r} is no number"
+                    ) from None
             raise
 
     def _line_of_row(self, row: int) -> int:
@@ -127,7 +129,9 @@ def _parse_header(path: Path, header: str, separator: str) -> tuple[tuple[str, .
     for field in header.split(separator):
         name, colon, kind = field.rpartition(":")
         if not colon or kind not in FIELD_TYPES:
-            raise UserError(f"{path}, line 1: column {field!r} should read name:type with type one of {', '.join(FIELD_TYPES)}")
+            raise UserError(
+                f"{path}, line 1: column {field!r} should read name:type with type one of {', '.join(FIELD_TYPES)}"
+            )
         if name in names:
             raise UserError(f"{path}, line 1: column '{name}' stands twice")
         names.append(name)

@@ -88,7 +88,9 @@ class AtomicMixin:
             separator = self.config["seq_separator"]
             to = np.str_ if kind == FeatureType.TOKEN_SEQ else np.float64
             limit = (self.config["seq_len"] or {}).get(name)
-            rows = [np.array([part for part in text.split(separator) if part][:limit], dtype=to) for text in frame[name]]
+            rows = [
+                np.array([part for part in text.split(separator) if part][:limit], dtype=to) for text in frame[name]
+            ]
             self.field2seqlen[name] = max((len(row) for row in rows), default=0)
             column = np.empty(len(rows), dtype=object)
             column[:] = rows
@@ -117,7 +119,9 @@ class AtomicMixin:
             if kind == FeatureType.TOKEN:
                 tokens.append(feat[name].to_numpy(dtype=object))
             else:
-                tokens.append(np.concatenate([np.asarray(row, dtype=object) for row in feat[name]] or [np.array([], object)]))
+                tokens.append(
+                    np.concatenate([np.asarray(row, dtype=object) for row in feat[name]] or [np.array([], object)])
+                )
         return np.concatenate(tokens), np.cumsum([len(part) for part in tokens])[:-1]
 
     def _remap(self, remap_list: list[Any]) -> None:
@@ -140,8 +144,11 @@ class AtomicMixin:
                 feat[name] = pd.Series(column, index=feat.index, dtype=object)
 
     def _download(self) -> None:
-        """Replaces dataset.py:236-255, which calls ``torch.distributed.barrier()`` without a process group (its first
-        attempt always fails) and asks a question on a closed standard input."""
+        """Replaces dataset.py:236-255, whose first attempt always fails.
+
+        It calls ``torch.distributed.barrier()`` without a process group, and asks a question where nobody
+        may be there to answer.
+        """
         from recbole.utils.url import download_url, extract_zip, makedirs, rename_atomic_files
 
         name, folder = self.dataset_name, self.dataset_path  # type: ignore[attr-defined]
@@ -149,7 +156,10 @@ class AtomicMixin:
         try:
             url = self._get_download_url("url")  # type: ignore[attr-defined]
         except ValueError:
-            raise UserError(f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name; {where}") from None
+            raise UserError(
+                f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name; "
+                f"{where}"
+            ) from None
         try:
             makedirs(folder)
             archive = download_url(url, folder)
@@ -183,7 +193,10 @@ class SplitMixin(AtomicMixin):
 
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
-            raise UserError("no interaction is left after filtering; widen user_inter_num_interval, item_inter_num_interval or val_interval")
+            raise UserError(
+                "no interaction is left after filtering; widen user_inter_num_interval, item_inter_num_interval "
+                "or val_interval"
+            )
         self.file_order = self.inter_feat.index.to_numpy()
         super()._reset_index()  # type: ignore[misc]
 
@@ -194,7 +207,9 @@ class SplitMixin(AtomicMixin):
             self.exact_times = self.inter_feat[self.time_field].to_numpy(dtype=np.float64).copy()
             missing = int(np.isnan(self.exact_times).sum())
             if missing:
-                raise UserError(f"{missing} interactions have no {self.time_field}; fill them in or leave the column out (load_col)")
+                raise UserError(
+                    f"{missing} interactions have no {self.time_field}; fill them in or leave the column out (load_col)"
+                )
         super()._fill_nan()
 
     def make_split(self, protocol: SplitProtocol) -> Split:
@@ -262,7 +277,9 @@ class PrefixDataset(SplitMixin, SequentialDataset):
         nxt.inter_feat = self.rows
         nxt._aug_presets()
         # Valid and test views are made by the ranking loader, one row a user; here they hold the bare rows.
-        nxt.inter_feat = prefix_rows(nxt, split) if phase == TRAIN else take(self.rows, split.rows[split.phases == phase])
+        nxt.inter_feat = (
+            prefix_rows(nxt, split) if phase == TRAIN else take(self.rows, split.rows[split.phases == phase])
+        )
         return nxt
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:

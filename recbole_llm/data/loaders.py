@@ -178,7 +178,7 @@ class RankingLoader(FullSortEvalDataLoader):
         users, items = split.users[chosen], split.items[chosen]
         if self.by_row:
             self.users, self.target_offsets = users, np.arange(len(users) + 1)
-            self.last = chosen
+            self.last: np.ndarray = chosen
         else:
             order = np.lexsort((items, users))
             unique = np.ones(len(order), dtype=bool)
@@ -186,7 +186,6 @@ class RankingLoader(FullSortEvalDataLoader):
             users, items = users[order][unique], items[order][unique]
             self.users, counts = np.unique(users, return_counts=True)
             self.target_offsets = np.concatenate(([0], np.cumsum(counts)))
-            self.last = None
         self.targets = items
         known = (TRAIN,) if self.phase == VALID else (TRAIN, VALID)
         self.history = split.histories(*known)
@@ -214,7 +213,9 @@ class RankingLoader(FullSortEvalDataLoader):
         self.step = max(1, min(budget, self.config["eval_batch_size"]))
         self.set_batch_size(self.step)
 
-    def __iter__(self) -> Iterator[tuple[Interaction, tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor, torch.Tensor]]:
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[Interaction, tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor, torch.Tensor]]:
         for start in range(0, self.sample_size, self.step):
             yield self.collate_fn(np.arange(start, min(start + self.step, self.sample_size)))
 

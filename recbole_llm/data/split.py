@@ -24,7 +24,8 @@ class Histories:
     """Item ids a user, as one flat array (CSR).
 
     Attributes:
-        offsets: int64 [n_users + 1]; user ``u``'s run is ``items[offsets[u]:offsets[u + 1]]``. The padding user 0 counts.
+        offsets: int64 [n_users + 1]; user ``u``'s run is ``items[offsets[u]:offsets[u + 1]]``. The padding
+            user 0 counts.
         items: int64 [n_interactions], internal item ids, oldest first within a user.
     """
 
@@ -81,7 +82,11 @@ class SplitProtocol:
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol as it stands in ``result.json``."""
-        shared = {"kind": self.kind, "order": "time" if self.by_time else "random", "short_users": self.short_users}
+        shared: dict[str, Any] = {
+            "kind": self.kind,
+            "order": "time" if self.by_time else "random",
+            "short_users": self.short_users,
+        }
         if self.kind == "LS":
             return shared | {"leave_one_mode": self.leave_one_mode}
         shared |= {"ratios": list(self.ratios), "group_by": "user" if self.group_by_user else "none"}
@@ -146,7 +151,7 @@ class Split:
         return {
             "fingerprint": self.fingerprint,
             "protocol": self.protocol.as_dict(),
-            "users": int(len(np.unique(self.users[self.phases != DROPPED]))),
+            "users": len(np.unique(self.users[self.phases != DROPPED])),
             "items": int(self.candidates.sum()),
             "train": self.count(TRAIN),
             "valid": self.count(VALID),
@@ -179,12 +184,14 @@ def make_split(
         UserError: an order by time without times, or users too short under ``short_users: refuse``.
     """
     if times is None and (protocol.by_time or protocol.kind == "TS"):
-        raise UserError("the split is by time, but the data has no timestamp column; set eval_args.order: RO or TIME_FIELD")
+        raise UserError(
+            "the split is by time, but the data has no timestamp column; set eval_args.order: RO or TIME_FIELD"
+        )
     # Without times the rank is the file's order, which nothing but the fingerprint and histories reads.
     clock = np.zeros(len(users)) if times is None else times
     order = np.lexsort((file_order, clock, users))
     users, items, clock, rows = users[order], items[order], clock[order], order
-    starts, ranks, lengths = _runs(users)
+    ranks, lengths = _runs(users)
 
     if protocol.kind == "LS":
         phases = _leave_one_out(ranks, lengths, protocol, users, file_order[order])
@@ -209,12 +216,12 @@ def make_split(
     )  # fmt: skip
 
 
-def _runs(users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For rows sorted by user: start of each user's run, rank of each row in it, length of its run (per row)."""
-    first = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1]))) if len(users) else np.zeros(0, dtype=np.int64)
+def _runs(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For rows sorted by user: the rank of each row in its user's run, and the length of that run."""
+    first = np.flatnonzero(np.diff(users, prepend=-1))
     counts = np.diff(np.append(first, len(users)))
     ranks = np.arange(len(users)) - np.repeat(first, counts)
-    return first, ranks, np.repeat(counts, counts)
+    return ranks, np.repeat(counts, counts)
 
 
 def _random_ranks(users: np.ndarray, file_order: np.ndarray, seed: int) -> np.ndarray:
@@ -222,7 +229,7 @@ def _random_ranks(users: np.ndarray, file_order: np.ndarray, seed: int) -> np.nd
     draws = np.empty(len(users))
     draws[np.argsort(file_order, kind="stable")] = np.random.Generator(np.random.PCG64(seed)).random(len(users))
     order = np.lexsort((draws, users))
-    _, shuffled, _ = _runs(users[order])
+    shuffled, _ = _runs(users[order])
     ranks = np.empty(len(users), dtype=np.int64)
     ranks[order] = shuffled
     return ranks
@@ -252,7 +259,8 @@ def _ratio_counts(total: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
         ratios: shares of the phases, which sum to 1.
 
     Returns:
-        int64 [m, 3]. Valid and test are rounded down, and get one row when their share is below one and train keeps two.
+        int64 [m, 3]. Valid and test are rounded down, and get one row when their share is below one and train
+        keeps two.
     """
     shares = total[:, None] * np.asarray(ratios)[None, :]
     counts = shares.astype(np.int64)

@@ -46,7 +46,9 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder = Path(path)
     file = folder if folder.suffix == ".json" else folder / "result.json"
     if not file.is_file():
-        near = nearest(folder.name, [other.name for other in folder.parent.glob("*/")]) if folder.parent.is_dir() else []
+        near = (
+            nearest(folder.name, [other.name for other in folder.parent.glob("*/")]) if folder.parent.is_dir() else []
+        )
         hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
         raise UserError(f"no result.json in {folder}{hint}")
     try:
@@ -77,17 +79,24 @@ def rows_of(paths: Sequence[str | Path]) -> list[Row]:
 
 def _refuse_unlike(first: dict[str, Any], other: dict[str, Any], first_name: str, other_name: str) -> None:
     if first["split"]["fingerprint"] is None or first["split"]["fingerprint"] != other["split"]["fingerprint"]:
-        raise UserError(f"{first_name} and {other_name} were judged on different splits; their numbers cannot be compared")
+        raise UserError(
+            f"{first_name} and {other_name} were judged on different splits; their numbers cannot be compared"
+        )
     for key in _JUDGED_BY:
         if first["evaluation"][key] != other["evaluation"][key]:
-            raise UserError(f"{first_name} has {key} {first['evaluation'][key]}, {other_name} {other['evaluation'][key]}; their numbers cannot be compared")
+            raise UserError(
+                f"{first_name} has {key} {first['evaluation'][key]}, {other_name} {other['evaluation'][key]}; "
+                "their numbers cannot be compared"
+            )
 
 
 def _average(model: str, runs: list[dict[str, np.ndarray]]) -> Row:
     orders = [np.argsort(run["user_id"], kind="stable") for run in runs]
     users = runs[0]["user_id"][orders[0]]
     names = [name for name in runs[0] if name != "user_id" and all(name in run for run in runs)]
-    values = {name: np.mean([run[name][order] for run, order in zip(runs, orders, strict=True)], axis=0) for name in names}
+    values = {
+        name: np.mean([run[name][order] for run, order in zip(runs, orders, strict=True)], axis=0) for name in names
+    }
     return Row(model, len(runs), users, values)
 
 

@@ -38,7 +38,9 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: Any, loader: Any, config: Any, train_data: Any, show: bool = False, what: str = "ranking") -> Measured:
+def measure(
+    model: Any, loader: Any, config: Any, train_data: Any, show: bool = False, what: str = "ranking"
+) -> Measured:
     """Rank and measure one phase.
 
     Args:
@@ -72,9 +74,7 @@ def measure(model: Any, loader: Any, config: Any, train_data: Any, show: bool = 
     return found.measured(config, needs, train_data)
 
 
-def _scores(
-    model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, dataset: Any
-) -> torch.Tensor:
+def _scores(model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, dataset: Any) -> torch.Tensor:
     """Scores [B, n_items] with -inf at the padding item, at items that are no candidates and at excluded ones."""
     device = interaction[next(iter(interaction))].device
     if hasattr(model, "full_sort_predict_excluding") and candidates is not None:
@@ -85,7 +85,9 @@ def _scores(
         scores = _full_sort(model, interaction, dataset)
     scores = scores.view(-1, dataset.item_num)
     if torch.isnan(scores).any():
-        raise UserError(f"{type(model).__name__} gives NaN scores; its weights have diverged, try a lower learning_rate")
+        raise UserError(
+            f"{type(model).__name__} gives NaN scores; its weights have diverged, try a lower learning_rate"
+        )
     scores[:, 0] = -torch.inf
     if candidates is not None and not bool(candidates[1:].all()):
         scores[:, ~candidates.to(device)] = -torch.inf
@@ -187,7 +189,9 @@ def _data_needs(struct: DataStruct, needs: set[str], train_data: Any) -> None:
         "data.num_items": lambda: data.item_num,
         "data.num_users": lambda: data.user_num,
         # A sequential view has no row for a user's first item; the split has.
-        "data.count_items": lambda: Counter(data.train_histories.items.tolist()) if hasattr(data, "split") else data.item_counter,
+        "data.count_items": lambda: (
+            Counter(data.train_histories.items.tolist()) if hasattr(data, "split") else data.item_counter
+        ),
         "data.count_users": lambda: data.user_counter,
     }
     for need in wanted & set(values):

@@ -103,13 +103,21 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
         train_data, valid_data, test_data = data_preparation(config, dataset)
     else:
         config = copy.copy(config)
-        config.final_config_dict = {**config.final_config_dict, "epochs": before.facts["best_epoch"] + 1, "eval_step": 0}
+        config.final_config_dict = {
+            **config.final_config_dict,
+            "epochs": before.facts["best_epoch"] + 1,
+            "eval_step": 0,
+        }
         dataset = before.dataset
         merged = before.train_data._dataset.split.with_valid_in_train()
         train_data = make_loaders(config, dataset.cut(merged))[0]
         valid_data, test_data = before.valid_data, before.test_data
     init_seed(config["seed"], config["reproducibility"])
-    model = registry.get_model(config["model"], fast=config["fast_baselines"]) if config.model_class.__module__.startswith(("recbole.", "recbole_llm.")) else config.model_class
+    model = (
+        registry.get_model(config["model"], fast=config["fast_baselines"])
+        if config.model_class.__module__.startswith(("recbole.", "recbole_llm."))
+        else config.model_class
+    )
     model = model(config, train_data._dataset).to(config["device"])
     trainer = make_trainer(config, model)
     upstream, stages = [], []
@@ -141,7 +149,12 @@ def _train(
         trainer.resume_file.unlink(missing_ok=True)
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
-        return {"best_epoch": trainer.best_epoch, "losses": losses, "valid": valid, "train_rows": len(train_data) * train_data.step}
+        return {
+            "best_epoch": trainer.best_epoch,
+            "losses": losses,
+            "valid": valid,
+            "train_rows": len(train_data) * train_data.step,
+        }
 
     trainer._train_data = train_data
     return store.run(name, TRAIN_VERSION, inputs, make)

@@ -122,7 +122,9 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "model": config["model"],
         "dataset": config["dataset"],
         "seed": config["seed"],
-        "split": split.as_dict() if split else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
+        "split": split.as_dict()
+        if split
+        else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
         "evaluation": _evaluation(config, test_users, sequential=fitted.test_data.is_sequential),
         "valid": dict(valid),
         "test": dict(test),
@@ -143,7 +145,8 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
     if measured.per_user:
         users = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
-        _write(folder / "per_user.npz", lambda file: np.savez_compressed(file, user_id=users, **measured.per_user))
+        arrays: dict[str, Any] = {"user_id": users, **measured.per_user}
+        _write(folder / "per_user.npz", lambda file: np.savez_compressed(file, **arrays))
     content = json.dumps(result, indent=1).encode()
     for path in filter(None, (folder / "result.json", Path(result_file) if result_file else None)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,10 +208,16 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     """
     names = list(dict.fromkeys(name for result in results for name in result["test"]))
     rows = [["", *(result["model"] for result in results)]]
-    rows += [[name, *(f"{result['test'][name]:.4f}" if name in result["test"] else "-" for result in results)] for name in names]
+    rows += [
+        [name, *(f"{result['test'][name]:.4f}" if name in result["test"] else "-" for result in results)]
+        for name in names
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

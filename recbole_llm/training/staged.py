@@ -74,7 +74,10 @@ class StagedTrainer(TrainerMixin, Trainer):
         if named is None:
             stage = embedded_stage(config, dataset, self.item_text, settings, store)
             self.stages.append(stage.as_dict("backbone"))
-            backbone, backbone_mark = load_backbone(stage.folder / "model", **_backbone_options(config)), stage.fingerprint
+            backbone, backbone_mark = (
+                load_backbone(stage.folder / "model", **_backbone_options(config)),
+                stage.fingerprint,
+            )
         else:
             backbone, backbone_mark = named, fingerprint_of([named.fingerprint(), _backbone_options(config)])
         profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
@@ -130,7 +133,12 @@ class StagedTrainer(TrainerMixin, Trainer):
         for epoch in range(len(losses), epochs):
             losses.append(self._align_epoch(stage, epoch, optimizer, generator, steps))
             if time.monotonic() - last > RESUME_SECONDS:
-                state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses, "rng": rng_state(generator)}
+                state = {
+                    "model": dict(model.state_dict()),
+                    "optimizer": optimizer.state_dict(),
+                    "losses": losses,
+                    "rng": rng_state(generator),
+                }
                 save_state(resume, state)
                 last = time.monotonic()
         steps.close()
@@ -210,7 +218,9 @@ def graph_embeddings(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         else:
             tables = _forward_tables(model)
     if tables is None:
-        raise UserError(f"graph_model: {name} has no user and item embeddings; take one such as LightGCN, NGCF, SGL or BPR")
+        raise UserError(
+            f"graph_model: {name} has no user and item embeddings; take one such as LightGCN, NGCF, SGL or BPR"
+        )
     return tables[0].detach().cpu().numpy(), tables[1].detach().cpu().numpy()
 
 
@@ -219,7 +229,12 @@ def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         output = model.forward()
     except TypeError:
         output = None
-    if isinstance(output, tuple) and len(output) >= 2 and len(output[0]) == model.n_users and len(output[1]) == model.n_items:
+    if (
+        isinstance(output, tuple)
+        and len(output) >= 2
+        and len(output[0]) == model.n_users
+        and len(output[1]) == model.n_items
+    ):
         return output[0], output[1]
     user, item = getattr(model, "user_embedding", None), getattr(model, "item_embedding", None)
     if isinstance(user, nn.Embedding) and isinstance(item, nn.Embedding):
@@ -236,7 +251,10 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
     name, template = config["dataset"], config["item_text"]
     file = Path(config["data_path"]) / f"{name}.item"
     if not template:
-        raise UserError(f"{config['model']} needs item text, but '{name}' has no template; set item_text: '{{column}}' with columns of {file}")
+        raise UserError(
+            f"{config['model']} needs item text, but '{name}' has no template; "
+            f"set item_text: '{{column}}' with columns of {file}"
+        )
     text = load_item_text(
         file,
         id_field=config["ITEM_ID_FIELD"],
@@ -262,8 +280,10 @@ def _backbone_options(config: Any) -> dict[str, Any]:
     }
 
 
-def embedded_stage(config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore) -> Stage:
-    """Train (or find) the embedded language model on the texts of items that stand in train, and the prompt templates."""
+def embedded_stage(
+    config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore
+) -> Stage:
+    """Train (or find) the embedded LM on the texts of items that stand in train, and the prompt templates."""
     seen = np.unique(dataset.train_histories.items)
     corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
@@ -284,6 +304,11 @@ def user_texts(
     predictions = None
     if config["prediction_words"]:
         predictions = prediction_keywords(
-            texts, histories, user_embeddings, item_embeddings, config["prediction_words"], config["prediction_neighbours"]
+            texts,
+            histories,
+            user_embeddings,
+            item_embeddings,
+            config["prediction_words"],
+            config["prediction_neighbours"],
         )
     return profiles, predictions

@@ -53,7 +53,7 @@ def load_state(path: Path, device: str | torch.device = "cpu") -> Any:
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             tree = json.loads(file.metadata()["tree"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error})") from None
     return _decode(tree, tensors)
@@ -75,7 +75,10 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         parts = [_encode(np.asarray(part), tensors) for part in (csr.data, csr.indices, csr.indptr)]
         return {"kind": "sparse", "value": parts, "shape": list(csr.shape)}
     if isinstance(value, Mapping):
-        return {"kind": "dict", "value": [[_encode(key, tensors), _encode(inner, tensors)] for key, inner in value.items()]}
+        return {
+            "kind": "dict",
+            "value": [[_encode(key, tensors), _encode(inner, tensors)] for key, inner in value.items()],
+        }
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {"kind": kind, "value": [_encode(inner, tensors) for inner in value]}

@@ -97,7 +97,11 @@ class TrainerMixin:
         if torch.isfinite(loss):
             return
         epoch, batch = self._where
-        kept = f"the weights of epoch {self.best_epoch + 1} are kept in {self.saved_model_file}" if self.best_epoch >= 0 else "no epoch was finished before"
+        kept = (
+            f"the weights of epoch {self.best_epoch + 1} are kept in {self.saved_model_file}"
+            if self.best_epoch >= 0
+            else "no epoch was finished before"
+        )
         raise UserError(
             f"{self.config['model']}: the loss became {loss.item()} in epoch {epoch + 1}, batch {batch + 1}; {kept}; "
             f"try a lower learning_rate (now {self.config['learning_rate']})"
