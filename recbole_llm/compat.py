@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import traceback
+import urllib.error
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
+from recbole.utils import FeatureSource, FeatureType
 
-from recbole_llm.errors import UserError
+from recbole_llm.atomic import open_atomic
+from recbole_llm.errors import UserError, did_you_mean
 
 RECBOLE_VERSION = "1.2.1"
 
@@ -128,3 +132,152 @@ class _NoTensorboard:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class AtomicMixin:
+    """Mends RecBole's loading for pandas 2.3 and 3 and for exact texts; values are otherwise RecBole's."""
+
+    config: Any
+    field2type: dict[str, FeatureType]
+    field2source: dict[str, Any]
+    field2seqlen: dict[str, int]
+    field2bucketnum: dict[str, int]
+    field2id_token: dict[str, np.ndarray]
+    field2token_id: dict[str, dict[str, int]]
+
+    def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
+        """Replaces dataset.py:427-512 (python engine, default quoting, chained fillna that pandas 3 ignores)."""
+        load_col, unload_col = self._get_load_and_unload_col(source)  # type: ignore[attr-defined]
+        if load_col == set():
+            return None
+        file = open_atomic(Path(filepath), self.config["field_separator"], self.config["encoding"] or "utf-8")
+        columns = [
+            name
+            for name in file.names
+            if (load_col is None or name in load_col) and not (unload_col is not None and name in unload_col)
+        ]
+        for name, kind in zip(file.names, file.types, strict=True):
+            if name in columns:
+                self._register_field(name, FeatureType(kind), source)
+        self._require_ids(file.path, file.names, columns, source)
+        if not columns:
+            return None
+        frame = file.frame(columns)
+        for name in columns:
+            self._convert(frame, name)
+        return frame
+
+    def _register_field(self, name: str, kind: FeatureType, source: Any) -> None:
+        if not isinstance(source, FeatureSource) and source == "link":
+            return
+        self.field2source[name] = source
+        self.field2type[name] = kind
+        if not kind.value.endswith("seq"):
+            self.field2seqlen[name] = 1
+        if "float" in kind.value:
+            self.field2bucketnum[name] = 2
+
+    def _require_ids(self, path: Path, names: tuple[str, ...], columns: list[str], source: Any) -> None:
+        wanted = {
+            FeatureSource.INTERACTION: ("USER_ID_FIELD", "ITEM_ID_FIELD"),
+            FeatureSource.USER: ("USER_ID_FIELD",),
+            FeatureSource.ITEM: ("ITEM_ID_FIELD",),
+        }.get(source, ())
+        for key in wanted:
+            field = self.config[key]
+            if field is not None and field not in columns:
+                hint = did_you_mean(field, names) or f"; its columns: {', '.join(names)}"
+                raise UserError(f"{path} has no loaded column '{field}' ({key}){hint}")
+
+    def _convert(self, frame: pd.DataFrame, name: str) -> None:
+        kind = self.field2type[name]
+        if kind == FeatureType.TOKEN:
+            values = frame[name].to_numpy(dtype=object)
+            # An empty id is a missing one, as in RecBole; the letters "NA" are not.
+            frame[name] = pd.Series(np.where(values == "", None, values), index=frame.index, dtype=object)
+        elif kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+            separator = self.config["seq_separator"]
+            to = np.str_ if kind == FeatureType.TOKEN_SEQ else np.float64
+            limit = (self.config["seq_len"] or {}).get(name)
+            rows = [
+                np.array([part for part in text.split(separator) if part][:limit], dtype=to) for text in frame[name]
+            ]
+            self.field2seqlen[name] = max((len(row) for row in rows), default=0)
+            column = np.empty(len(rows), dtype=object)
+            column[:] = rows
+            frame[name] = pd.Series(column, index=frame.index, dtype=object)
+
+    def _fill_nan(self) -> None:
+        """Replaces dataset.py:640-657: under pandas 3 its chained fillna changes nothing and corrupts features."""
+        for feat_name in self.feat_name_list:  # type: ignore[attr-defined]
+            feat = getattr(self, feat_name)
+            for name in feat:
+                kind = self.field2type[name]
+                if kind == FeatureType.TOKEN:
+                    feat[name] = feat[name].fillna(0).astype(np.int64)
+                elif kind == FeatureType.FLOAT:
+                    feat[name] = feat[name].fillna(feat[name].mean())
+                else:
+                    empty = np.array([], dtype=np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
+                    column = np.empty(len(feat), dtype=object)
+                    column[:] = [empty if isinstance(value, float) else value for value in feat[name]]
+                    feat[name] = pd.Series(column, index=feat.index, dtype=object)
+
+    def _concat_remaped_tokens(self, remap_list: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Replaces dataset.py:1175-1194: ``Series.agg(np.concatenate)`` no longer sees the whole column in pandas 3."""
+        tokens = []
+        for feat, name, kind in remap_list:
+            if kind == FeatureType.TOKEN:
+                tokens.append(feat[name].to_numpy(dtype=object))
+            else:
+                tokens.append(
+                    np.concatenate([np.asarray(row, dtype=object) for row in feat[name]] or [np.array([], object)])
+                )
+        return np.concatenate(tokens), np.cumsum([len(part) for part in tokens])[:-1]
+
+    def _remap(self, remap_list: list[Any]) -> None:
+        """Replaces dataset.py:1196-1218, whose ``Series.agg(len)`` raises in pandas 3; the ids are the same."""
+        if not remap_list:
+            return
+        tokens, split_point = self._concat_remaped_tokens(remap_list)
+        codes, uniques = pd.factorize(tokens)
+        tokens_by_id = np.array(["[PAD]", *uniques])
+        id_by_token = {token: number for number, token in enumerate(tokens_by_id)}
+        for (feat, name, kind), ids in zip(remap_list, np.split(codes + 1, split_point), strict=True):
+            self.field2id_token.setdefault(name, tokens_by_id)
+            self.field2token_id.setdefault(name, id_by_token)
+            if kind == FeatureType.TOKEN:
+                feat[name] = ids
+            else:
+                ends = np.cumsum([len(row) for row in feat[name]])[:-1]
+                column = np.empty(len(feat), dtype=object)
+                column[:] = np.split(ids, ends)
+                feat[name] = pd.Series(column, index=feat.index, dtype=object)
+
+    def _download(self) -> None:
+        """Replaces dataset.py:236-255, whose first attempt always fails.
+
+        It calls ``torch.distributed.barrier()`` without a process group, and asks a question where nobody
+        may be there to answer.
+        """
+        from recbole.utils.url import download_url, extract_zip, makedirs, rename_atomic_files
+
+        name, folder = self.dataset_name, self.dataset_path  # type: ignore[attr-defined]
+        where = f"put {name}.inter (and .item, .user) into {Path(folder).parent / name}/, or set --data_path"
+        try:
+            url = self._get_download_url("url")  # type: ignore[attr-defined]
+        except ValueError:
+            raise UserError(
+                f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name; "
+                f"{where}"
+            ) from None
+        try:
+            makedirs(folder)
+            archive = download_url(url, folder)
+            extract_zip(archive, folder)
+            Path(archive).unlink()
+            rename_atomic_files(folder, Path(archive).stem, name)
+        except (urllib.error.URLError, OSError) as error:
+            if not any(Path(folder).iterdir()):
+                Path(folder).rmdir()
+            raise UserError(f"data set '{name}' is not here and could not be downloaded ({error}); {where}") from None

@@ -9,7 +9,7 @@ from recbole_llm import compat
 
 compat.install()
 
-from recbole_llm.data.dataset import AtomicMixin, SplitMixin  # noqa: E402
+from recbole_llm.data.dataset import SplitMixin  # noqa: E402
 
 
 def dataset_class(config: Any) -> type:
@@ -33,7 +33,7 @@ def dataset_class(config: Any) -> type:
         own = own or datasets.KnowledgeBasedDataset
     stock = own or (datasets.SequentialDataset if sequential else datasets.Dataset)
     if config["policy"] == "recbole":
-        return type(stock.__name__, (AtomicMixin, stock), {})
+        return type(stock.__name__, (compat.AtomicMixin, stock), {})
     if own is None:
         return PrefixDataset if sequential else PairDataset
     return type(stock.__name__, (PrefixDataset if sequential else SplitMixin, stock), {})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from recbole_llm.data.atomic import open_atomic
+from recbole_llm.atomic import open_atomic
 from recbole_llm.errors import UserError, did_you_mean
 
 # What the fallback's template may name: the raw id, whatever the file calls its id column.

@@ -31,9 +31,11 @@ class LightGCN(RecBoleLightGCN):
         Returns:
             Users ``[n_users, d]`` and items ``[n_items, d]``.
         """
-        nodes = MeanOfPowers.apply(self.norm_adj_matrix, self.get_ego_embeddings(), self.n_layers)
-        users, items = torch.split(nodes, [self.n_users, self.n_items])
+        users, items = torch.split(self._convolve(self.get_ego_embeddings()), [self.n_users, self.n_items])
         return users, items
+
+    def _convolve(self, nodes: torch.Tensor) -> torch.Tensor:
+        return MeanOfPowers.apply(self.norm_adj_matrix, nodes, self.n_layers)
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """BPR loss plus the L2 norm of the batch's own embeddings (He et al. 2020, equation 15).
@@ -45,22 +47,13 @@ class LightGCN(RecBoleLightGCN):
             The loss, ``[1]`` as in RecBole.
         """
         self.restore_user_e = self.restore_item_e = None
-        user = interaction[self.USER_ID]
-        both = torch.cat((interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]))
-        batch = len(user)
-
-        all_users, all_items = self.forward()
-        user_rows = all_users.index_select(0, user)
-        positive, negative = all_items.index_select(0, both).split(batch)
-        loss = self.mf_loss((user_rows * positive).sum(dim=1), (user_rows * negative).sum(dim=1))
-
-        own_positive, own_negative = self.item_embedding.weight.index_select(0, both).split(batch)
-        penalty = self.reg_loss(
-            self.user_embedding.weight.index_select(0, user),
-            own_positive,
-            own_negative,
-            require_pow=self.require_pow,
-        )
+        user, item, negative = (interaction[field] for field in (self.USER_ID, self.ITEM_ID, self.NEG_ITEM_ID))
+        # One look-up of nodes, users before items, has one scatter-add as its gradient instead of three.
+        rows = torch.cat((user, item + self.n_users, negative + self.n_users))
+        own = self.get_ego_embeddings()
+        user_row, item_row, negative_row = self._convolve(own).index_select(0, rows).split(len(user))
+        loss = self.mf_loss((user_row * item_row).sum(dim=1), (user_row * negative_row).sum(dim=1))
+        penalty = self.reg_loss(*own.index_select(0, rows).split(len(user)), require_pow=self.require_pow)
         return loss + self.reg_weight * penalty
 
     @torch.no_grad()
