@@ -88,15 +88,16 @@ class _IndexLoader(AbstractDataLoader):
 
 
 class UserLoader(_IndexLoader):
-    """One row a user who has train items: the user id alone; the model draws from ``dataset.train_histories``.
+    """A row a sample of a user who has train items: the user id alone; the model draws from ``dataset.train_histories``.
 
     Args:
-        config: ``train_batch_size`` and ``shuffle``.
+        config: ``train_batch_size``, ``shuffle`` and, where the model has it, ``samples_per_user``.
         dataset: the train dataset.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        self.users = torch.from_numpy(np.flatnonzero(dataset.train_histories.lengths > 0))
+        users = torch.from_numpy(np.flatnonzero(dataset.train_histories.lengths > 0))
+        self.users = users.repeat(config["samples_per_user"] or 1)
         self.uid_field = dataset.uid_field
         super().__init__(config, dataset, len(self.users), config["train_batch_size"], config["shuffle"])
 
