@@ -152,30 +152,35 @@ class Config(RecBoleConfig):
         super()._load_internal_config_dict(model, model_class, dataset)
         # RecBole keeps the dataset keys of every Config in one shared list; ours must not grow it.
         self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
-        self._protocol_of_recbole: dict[str, Any] = {
-            key: copy.deepcopy(self.internal_config_dict[key])
-            for key in ("eval_args", "repeatable", "train_neg_sample_args")
-            if key in self.internal_config_dict
-        }  # fmt: skip
+        stock = set(self.internal_config_dict)
         own = properties_dir()
         files = [own / "overall.yaml", own / "dataset" / f"{dataset}.yaml", *_model_files(model, model_class)]
         for file in files:
             if file.is_file():
                 self._specs.update(read_specs(file))
-                self.internal_config_dict.update(self._shipped(file))
+                self.internal_config_dict.update(self._shipped(file, stock, registry.is_recboles(model)))
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
         self._check_keys(model, model_class)
         self._fit_model_type(model, model_class)
 
-    def _shipped(self, file: Path) -> dict[str, Any]:
-        """A shipped file's settings; under ``policy: recbole`` RecBole's own file of a data set wins over ours."""
+    def _shipped(self, file: Path, stock: set[str], recboles_model: bool) -> dict[str, Any]:
+        """A shipped file's settings; under ``policy: recbole`` what RecBole ships for its own models and data wins.
+
+        Args:
+            file: the shipped file.
+            stock: keys that RecBole has a value for, for this model and data set.
+            recboles_model: whether the model is RecBole's own.
+        """
         values = copy.deepcopy(read_yaml(file))
-        stock = _RECBOLE / "dataset" / file.name
-        if file.parent.name == "dataset" and stock.is_file() and self._setting("policy") == "recbole":
-            return {key: value for key, value in values.items() if key not in read_yaml(stock)}
-        return values
+        kind = file.parent.name
+        ours = (kind == "model" and not recboles_model) or (
+            kind == "dataset" and not (_RECBOLE / "dataset" / file.name).is_file()
+        )
+        if ours or self._setting("policy") != "recbole":
+            return values
+        return {key: value for key, value in values.items() if key not in stock or key == "metric_decimal_place"}
 
     def _load_backbone_keys(self, llm: str) -> None:
         embedded = properties_dir() / "llm" / "embedded.yaml"
@@ -187,9 +192,7 @@ class Config(RecBoleConfig):
 
     def _fit_model_type(self, model: str, model_class: Any) -> None:
         """Defaults that depend on the kind of model, as RecBole's quick_start_config files set them."""
-        recbole_policy = self._setting("policy") == "recbole"
-        if recbole_policy:
-            self.internal_config_dict.update(self._protocol_of_recbole)
+        if self._setting("policy") == "recbole":
             self.internal_config_dict["fast_baselines"] = False
         if model_class.type == ModelType.SEQUENTIAL:
             # configurator.py:427 demands it; which items are masked is exclude_history's business here.

@@ -121,6 +121,12 @@ def get_model(name: str, fast: bool = True) -> Any:
             raise UserError(f"{name} needs the package '{error.name}', which is not installed") from None
 
 
+def is_recboles(name: str) -> bool:
+    """Whether a name is one of RecBole's own models (also where our faster class computes it)."""
+    entry = entries().get(name)
+    return entry is not None and (entry.fast_of or entry.module.startswith("recbole."))
+
+
 def parts_of(model_class: type) -> tuple[str, ...]:
     """Config keys of a model that name another recommender, trained before it."""
     return tuple(getattr(model_class, "parts", ()))

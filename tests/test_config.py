@@ -114,3 +114,14 @@ def test_a_split_at_one_time_is_refused_where_times_are_positions() -> None:
 def test_our_files_are_plain_yaml_too() -> None:
     for file in SHIPPED:
         assert yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def test_policy_recbole_keeps_recboles_defaults() -> None:
+    import recbole
+
+    stock = read_yaml(Path(recbole.__file__).parent / "properties" / "overall.yaml")
+    config = Config("LightGCN", "ml-100k", config_dict={"policy": "recbole"})
+    for key in ("topk", "valid_metric", "metrics", "learning_rate", "stopping_step", "epochs", "train_batch_size"):
+        assert config[key] == stock[key], key
+    assert config["normalize_all"] is True and config["metric_decimal_place"] == 12
+    assert config["fast_baselines"] is False

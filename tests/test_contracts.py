@@ -152,3 +152,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
         for folder in (settings["output_dir"], tmp_path / "whole")
     ]
     np.testing.assert_array_equal(losses[0], losses[1])
+
+
+def test_two_runs_in_one_process_keep_their_logs_and_events_apart(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = settings_of(tensorboard=True, epochs=1)
+    first, second = (run(model, "small", config_dict=settings) for model in ("BPR", "LightGCN"))
+    logs = [Path(result["log_file"]).read_text(encoding="utf-8") for result in (first, second)]
+    assert "train-BPR" in logs[0] and "train-LightGCN" not in logs[0]
+    assert "train-LightGCN" in logs[1] and "train-BPR" not in logs[1]
+    assert "epoch 0 training" in logs[0], "RecBole's own lines belong in the file"
+    folders = [Path(result["result_file"]).parent for result in (first, second)]
+    assert folders[0] != folders[1] and all(list((folder / "tensorboard").rglob("events*")) for folder in folders)
+    assert not Path("log_tensorboard").exists() and not Path("log").exists()
