@@ -50,6 +50,8 @@ _OURS = (
 )  # fmt: skip
 _FAST = (
     Entry("LightGCN", "recbole_llm.model.lightgcn", "general", fast_of=True),
+    Entry("NGCF", "recbole_llm.model.ngcf", "general", fast_of=True),
+    Entry("SGL", "recbole_llm.model.sgl", "general", fast_of=True),
     Entry("SASRec", "recbole_llm.model.sasrec", "sequential", fast_of=True),
     Entry("BERT4Rec", "recbole_llm.model.bert4rec", "sequential", fast_of=True),
 )
