@@ -123,10 +123,10 @@ class PrefixDataset(SplitMixin, SequentialDataset):
         nxt.field2seqlen = dict(self.field2seqlen)
         nxt.inter_feat = self.rows
         nxt._aug_presets()
-        # Valid and test views are made by the ranking loader, one row a user; here they hold the bare rows.
-        nxt.inter_feat = (
-            prefix_rows(nxt, split) if phase == TRAIN else take(self.rows, split.rows[split.phases == phase])
-        )
+        # Only a prefix view needs its rows made: users and windows are cut from the histories, rankings by their loader.
+        prefixes = phase == TRAIN and not getattr(self.config.model_class, "train_view", "")
+        bare = split.rows[split.phases == phase]
+        nxt.inter_feat = prefix_rows(nxt, split) if prefixes else take(self.rows, bare)
         return nxt
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:

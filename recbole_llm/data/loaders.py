@@ -88,7 +88,7 @@ class _IndexLoader(AbstractDataLoader):
 
 
 class UserLoader(_IndexLoader):
-    """A row a sample of a user who has train items: the user id alone; the model draws from ``dataset.train_histories``.
+    """A row a sample of a user with train items: his id alone; the model draws from ``dataset.train_histories``.
 
     Args:
         config: ``train_batch_size``, ``shuffle`` and, where the model has it, ``samples_per_user``.
