@@ -40,7 +40,9 @@ def test_a_run_reports_repeats_and_recommends_what_is_allowed(
     settings = quick(settings_of, model, result_file=str(tmp_path / "copy.json"))
     first = run(model, "small", config_dict=settings)
     written = json.loads(Path(first["result_file"]).read_text(encoding="utf-8"))
-    assert set(written) >= SHOWN and written == json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
+    copy = json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
+    assert set(written) >= SHOWN and written == copy | {"per_user": "per_user.npz"}
+    assert (tmp_path / copy["per_user"]).is_file()
     assert written["evaluation"]["test_users"] == 60 and written["evaluation"]["ranking"] == "full"
     assert all(0 <= value <= 1 for value in written["test"].values())
     assert set(written["stages"][0]) == {"name", "fingerprint", "seconds", "cached", "peak_memory_mb"}

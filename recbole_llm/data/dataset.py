@@ -123,7 +123,7 @@ class PrefixDataset(SplitMixin, SequentialDataset):
         nxt.field2seqlen = dict(self.field2seqlen)
         nxt.inter_feat = self.rows
         nxt._aug_presets()
-        # Only a prefix view needs its rows made: users and windows are cut from the histories, rankings by their loader.
+        # Only a prefix view needs its rows made: users and windows are cut from histories, rankings by their loader.
         prefixes = phase == TRAIN and not getattr(self.config.model_class, "train_view", "")
         bare = split.rows[split.phases == phase]
         nxt.inter_feat = prefix_rows(nxt, split) if prefixes else take(self.rows, bare)

@@ -143,15 +143,23 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     text = getattr(trainer, "item_text", None)
     if text is not None:
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
-    if measured.per_user:
-        users = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
-        arrays: dict[str, Any] = {"user_id": users, **measured.per_user}
-        _write(folder / "per_user.npz", lambda file: np.savez_compressed(file, **arrays))
-    content = json.dumps(result, indent=1).encode()
-    for path in filter(None, (folder / "result.json", Path(result_file) if result_file else None)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, lambda file: file.write(content))
+    arrays: dict[str, Any] = dict(measured.per_user)
+    if arrays:
+        arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
+    _write_result(folder / "result.json", "per_user.npz", result, arrays)
+    if result_file:
+        copy = Path(result_file)
+        _write_result(copy, f"{copy.stem}.per_user.npz", result, arrays)
     return result | {"result_file": str(folder / "result.json")}
+
+
+def _write_result(path: Path, arrays_name: str, result: Mapping[str, Any], arrays: dict[str, Any]) -> None:
+    """A result with its users' values beside it; each copy names its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        _write(path.with_name(arrays_name), lambda file: np.savez_compressed(file, **arrays))
+    content = json.dumps({**result, "per_user": arrays_name if arrays else None}, indent=1).encode()
+    _write(path, lambda file: file.write(content))
 
 
 def _write(path: Path, fill: Any) -> None:
