@@ -67,14 +67,28 @@ def rows_of(paths: Sequence[str | Path]) -> list[Row]:
     """
     if len(paths) < 2:
         raise UserError("compare takes two runs or more: recbole-llm compare RUN RUN")
+    grouped: dict[str, list[str | Path]] = {}
+    for path in paths:
+        grouped.setdefault(read_run(path)[0]["model"], []).append(path)
+    return [row_of(model, members, like=paths[0]) for model, members in grouped.items()]
+
+
+def row_of(name: str, paths: Sequence[str | Path], like: str | Path) -> Row:
+    """Average runs, which differ in their seeds, user by user.
+
+    Args:
+        name: what to call the row.
+        paths: the runs.
+        like: a run that they must have been judged like.
+
+    Raises:
+        UserError: a run was judged on another split or under another policy; both are named.
+    """
+    first = read_run(like)[0]
     runs = [read_run(path) for path in paths]
-    first = runs[0][0]
-    for path, (result, _) in zip(paths[1:], runs[1:], strict=True):
-        _refuse_unlike(first, result, str(paths[0]), str(path))
-    grouped: dict[str, list[dict[str, np.ndarray]]] = {}
-    for result, arrays in runs:
-        grouped.setdefault(result["model"], []).append(arrays)
-    return [_average(model, arrays) for model, arrays in grouped.items()]
+    for path, (result, _) in zip(paths, runs, strict=True):
+        _refuse_unlike(first, result, str(like), str(path))
+    return _average(name, [arrays for _, arrays in runs])
 
 
 def _refuse_unlike(first: dict[str, Any], other: dict[str, Any], first_name: str, other_name: str) -> None:

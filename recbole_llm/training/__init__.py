@@ -18,9 +18,9 @@ def get_trainer(model_type: Any, model_name: str) -> type:
     from recbole_llm.registry import get_model
 
     if hasattr(get_model(model_name), "stage_loss"):
-        from recbole_llm.training.staged import StagedTrainer
+        from recbole_llm.training.pipeline import StandaloneTrainer
 
-        return StagedTrainer
+        return StandaloneTrainer
     from recbole_llm.training.trainer import trainer_class
 
     return trainer_class(model_type, model_name)

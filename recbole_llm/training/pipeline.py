@@ -160,6 +160,16 @@ def _train(
     return store.run(name, TRAIN_VERSION, inputs, make)
 
 
+class StandaloneTrainer(StagedTrainer):
+    """A staged trainer for RecBole's own calls: ``fit`` runs every stage, the earlier ones through the cache."""
+
+    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's ``fit``."""
+        if self._upstream is None:
+            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
+        return super().fit(train_data, *args, **kwargs)
+
+
 def make_trainer(config: Config, model: Any) -> Any:
     """The trainer of a model: staged where the model has stages, RecBole's with our additions elsewhere."""
     if hasattr(model, "stage_loss"):

@@ -40,7 +40,7 @@ ALIGNMENT_VERSION = 1
 
 
 class StagedTrainer(TrainerMixin, Trainer):
-    """Trains a staged recommender; RecBole's own calls (``fit``, ``evaluate``) run every stage through the cache."""
+    """Trains a staged recommender: :meth:`prepare` runs the stages before the last, ``fit`` the last one."""
 
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
@@ -167,11 +167,7 @@ class StagedTrainer(TrainerMixin, Trainer):
 
     # --- the last stage ----------------------------------------------------------------------------------------------
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """RecBole's ``fit``: earlier stages through the cache, then the last one."""
-        if self._upstream is None:
-            from recbole_llm.training.pipeline import fit_parts_of, store_of
-
-            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
+        """RecBole's ``fit`` of the last stage; :meth:`prepare` has run."""
         init_seed(self.config["seed"], self.config["reproducibility"])
         self.optimizer = self._build_optimizer(params=self.model.begin_stage(self.model.stages[-1]))
         return super().fit(train_data, *args, **kwargs)
