@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import shutil
+import tempfile
 import traceback
 import urllib.error
 import warnings
@@ -260,24 +262,38 @@ class AtomicMixin:
         It calls ``torch.distributed.barrier()`` without a process group, and asks a question where nobody
         may be there to answer.
         """
-        from recbole.utils.url import download_url, extract_zip, makedirs, rename_atomic_files
+        from recbole.utils.url import download_url, extract_zip, rename_atomic_files
 
         name, folder = self.dataset_name, self.dataset_path  # type: ignore[attr-defined]
         where = f"put {name}.inter (and .item, .user) into {Path(folder).parent / name}/, or set --data_path"
         try:
             url = self._get_download_url("url")  # type: ignore[attr-defined]
         except ValueError:
+            known = known_datasets(Path(folder).parent)
             raise UserError(
-                f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name; "
-                f"{where}"
+                f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name"
+                f"{did_you_mean(name, known)}; {where}"
             ) from None
-        try:
-            makedirs(folder)
-            archive = download_url(url, folder)
-            extract_zip(archive, folder)
-            Path(archive).unlink()
-            rename_atomic_files(folder, Path(archive).stem, name)
-        except (urllib.error.URLError, OSError) as error:
-            if not any(Path(folder).iterdir()):
-                Path(folder).rmdir()
-            raise UserError(f"data set '{name}' is not here and could not be downloaded ({error}); {where}") from None
+        # Beside the others only when it is whole: an interrupted download must not look like a data set.
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                archive = download_url(url, scratch)
+                extract_zip(archive, scratch)
+                Path(archive).unlink()
+                rename_atomic_files(scratch, Path(archive).stem, name)
+            except (urllib.error.URLError, OSError) as error:
+                raise UserError(
+                    f"data set '{name}' is not here and could not be downloaded ({error}); {where}"
+                ) from None
+            shutil.copytree(scratch, folder)
+
+
+def known_datasets(data_path: Path) -> set[str]:
+    """Names of the data sets that are here, that come with RecBole, or that it can download."""
+    import recbole
+    import yaml
+
+    urls = Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml"
+    folders = {Path("dataset"), Path(__file__).parent.parent / "dataset", data_path}
+    here = {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()}
+    return here | {"ml-100k"} | set(yaml.safe_load(urls.read_text(encoding="utf-8")))

@@ -14,6 +14,10 @@ class UserError(Exception):
     """A mistake that the user can mend; the message says what is wrong, where, and the nearest right thing."""
 
 
+class TrainingStoppedError(UserError):
+    """Training cannot go on, e.g. the loss is no number; the log and the last good weights stay for a look."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names most like ``name``, best first.
 

@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "words"),
     [
         (["run", "--model=LihgtGCN", "--dataset=ml-100k"], ["unknown model 'LihgtGCN'", "'LightGCN'"]),
-        (["run", "--model=BPR", "--dataset=ml-100kk"], ["no data set 'ml-100kk'"]),
+        (["run", "--model=BPR", "--dataset=ml-100kk"], ["no data set 'ml-100kk'", "'ml-100k'"]),
         (["run", "--model=BPR", "--dataset=ml-100k", "--epoch=3"], ["unknown setting 'epoch'", "'epochs'"]),
         (["run", "--model=BPR", "--dataset=ml-100k", "--metrics=[NDGC]"], ["unknown metric 'NDGC'", "'ndcg'"]),
         (["run", "--model=BPR", "--dataset=ml-100k", "--valid_metric=MAP@10"], ["valid_metric", "not among"]),
@@ -64,7 +64,7 @@ def test_a_mistake_gets_one_line(
     line = refused(capsys, *arguments)
     for word in words:
         assert word in line
-    assert not list(tmp_path.rglob("result.json"))
+    assert not (tmp_path / "saved").exists() or not list((tmp_path / "saved").iterdir())
 
 
 def test_values_are_yaml_and_never_python() -> None:

@@ -19,6 +19,7 @@ import torch
 
 from recbole_llm import __version__
 from recbole_llm.config import Config
+from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.pipeline import Fit, fit, store_of
@@ -58,8 +59,8 @@ def run(
     with run_logging(folder / "run.log", config["state"]):
         try:
             return _run(config, folder)
-        except BaseException:
-            _tidy(folder)
+        except BaseException as error:
+            _tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
             raise
 
 
@@ -71,12 +72,15 @@ def new_run_folder(config: Config) -> Path:
     return folder
 
 
-def _tidy(folder: Path) -> None:
-    """A run that failed leaves its log and its kept weights, and nothing that looks like a result."""
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    (folder / "per_user.npz").unlink(missing_ok=True)
+def _tidy(folder: Path, keep_log: bool) -> None:
+    """A run that failed leaves nothing that looks like a result, and its log only where there is something to read."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "run.log":
+            path.unlink()
+    if not keep_log:
+        shutil.rmtree(folder)
 
 
 def _run(config: Config, folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from recbole_llm.backbone.load import load_backbone
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
 from recbole_llm.data.keywords import prediction_keywords, profile_keywords
-from recbole_llm.errors import UserError
+from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
 from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
@@ -154,7 +154,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         for number, batch in enumerate(self.model.stage_batches(stage, generator)):
             loss = self.model.stage_loss(stage, batch)
             if not torch.isfinite(loss):
-                raise UserError(
+                raise TrainingStoppedError(
                     f"{self.config['model']}: the loss of {stage} became {loss.item()} in epoch {epoch + 1}, batch "
                     f"{number + 1}; try a lower alignment_learning_rate (now {self.config['alignment_learning_rate']})"
                 )

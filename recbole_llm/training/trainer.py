@@ -14,7 +14,7 @@ from recbole.utils import get_trainer as recbole_trainer
 from torch import nn
 
 from recbole_llm import compat
-from recbole_llm.errors import UserError
+from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured, measure
 from recbole_llm.progress import Steps
 from recbole_llm.training.state import Generator, load_state, rng_state, save_state, set_rng_state
@@ -102,7 +102,7 @@ class TrainerMixin:
             if self.best_epoch >= 0
             else "no epoch was finished before"
         )
-        raise UserError(
+        raise TrainingStoppedError(
             f"{self.config['model']}: the loss became {loss.item()} in epoch {epoch + 1}, batch {batch + 1}; {kept}; "
             f"try a lower learning_rate (now {self.config['learning_rate']})"
         )
