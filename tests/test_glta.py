@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": 50, "device": "cpu", "seed": 1,
     "eval_args": {"order": "TO"}, "response_slots": SLOTS, "history_length": 5, "train_batch_size": 4,
     "alignment_batch_size": 3, "gllm_dropout": 0.0, "history_dropout": 0.0, "samples_per_user": 2, "gllm": "free",
-    "targets": "auto", "target_fill": "ignore", "target_window": None,
+    "targets": "auto", "target_fill": "ignore", "target_window": None, "slot_input": "pad",
 }  # fmt: skip
 
 
@@ -401,6 +401,21 @@ def test_learned_slot_inputs() -> None:
         made.stage_loss(stage, next(iter(made.stage_batches(stage, generator())))).backward()
         assert made.slot_inputs is not None and made.slot_inputs.grad is not None
     assert torch.isfinite(made.full_sort_predict(interaction())[:, 1:]).all()
+
+
+def test_user_slot_inputs_are_the_prompts_own_users_and_add_no_parameter() -> None:
+    made = model(slot_input="user")
+    assert set(made.state_dict()) == set(model().state_dict())
+    batch = made.user_batch(torch.tensor([3, 1]), generator())
+    inputs = batch.users[-1 - batch.ids.gather(1, batch.places)]
+    assert inputs.tolist() == [[3] * SLOTS, [1] * SLOTS]
+    closing = made.backbone.encode("/INST]")[-1]
+    assert (batch.ids.gather(1, batch.places[:, :1] - 1) == closing).all()
+    for settings in ({"user_alignment": False}, {}):
+        other = model(slot_input="user", **settings)
+        assert torch.isfinite(other.full_sort_predict(interaction())[:, 1:]).all()
+        batch = other.alignment_batch(torch.tensor([[1, 2, 3]]), generator())
+        assert (batch.ids.gather(1, batch.places[:, 1:]) == other.backbone.pad_id).all()
 
 
 def test_item_slot_inputs_are_the_targets_before() -> None:

@@ -283,7 +283,7 @@ class GLTA(SequentialRecommender):
         if self.config["target_order"] == "description":
             targets, target_rows = described, rows.gather(1, order)
         suffix = self._prompts[ALIGN_ITEMS].suffix(fills)
-        ids, places = self._with_slots(suffix, self._slot_rows(target_rows, size, batch * size))
+        ids, places = self._with_slots(suffix, self._slot_ids(batch, size, batch * size, named=target_rows), size)
         return PromptBatch(ids, places, items.new_empty(0), items.flatten(), targets)
 
     def user_batch(self, users: Tensor, generator: Generator) -> PromptBatch:
@@ -297,14 +297,13 @@ class GLTA(SequentialRecommender):
         shown = sampling.drop(shown, config["history_dropout"], generator)
         targets = sampling.slot_targets(wanted, self.slots, config["target_fill"] == "repeat")
         suffix, soft_users, soft_items = self._user_prompt(users, shown)
-        soft_rows = len(soft_users) + len(soft_items)
+        soft_rows, named = len(soft_users) + len(soft_items), None
         if config["slot_input"] == "item":
             # Teacher forcing: a slot reads the target of the slot before it; what a slot without one reads is idle.
-            rows = soft_rows + torch.arange(targets.numel()).view(targets.shape)
+            named = soft_rows + torch.arange(targets.numel()).view(targets.shape)
             soft_items = torch.cat([soft_items, targets.clamp_min(0).flatten()])
-        else:
-            rows = targets
-        ids, places = self._with_slots(suffix, self._slot_rows(rows, self.slots, soft_rows))
+        inputs = self._slot_ids(len(users), self.slots, soft_rows, named, users=config["user_alignment"])
+        ids, places = self._with_slots(suffix, inputs, self.slots)
         return PromptBatch(ids, places, soft_users, soft_items, targets)
 
     def _user_prompt(self, users: Tensor, history: Ragged) -> tuple[Ragged, Tensor, Tensor]:
@@ -319,19 +318,37 @@ class GLTA(SequentialRecommender):
         fills[prompts.ITEMS] = Ragged(soft_ids(rows), history.offsets)
         return self._prompts[ALIGN_USERS].suffix(fills), soft_users, soft_items
 
-    def _slot_rows(self, targets: Tensor, slots: int, learned_from: int) -> Tensor:
-        """Ids of the inputs of slots 1 to ``slots - 1``, ``[B, slots - 1]``; slot 0 is the prompt's own last token."""
-        if self.config["slot_input"] == "learned":
-            return soft_ids(learned_from + torch.arange(slots - 1)).expand(len(targets), -1)
-        if self.config["slot_input"] == "item":
-            return soft_ids(targets[:, : slots - 1])
-        return torch.full((len(targets), slots - 1), self._slot_id)
+    def _slot_ids(
+        self, rows: int, slots: int, soft_rows: int, named: Tensor | None = None, users: bool = False
+    ) -> Tensor:
+        """What the slots of each prompt read.
 
-    def _with_slots(self, prompt: Ragged, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts with slot inputs ``[B, S - 1]`` behind them: padded ids ``[B, T]`` and the places ``[B, S]``."""
+        Slot 0 is the prompt's own last token and reads nothing more, but with ``slot_input: user`` all slots are alike.
+
+        Args:
+            rows: prompts.
+            slots: response slots.
+            soft_rows: soft tokens before the learned slot inputs, if there are any.
+            named: int64 ``[rows, slots]``, soft tokens of the items that the slots must name, for ``slot_input: item``.
+            users: whether the first ``rows`` soft tokens are the prompts' users, for ``slot_input: user``.
+
+        Returns:
+            int64 ``[rows, slots - 1]``, or ``[rows, slots]`` where slot 0 reads one as well.
+        """
+        kind = self.config["slot_input"]
+        if kind == "learned":
+            return soft_ids(soft_rows + torch.arange(slots - 1)).expand(rows, -1)
+        if kind == "item" and named is not None:
+            return soft_ids(named[:, : slots - 1])
+        if kind == "user" and users:
+            return soft_ids(torch.arange(rows)).unsqueeze(1).expand(-1, slots)
+        return torch.full((rows, slots - 1), self._slot_id)
+
+    def _with_slots(self, prompt: Ragged, inputs: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """The prompts with the slots' inputs behind them: padded ids ``[B, T]``, and places ``[B, slots]``."""
         tail = Ragged.from_padded(inputs, torch.ones_like(inputs, dtype=torch.bool))
-        places = prompt.lengths.unsqueeze(1) - 1 + torch.arange(inputs.shape[1] + 1)
-        return prompts.join([prompt, tail]).padded(self._slot_id), places
+        first = prompt.lengths - (slots - inputs.shape[1])
+        return prompts.join([prompt, tail]).padded(self._slot_id), first.unsqueeze(1) + torch.arange(slots)
 
     # The forward pass
 
@@ -400,8 +417,9 @@ class GLTA(SequentialRecommender):
             ids = suffix.padded(self._slot_id).to(self.device)
             return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
         slots = 1 if self.config["inference"] == "fl" else self.slots
-        inputs = self._slot_rows(users.unsqueeze(1), slots, len(soft_users) + len(soft_items))
-        ids, slot_places = self._with_slots(suffix, inputs)
+        soft_rows = len(soft_users) + len(soft_items)
+        inputs = self._slot_ids(len(users), slots, soft_rows, users=self.config["user_alignment"])
+        ids, slot_places = self._with_slots(suffix, inputs, slots)
         states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
         log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:
