@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import urllib.error
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,11 @@ def recbole_says() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, ImportError, KeyError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         if "recbole" not in Path(last).parts or isinstance(error, UserError):
             raise
-        raise UserError(f"RecBole refuses the data: {error}") from error
+        raise UserError(f"RecBole refuses this: {type(error).__name__}, {error}") from error
 
 
 @contextlib.contextmanager
@@ -201,9 +202,11 @@ class AtomicMixin:
             separator = self.config["seq_separator"]
             to = np.str_ if kind == FeatureType.TOKEN_SEQ else np.float64
             limit = (self.config["seq_len"] or {}).get(name)
-            rows = [
-                np.array([part for part in text.split(separator) if part][:limit], dtype=to) for text in frame[name]
-            ]
+            parts = [[part for part in text.split(separator) if part][:limit] for text in frame[name]]
+            try:
+                rows = [np.array(row, dtype=to) for row in parts]
+            except ValueError as error:
+                raise UserError(f"column '{name}' ({kind.value}) holds something that is no number: {error}") from None
             self.field2seqlen[name] = max((len(row) for row in rows), default=0)
             column = np.empty(len(rows), dtype=object)
             column[:] = rows
@@ -281,11 +284,14 @@ class AtomicMixin:
                 extract_zip(archive, scratch)
                 Path(archive).unlink()
                 rename_atomic_files(scratch, Path(archive).stem, name)
-            except (urllib.error.URLError, OSError) as error:
+            except (urllib.error.URLError, OSError, zipfile.BadZipFile) as error:
                 raise UserError(
                     f"data set '{name}' is not here and could not be downloaded ({error}); {where}"
                 ) from None
-            shutil.copytree(scratch, folder)
+            part = Path(folder).with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(scratch, part)
+            part.rename(folder)
 
 
 def known_datasets(data_path: Path) -> set[str]:

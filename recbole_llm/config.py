@@ -7,8 +7,6 @@ belongs to the recommender that trains as that part, e.g. ``graph_model.epochs``
 from __future__ import annotations
 
 import copy
-import inspect
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,31 +16,19 @@ from recbole_llm import compat
 
 compat.install()
 
-import recbole  # noqa: E402 - the shims come first
 from recbole.config import Config as RecBoleConfig  # noqa: E402
-from recbole.evaluator import metric_types, smaller_metrics  # noqa: E402
+from recbole.evaluator import metric_types, metrics_dict, smaller_metrics  # noqa: E402
+from recbole.evaluator.base_metric import TopkMetric  # noqa: E402
 from recbole.utils import EvaluatorType, ModelType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
-    evaluation_arguments,
-    general_arguments,
-    training_arguments,
 )
 
 from recbole_llm import registry  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
+from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
 from recbole_llm.schema import Spec, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
-
-_RECBOLE = Path(recbole.__file__).parent / "properties"
-
-# Keys that RecBole reads but no YAML of its own lists.
-_UNLISTED = {
-    "model", "dataset", "config_files", "encoding", "use_gpu", "nproc", "ip", "port", "world_size", "offset",
-    "local_rank", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "single_spec", "device", "valid_neg_sample_args",
-    "test_neg_sample_args", "kg_reverse_r", "pretrain_path", "numerical_features", "neg_sampling",
-    "training_neg_sample_num",
-}  # fmt: skip
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
 _PROTOCOL_KEYS = (
@@ -52,9 +38,20 @@ _PROTOCOL_KEYS = (
     "fast_baselines",
 )  # fmt: skip
 
+# RecBole says only "(int)" of its sizes.
+_SIZES = ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "MAX_ITEM_LIST_LENGTH")
+_SIZE = Spec("int >= 1", "a size")
+
+# RecBole's own models that our views and checkpoints do not serve.
+_UNRANKABLE = {
+    "DIEN": "it needs a negative history beside the history",
+    "RaCT": "it trains in three phases with files between them",
+    "S3Rec": "it trains in two phases with a file between them",
+}
+
 # Settings that change no trained number: they stay out of a stage's fingerprint.
 NEUTRAL_KEYS = frozenset({
-    "gpu_id", "use_gpu", "worker", "state", "show_progress", "data_path", "checkpoint_dir", "save_dataset",
+    "gpu_id", "use_gpu", "state", "show_progress", "data_path", "checkpoint_dir", "save_dataset",
     "dataset_save_path", "save_dataloaders", "dataloaders_save_path", "log_wandb", "wandb_project", "tensorboard",
     "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
@@ -99,7 +96,8 @@ class Config(RecBoleConfig):
     ) -> None:
         self._arguments = list(_command_line() if command_line is None else command_line)
         self._specs: dict[str, Spec] = dict(base_specs())
-        super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
+        with compat.recbole_says():
+            super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
 
     # --- reading -----------------------------------------------------------------------------------------------------
     def compatibility_settings(self) -> None:
@@ -108,7 +106,8 @@ class Config(RecBoleConfig):
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for file in file_list or ():
-            merged.update(copy.deepcopy(read_yaml(Path(file))))
+            # Not through the cache of shipped files: a user edits his between two runs of one process.
+            merged.update(read_yaml.__wrapped__(Path(file)))
         return merged
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class Config(RecBoleConfig):
         self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
         stock = set(self.internal_config_dict)
         own = properties_dir()
-        files = [own / "overall.yaml", own / "dataset" / f"{dataset}.yaml", *_model_files(model, model_class)]
+        files = [own / "overall.yaml", own / "dataset" / f"{dataset}.yaml", *model_files(model, model_class)]
         for file in files:
             if file.is_file():
                 self._specs.update(read_specs(file))
@@ -162,7 +161,9 @@ class Config(RecBoleConfig):
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
+        self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
         self._check_keys(model, model_class)
+        self._check_model(model, model_class)
         self._fit_model_type(model, model_class)
 
     def _shipped(self, file: Path, stock: set[str], recboles_model: bool) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class Config(RecBoleConfig):
         values = copy.deepcopy(read_yaml(file))
         kind = file.parent.name
         ours = (kind == "model" and not recboles_model) or (
-            kind == "dataset" and not (_RECBOLE / "dataset" / file.name).is_file()
+            kind == "dataset" and not (RECBOLE_PROPERTIES / "dataset" / file.name).is_file()
         )
         if ours or self._setting("policy") != "recbole":
             return values
@@ -222,17 +223,31 @@ class Config(RecBoleConfig):
     def _check_part_key(self, key: str, prefix: str, rest: str, parts: tuple[str, ...], model: str) -> None:
         if prefix not in parts:
             owned = f"; its parts: {', '.join(parts)}" if parts else ""
-            raise UserError(
-                f"unknown setting '{key}': {model} has no part '{prefix}'{owned}"
-            )
+            raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}")
         name = self._setting(prefix)
         part_class = registry.get_model(name)
-        specs = dict(base_specs()) | _model_specs(name)
+        specs = dict(base_specs()) | model_specs(name)
         if rest not in known_keys(name, part_class) | set(specs):
             raise UserError(f"unknown setting '{key}' for {name}{did_you_mean(rest, known_keys(name, part_class))}")
         if isinstance(self.external_config_dict[key], str):
             self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
         _require(key, self.external_config_dict[key], specs.get(rest))
+
+    def _check_model(self, model: str, model_class: Any) -> None:
+        """Refuse what cannot be run, before any work starts."""
+        if self._setting("policy") == "recbole":
+            view: str = getattr(model_class, "train_view", "")
+            if view or hasattr(model_class, "stage_loss"):
+                raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
+            if self._setting("refit_on_valid"):
+                raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
+        elif model in _UNRANKABLE:
+            raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
+        for part in registry.parts_of(model_class):
+            name = self._setting(part)
+            kind: Any = registry.get_model(name)
+            if kind.type != ModelType.GENERAL:
+                raise UserError(f"{part} should be a general recommender with user and item embeddings, not {name}")
 
     def _check_value(self, key: str) -> None:
         value, spec = self.external_config_dict[key], self._specs.get(key)
@@ -263,7 +278,7 @@ class Config(RecBoleConfig):
         self._check_metrics()
         self._check_eval_args()
         super()._set_default_parameters()
-        final["checkpoint_dir"] = str(final["output_dir"]) if final["policy"] == "unified" else final["checkpoint_dir"]
+        final["checkpoint_dir"] = str(final["output_dir"])
 
     def _data_folder(self) -> Path:
         """``dataset/``, then ``data_path``; the last one when neither has the data set."""
@@ -288,12 +303,12 @@ class Config(RecBoleConfig):
         for k in final["topk"]:
             if not isinstance(k, int) or isinstance(k, bool) or k < 1:
                 raise UserError(f"topk should hold whole numbers of 1 or more, but has {k!r}")
-        name, at, cut = str(final["valid_metric"]).partition("@")
+        name, _, cut = str(final["valid_metric"]).partition("@")
         if name.lower() not in metric_types:
             raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
-        if name.lower() not in [metric.lower() for metric in final["metrics"]] or (
-            at and cut not in map(str, final["topk"])
-        ):
+        at_k = issubclass(metrics_dict[name.lower()], TopkMetric)
+        wanted = list(map(str, final["topk"])) if at_k else [""]
+        if name.lower() not in [metric.lower() for metric in final["metrics"]] or cut not in wanted:
             raise UserError(
                 f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
             )
@@ -378,7 +393,7 @@ class Config(RecBoleConfig):
             for key, value in self.external_config_dict.items()
             if key.startswith(f"{name}.")
         }
-        part_specs = _model_specs(self[name]) | base_specs() | self._specs
+        part_specs = model_specs(self[name]) | base_specs() | self._specs
         inner = {
             key: value
             for key, value in inner.items()
@@ -410,56 +425,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [plain(inner) for inner in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def base_specs() -> dict[str, Spec]:
-    """Types of the keys that every model has."""
-    specs: dict[str, Spec] = {}
-    for file in (_RECBOLE / "overall.yaml", _RECBOLE / "dataset" / "sample.yaml", properties_dir() / "overall.yaml"):
-        specs.update(read_specs(file))
-    return specs
-
-
-def _model_files(model: str, model_class: type | None = None) -> list[Path]:
-    """The settings files of a model, those of what it builds on first.
-
-    Args:
-        model: a registered name, or the name of a class of the user's own.
-        model_class: where no file has its name, the nearest class it inherits from that has one stands in.
-    """
-    names = list(dict.fromkeys((registry.yaml_base(model), model)))
-    files = _named_files(names)
-    for parent in model_class.__mro__ if model_class is not None else ():
-        files = files or _named_files([parent.__name__])
-    return files
-
-
-def _named_files(names: list[str]) -> list[Path]:
-    paths = [folder / "model" / f"{name}.yaml" for name in names for folder in (_RECBOLE, properties_dir())]
-    return [path for path in paths if path.is_file()]
-
-
-def _model_specs(model: str, model_class: type | None = None) -> dict[str, Spec]:
-    specs: dict[str, Spec] = {}
-    for file in _model_files(model, model_class):
-        specs.update(read_specs(file))
-    return specs
-
-
-def known_keys(model: str, model_class: type) -> set[str]:
-    """Every key that a run of this model can mean something by.
-
-    RecBole's YAML files name most; the rest are the ``config["..."]`` that the model's own classes read.
-    """
-    keys = set(base_specs()) | _UNLISTED
-    for listed in (general_arguments, training_arguments, evaluation_arguments, dataset_arguments):
-        keys |= set(listed)
-    for file in _model_files(model, model_class):
-        keys |= set(read_yaml(file))
-    for cls in model_class.__mro__:
-        if cls.__module__.startswith(("recbole.", "recbole_llm.")):
-            keys |= set(re.findall(r"""config\[\s*["'](\w+)["']\s*\]""", inspect.getsource(cls)))
-    return keys
 
 
 def _require(key: str, value: Any, spec: Spec | None) -> None:

@@ -64,7 +64,8 @@ _RECBOLE_KINDS = {
 }
 
 
-def _recbole_folder() -> Path:
+def recbole_folder() -> Path:
+    """Where RecBole is installed, found without importing it."""
     spec = importlib.util.find_spec("recbole")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("recbole is not installed; pip install recbole==1.2.1")
@@ -73,7 +74,7 @@ def _recbole_folder() -> Path:
 
 def _recbole_entries() -> dict[str, Entry]:
     """RecBole's models, by its folders: a model's YAML gives the spelling of its name, its module the kind."""
-    folder = _recbole_folder()
+    folder = recbole_folder()
     names = {path.stem.lower(): path.stem for path in (folder / "properties" / "model").glob("*.yaml")}
     entries = {}
     for package, kind in _RECBOLE_KINDS.items():

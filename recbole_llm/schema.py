@@ -156,6 +156,8 @@ def parse_value(text: str, spec: Spec | None) -> Any:
     """
     if spec is not None and spec.is_text_only():
         return None if text in ("", "~", "null", "None") and spec.allows(None) else text
+    if text == "" and spec is not None and spec.allows(""):
+        return ""
     if text == "None":
         # RecBole's own commands write Python's None; YAML would read the word.
         return None

@@ -5,7 +5,7 @@ set -euo pipefail
 out=${1:-saved/results-glta}
 protocols=${2:-"time ratio"}
 models=("${@:3}")
-[ ${#models[@]} -gt 0 ] || models=(EASE LightGCN SASRecAllPositions SASRec GLTA GLTA-free GLTA-no-text)
+[ ${#models[@]} -gt 0 ] || models=(EASE LightGCN SASRecAllPositions SASRec GLTA GLTA-pad GLTA-free GLTA-no-text)
 
 settings() { # what a row is called -> the model and its settings beside the shipped ones
   case $1 in
@@ -13,6 +13,7 @@ settings() { # what a row is called -> the model and its settings beside the shi
     SASRecAllPositions) echo "--model=SASRecAllPositions" ;;
     EASE) echo "--model=EASE --reg_weight=500.0" ;;
     GLTA-free) echo "--model=GLTA --gllm=free" ;;
+    GLTA-pad) echo "--model=GLTA --slot_input=pad" ;;
     GLTA-no-text) echo "--model=GLTA --text_source=none" ;;
     *) echo "--model=$1" ;;
   esac

@@ -178,6 +178,9 @@ class RankingLoader(FullSortEvalDataLoader):
         chosen = np.flatnonzero(split.phases == self.phase)
         users, items = split.users[chosen], split.items[chosen]
         if self.by_row:
+            # As after RecBole's augmentation, a user's very first row has no history and is no ranking.
+            chosen = chosen[split.ranks[chosen] > 0]
+            users, items = split.users[chosen], split.items[chosen]
             self.users, self.target_offsets = users, np.arange(len(users) + 1)
             self.last: np.ndarray = chosen
         else:
@@ -232,7 +235,7 @@ class RankingLoader(FullSortEvalDataLoader):
         if self.excludes:
             history_rows, history_items = _flatten(self.history.offsets, self.history.items, users)
             excluded = (torch.from_numpy(history_rows), torch.from_numpy(history_items))
-            if self.by_row:
+            if self.by_row or self.config["exclude_history"] == "recbole":
                 excluded = self._spare_targets(excluded, positive_rows, positive_items)
         return interaction, excluded, torch.from_numpy(positive_rows), torch.from_numpy(positive_items)
 

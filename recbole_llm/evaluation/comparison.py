@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from recbole_llm.config import NEUTRAL_KEYS
 from recbole_llm.errors import UserError, nearest
 
 # What must be the same for two rows to mean the same thing.
@@ -55,7 +57,7 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         result = json.loads(file.read_text(encoding="utf-8"))
         with np.load(file.parent / result["per_user"], allow_pickle=False) as arrays:
             return result, {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} or its per_user.npz cannot be read ({error})") from None
 
 
@@ -67,10 +69,21 @@ def rows_of(paths: Sequence[str | Path]) -> list[Row]:
     """
     if len(paths) < 2:
         raise UserError("compare takes two runs or more: recbole-llm compare RUN RUN")
-    grouped: dict[str, list[str | Path]] = {}
+    grouped: dict[tuple[str, str], list[str | Path]] = {}
     for path in paths:
-        grouped.setdefault(read_run(path)[0]["model"], []).append(path)
-    return [row_of(model, members, like=paths[0]) for model, members in grouped.items()]
+        result = read_run(path)[0]
+        grouped.setdefault((result["model"], _settings_mark(result)), []).append(path)
+    several = [model for model, _ in grouped]
+    return [
+        row_of(model if several.count(model) == 1 else f"{model} ({Path(members[0]).name})", members, like=paths[0])
+        for (model, _), members in grouped.items()
+    ]
+
+
+def _settings_mark(result: dict[str, Any]) -> str:
+    """The settings that make two runs of a model seeds of one row rather than two rows."""
+    settings = {key: value for key, value in result.get("config", {}).items() if key not in NEUTRAL_KEYS}
+    return json.dumps({key: value for key, value in settings.items() if key != "seed"}, sort_keys=True)
 
 
 def row_of(name: str, paths: Sequence[str | Path], like: str | Path) -> Row:
@@ -86,6 +99,9 @@ def row_of(name: str, paths: Sequence[str | Path], like: str | Path) -> Row:
     """
     first = read_run(like)[0]
     runs = [read_run(path) for path in paths]
+    seeds = [result["seed"] for result, _ in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{name}: a seed stands twice among {', '.join(map(str, paths))}; it would count as two")
     for path, (result, _) in zip(paths, runs, strict=True):
         _refuse_unlike(first, result, str(like), str(path))
     return _average(name, [arrays for _, arrays in runs])

@@ -90,6 +90,11 @@ class StageBatches:
                 yield self._model.user_batch(rows, self._generator)
 
 
+def _split_by_time(eval_args: dict[str, Any]) -> bool:
+    """Whether a split is by time; one at a global moment is, whatever its order says."""
+    return eval_args["order"] == "TO" or "TS" in (eval_args.get("split") or {})
+
+
 class GLTA(SequentialRecommender):
     """GLTA (arXiv 2502.18757) as a RecBole recommender.
 
@@ -123,7 +128,7 @@ class GLTA(SequentialRecommender):
                 f"set MAX_ITEM_LIST_LENGTH to {config['history_length']} as well"
             )
         targets = config["targets"]
-        self.by_time = targets == "next" or (targets == "auto" and config["eval_args"]["order"] == "TO")
+        self.by_time = targets == "next" or (targets == "auto" and _split_by_time(config["eval_args"]))
         self.slots: int = config["response_slots"]
         self.items_per_prompt = min(config["alignment_items_per_prompt"], self.n_items - 1)
         self.history_length: int = config["history_length"] if config["history_input"] == "history" else 0

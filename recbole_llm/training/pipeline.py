@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +13,14 @@ from typing import Any
 
 from recbole.utils import init_seed
 
-from recbole_llm import registry
+from recbole_llm import compat, registry
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
+from recbole_llm.data.split import TRAIN
+from recbole_llm.errors import UserError
 from recbole_llm.training.staged import WEIGHTS, StagedTrainer
-from recbole_llm.training.store import Stage, StageStore, fingerprint_of
+from recbole_llm.training.store import Stage, StageStore
 from recbole_llm.training.trainer import RESUME_FILE, trainer_class
 
 # Raised when a change of ours moves what training a recommender makes.
@@ -91,8 +96,9 @@ def fit(config: Config, store: StageStore) -> Fit:
     first = _fit_once(config, store, None)
     if not config["refit_on_valid"] or not len(first.valid_data):
         return first
-    second = _fit_once(config, store, first)
-    return second
+    # Measured here, as the metrics asked for may differ from those that picked the epoch when it was trained.
+    first.valid = dict(first.trainer.evaluate(first.valid_data, load_best_model=False) or {})
+    return _fit_once(config, store, first)
 
 
 def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
@@ -101,6 +107,10 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
     if before is None:
         dataset = create_dataset(config)
         train_data, valid_data, test_data = data_preparation(config, dataset)
+        if not len(test_data) and config["eval_args"]["split"] != {"LS": "valid_only"}:
+            raise UserError(
+                "the split leaves no test interaction; look at recbole-llm inspect dataset, eval_args and short_users"
+            )
     else:
         config = copy.copy(config)
         config.final_config_dict = {
@@ -118,8 +128,9 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
         if config.model_class.__module__.startswith(("recbole.", "recbole_llm."))
         else config.model_class
     )
-    model = model(config, train_data._dataset).to(config["device"])
-    trainer = make_trainer(config, model)
+    with compat.recbole_says():
+        model = model(config, train_data._dataset).to(config["device"])
+        trainer = make_trainer(config, model)
     upstream, stages = [], []
     if isinstance(trainer, StagedTrainer):
         upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
@@ -139,13 +150,20 @@ def _train(
     name: str, config: Config, trainer: Any, train_data: Any, valid_data: Any, store: StageStore, upstream: list[str]
 ) -> Stage:
     split = getattr(train_data._dataset, "split", None)
-    data = {"split": split.fingerprint, "train": split.count(0)} if split else fingerprint_of(config.as_dict())
-    inputs = {"config": config.stage_keys(), "data": data, "upstream": upstream}
+    inputs = {
+        "config": config.stage_keys(),
+        "files": data_mark(config),
+        "split": [split.fingerprint, split.count(TRAIN)] if split else None,
+        "code": code_mark(type(trainer.model)),
+        "upstream": upstream,
+    }
 
     def make(folder: Path) -> dict[str, Any]:
         trainer.saved_model_file = str(folder / WEIGHTS)
         trainer.resume_file = folder / RESUME_FILE
         trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
         trainer.resume_file.unlink(missing_ok=True)
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
@@ -158,6 +176,33 @@ def _train(
 
     trainer._train_data = train_data
     return store.run(name, TRAIN_VERSION, inputs, make)
+
+
+def data_mark(config: Config) -> str:
+    """SHA-256 of the atomic files that a model reads.
+
+    The split's fingerprint says who did what when, and nothing of ratings, features, or the order of the rows, which
+    internal ids (and so the rows of every weight) follow.
+    """
+    loaded = config["load_col"]
+    suffixes = ("inter", "user", "item", "kg", "link", "net") if loaded is None else tuple(loaded)
+    digest = hashlib.sha256()
+    for suffix in sorted({*suffixes, *(config["additional_feat_suffix"] or ())}):
+        for file in sorted(Path(config["data_path"]).glob(f"{config['dataset']}*.{suffix}")):
+            with file.open("rb") as stream:
+                digest.update(f"{suffix} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def code_mark(model_class: type) -> str | None:
+    """SHA-256 of a user's own model class, which may be edited between runs; ``None`` for RecBole's and ours."""
+    if model_class.__module__.startswith(("recbole.", "recbole_llm.")):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(model_class).encode()).hexdigest()
+    except (OSError, TypeError):
+        # Typed into an interpreter: nothing tells whether it changed, so it is never found again.
+        return uuid.uuid4().hex
 
 
 class StandaloneTrainer(StagedTrainer):

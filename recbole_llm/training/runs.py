@@ -54,6 +54,8 @@ def run(
         UserError: what the user asked for cannot be done; nothing half-written is left.
     """
     config = Config(model, dataset, config_file_list, config_dict, command_line)
+    if config["result_file"]:
+        writable(Path(config["result_file"]))
     folder = new_run_folder(config)
     config["tensorboard_dir"] = str(folder / "tensorboard") if config["tensorboard"] else None
     with run_logging(folder / "run.log", config["state"]):
@@ -68,13 +70,33 @@ def new_run_folder(config: Config) -> Path:
     """A folder that no other run has, under ``output_dir``."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config["output_dir"]) / f"{config['model']}-{config['dataset']}-{stamp}-{uuid.uuid4().hex[:6]}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder.parent} cannot be written to ({error.strerror})") from None
     return folder
+
+
+def writable(path: Path) -> None:
+    """See before any work that a file can be written.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise IsADirectoryError(0, "it is a folder" if path.is_dir() else "no permission")
+    except OSError as error:
+        raise UserError(f"result_file: {path} cannot be written ({error.strerror})") from None
 
 
 def _tidy(folder: Path, keep_log: bool) -> None:
     """A run that failed leaves nothing that looks like a result, and its log only where there is something to read."""
     for path in sorted(folder.iterdir()):
+        if path.name == "stages" and keep_log:
+            # cache: off keeps its stages here, with the weights that the error names.
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != "run.log":

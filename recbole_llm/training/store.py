@@ -144,6 +144,8 @@ class StageStore:
             "schema": 1, "name": name, "version": version, "fingerprint": mark, "inputs": inputs, "seconds": seconds,
             "peak_memory_mb": peak, "facts": facts, "files": files,
         }  # fmt: skip
+        card = json.loads(json.dumps(card))
+        card["seal"] = fingerprint_of(card)
         with (work / CARD).open("w", encoding="utf-8") as file:
             json.dump(card, file, indent=1, sort_keys=True)
             file.flush()
@@ -166,6 +168,8 @@ def _damage(folder: Path, mark: str) -> str:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         if card["fingerprint"] != mark:
             return "it belongs to another stage"
+        if card.pop("seal") != fingerprint_of(card):
+            return f"{CARD} has changed"
         files = dict(card["files"])
         _ = card["seconds"], card["facts"], card["peak_memory_mb"]
     except (OSError, ValueError, KeyError, TypeError):

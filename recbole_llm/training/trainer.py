@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
+from recbole.trainer import Trainer
+from recbole.trainer.trainer import AbstractTrainer
 from recbole.utils import get_trainer as recbole_trainer
 from torch import nn
 
@@ -43,6 +45,7 @@ class TrainerMixin:
         self._steps: Steps | None = None
         self._where = (0, 0)
         self._stopped = False
+        self._has_valid = True
         self._last_resume = time.monotonic()
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -64,7 +67,8 @@ class TrainerMixin:
             UserError: the loss became NaN or infinite; the last good weights stay in :attr:`saved_model_file`.
         """
         self._train_data = train_data
-        self._restore()
+        self._has_valid = valid_data is not None and len(valid_data) > 0
+        finished = self._restore() and (self._stopped or self.start_epoch >= self.config["epochs"])
         total = max(self.epochs - self.start_epoch, 0) * max(len(train_data), 1)  # type: ignore[attr-defined]
         self._steps = Steps(f"training {self.config['model']}", total, bool(show_progress))
 
@@ -74,7 +78,7 @@ class TrainerMixin:
                 callback_fn(epoch, score)
 
         try:
-            if self._stopped:
+            if finished:
                 return self.best_valid_score, self.best_valid_result  # type: ignore[has-type]
             return super().fit(  # type: ignore[misc]
                 train_data, valid_data if valid_data is not None and len(valid_data) else None, verbose, saved,
@@ -121,7 +125,7 @@ class TrainerMixin:
                 name: value for name, value in self.model.other_parameter().items() if not isinstance(value, nn.Module)
             },
         })  # fmt: skip
-        if self.config["eval_step"] <= 0:
+        if self.config["eval_step"] <= 0 or not self._has_valid:
             self._keep(epoch)
 
     def load_best(self, file: str | Path | None = None) -> None:
@@ -152,6 +156,8 @@ class TrainerMixin:
             self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
         if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
             return
+        if not self._resumable():
+            return
         stopping = self.cur_step > self.stopping_step  # type: ignore[attr-defined]
         save_state(self.resume_file, {
             "epoch": epoch,
@@ -162,26 +168,52 @@ class TrainerMixin:
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
             "stopped": stopping,
             "state_dict": dict(self.model.state_dict()),
+            "counters": self._counters(),
             "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
             "rng": rng_state(*self._generators()),
         })  # fmt: skip
         self._last_resume = time.monotonic()
 
-    def _restore(self) -> None:
+    def _resumable(self) -> bool:
+        """Whether a run can go on from weights, one optimizer and random streams.
+
+        RecBole's trainers with a ``fit`` of their own (NCL, RecVAE, S3Rec, ...) have phases that these do not tell.
+        """
+        own = [cls for cls in type(self).__mro__ if "fit" in vars(cls) and cls.__module__.startswith("recbole.")]
+        return all(cls in _KNOWN_FITS for cls in own)
+
+    def _counters(self) -> dict[str, float]:
+        """Numbers that a model counts in as it trains, e.g. MultiVAE's annealing steps."""
+        return {name: value for name, value in vars(self.model).items() if type(value) in (int, float)}
+
+    def _restore(self) -> bool:
+        """Take up the state of a run that was cut off.
+
+        Returns:
+            Whether there was one; a state that does not fit is left alone and training starts over.
+        """
         if self.resume_file is None or not self.resume_file.is_file() or not Path(self.saved_model_file).is_file():
-            return
+            return False
         try:
-            state = load_state(self.resume_file, self.device)  # type: ignore[attr-defined]
-        except UserError:
-            return
+            # On the CPU: random states live there, and loading copies the rest to where it belongs.
+            state = load_state(self.resume_file)
+            self.model.load_state_dict(state["state_dict"])
+            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
+            set_rng_state(state["rng"], *self._generators())
+        except (UserError, ValueError, RuntimeError, KeyError, TypeError):
+            self.resume_file.unlink()
+            raise TrainingStoppedError(
+                f"{self.config['model']}: the interrupted run in {self.resume_file.parent} cannot be taken up and is "
+                "set aside; the same command starts it over"
+            ) from None
         self.start_epoch = state["epoch"] + 1
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
         self.best_valid_result = OrderedDict(state["best_valid_result"])
         self.best_epoch, self._stopped = state["best_epoch"], state["stopped"]
         self.train_loss_dict = dict(state["losses"])
-        self.model.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
-        set_rng_state(state["rng"], *self._generators())
+        for name, value in state["counters"].items():
+            setattr(self.model, name, value)
+        return True
 
     def resume_checkpoint(self, resume_file: str | Path) -> None:
         """Go on from a resumable state at the next ``fit``; replaces trainer.py:314.
@@ -209,6 +241,10 @@ class TrainerMixin:
         what = f"ranking with {self.config['model']}"
         self.measured = measure(self.model, eval_data, self.config, self._train_data, bool(show_progress), what)
         return self.measured.metrics
+
+
+# The fits that checkpoints of ours are made for.
+_KNOWN_FITS = (Trainer, AbstractTrainer)
 
 
 class _Watched:
