@@ -5,16 +5,15 @@ set -euo pipefail
 out=${1:-saved/results-glta}
 protocols=${2:-"time ratio"}
 models=("${@:3}")
-[ ${#models[@]} -gt 0 ] || models=(EASE LightGCN SASRecAllPositions SASRec GLTA GLTA-pad GLTA-free GLTA-no-text)
+[ ${#models[@]} -gt 0 ] || models=(EASE LightGCN SASRecAllPositions SASRec GLTA GLTA-dropout GLTA-pad)
 
 settings() { # what a row is called -> the model and its settings beside the shipped ones
   case $1 in
     SASRec) echo "--model=SASRec --train_batch_size=512 --epochs=10 --stopping_step=3" ;;
     SASRecAllPositions) echo "--model=SASRecAllPositions" ;;
     EASE) echo "--model=EASE --reg_weight=500.0" ;;
-    GLTA-free) echo "--model=GLTA --gllm=free" ;;
-    GLTA-pad) echo "--model=GLTA --slot_input=pad" ;;
-    GLTA-no-text) echo "--model=GLTA --text_source=none" ;;
+    GLTA-dropout) echo "--model=GLTA --gllm_dropout=0.1" ;;
+    GLTA-pad) echo "--model=GLTA --slot_input=pad --gllm_dropout=0.1" ;;
     *) echo "--model=$1" ;;
   esac
 }
