@@ -7,6 +7,8 @@ belongs to the recommender that trains as that part, e.g. ``graph_model.epochs``
 from __future__ import annotations
 
 import copy
+import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,9 @@ _PROTOCOL_KEYS = (
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
     "fast_baselines",
 )  # fmt: skip
+
+_NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+_INTERVAL = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]")
 
 # RecBole says only "(int)" of its sizes.
 _SIZES = ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "MAX_ITEM_LIST_LENGTH")
@@ -118,7 +123,7 @@ class Config(RecBoleConfig):
         for argument in self._arguments:
             key, equals, value = argument.removeprefix("--").partition("=")
             if not argument.startswith("--") or not equals:
-                raise UserError(f"{argument!r} is not understood; settings read --key=value")
+                raise UserError(f"{argument!r} is not understood; settings read --key=value, e.g. --model=BPR")
             if key in read and read[key] != value:
                 raise UserError(f"--{key} is given twice, as {read[key]!r} and {value!r}")
             read[key] = value
@@ -277,6 +282,7 @@ class Config(RecBoleConfig):
         final["data_path"] = str(self._data_folder().parent)
         self._check_metrics()
         self._check_eval_args()
+        self._check_intervals()
         super()._set_default_parameters()
         final["checkpoint_dir"] = str(final["output_dir"])
 
@@ -313,6 +319,20 @@ class Config(RecBoleConfig):
                 f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
             )
         final["valid_metric_bigger"] = name.lower() not in smaller_metrics
+
+    def _check_intervals(self) -> None:
+        """RecBole only warns of an interval that it cannot read, and then filters nothing."""
+        final = self.final_config_dict
+        named = {key: final.get(key) for key in ("user_inter_num_interval", "item_inter_num_interval")}
+        for field, value in (final.get("val_interval") or {}).items():
+            if isinstance(value, str):
+                named[f"val_interval.{field}"] = value
+        for key, value in named.items():
+            if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
+                raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4), but is {value!r}")
+        samples = (final.get("train_neg_sample_args") or {}).get("sample_num", 1)
+        if not isinstance(samples, int) or samples < 1:
+            raise UserError(f"train_neg_sample_args.sample_num should be int >= 1, but is {samples!r}")
 
     def _check_eval_args(self) -> None:
         final = self.final_config_dict
@@ -441,4 +461,4 @@ def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _is_ratios(value: Any) -> bool:
     numbers = isinstance(value, list | tuple) and len(value) == 3
-    return numbers and all(isinstance(share, int | float) and share >= 0 for share in value) and value[0] > 0
+    return numbers and all(isinstance(share, int | float) and 0 <= share < math.inf for share in value) and value[0] > 0

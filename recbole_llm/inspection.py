@@ -36,6 +36,8 @@ def _dataset(name: str, arguments: list[str]) -> str:
     from recbole_llm.data.split import TRAIN
 
     config = Config("BPR", name, command_line=arguments)
+    if config["policy"] != "unified":
+        raise UserError("inspect dataset shows the one split of policy: unified; RecBole's own is made by its run")
     dataset = create_dataset(config)
     split = dataset.make_split(config.split_protocol())
     lengths = split.histories(TRAIN).lengths

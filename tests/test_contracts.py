@@ -156,7 +156,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
     np.testing.assert_array_equal(losses[0], losses[1])
 
 
-def test_two_runs_in_one_process_keep_their_logs_and_events_apart(settings_of: Callable[..., dict[str, Any]]) -> None:
+def test_two_runs_in_one_process_keep_their_logs_and_events_apart(
+    settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     settings = settings_of(tensorboard=True, epochs=1)
     first, second = (run(model, "small", config_dict=settings) for model in ("BPR", "LightGCN"))
     logs = [Path(result["log_file"]).read_text(encoding="utf-8") for result in (first, second)]

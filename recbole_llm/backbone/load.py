@@ -61,7 +61,7 @@ def load_backbone(
         UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
             unknown option; or a package or GPU that an option needs is missing.
     """
-    _check_options(dtype, attention, quantization, device)
+    check_options(dtype, attention, quantization, device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     name = str(name_or_folder)
     source = Path(name).expanduser()
@@ -100,7 +100,8 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_options(dtype: str, attention: str, quantization: str, device: str) -> None:
+def check_options(dtype: str, attention: str, quantization: str, device: str) -> None:
+    """Refuse how a model is to be loaded where that cannot be, before anything is read or trained."""
     for key, value, known in (
         ("llm_dtype", dtype, DTYPES),
         ("llm_attention", attention, ATTENTIONS),

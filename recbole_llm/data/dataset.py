@@ -7,6 +7,7 @@ RecBole loads, filters and remaps; :class:`SplitMixin` then replaces only its ``
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.data.interaction import Interaction
 
+from recbole_llm.atomic import open_atomic
 from recbole_llm.compat import AtomicMixin
 from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, Histories, Split, SplitProtocol, make_split
 from recbole_llm.errors import UserError
@@ -65,6 +67,8 @@ class SplitMixin(AtomicMixin):
         Args:
             protocol: how to divide.
         """
+        if self.exact_times is None and (protocol.by_time or protocol.kind == "TS"):
+            raise UserError(self._no_time())
         if self.config["benchmark_filename"] is not None:
             raise UserError("benchmark_filename (pre-split files) works under policy: recbole only")
         return make_split(
@@ -75,6 +79,18 @@ class SplitMixin(AtomicMixin):
             self.field2id_token[self.uid_field].tolist(),
             self.field2id_token[self.iid_field].tolist(),
             protocol,
+        )
+
+    def _no_time(self) -> str:
+        """Why there is no time to split by, and what to do."""
+        file = Path(self.config["data_path"]) / f"{self.config['dataset']}.inter"
+        names = open_atomic(file, self.config["field_separator"], self.config["encoding"] or "utf-8").names
+        if self.time_field in names:
+            wanted = f"--load_col='{{inter: [{self.uid_field}, {self.iid_field}, {self.time_field}]}}'"
+            return f"the split is by time and {file} has '{self.time_field}', but load_col leaves it out; add {wanted}"
+        return (
+            f"the split is by time, but {file} has no timestamp column '{self.time_field}' (TIME_FIELD); "
+            f"its columns: {', '.join(names)}; set TIME_FIELD, or eval_args.order: RO"
         )
 
     @property

@@ -89,7 +89,10 @@ class SplitProtocol:
         }
         if self.kind == "LS":
             return shared | {"leave_one_mode": self.leave_one_mode}
-        shared |= {"ratios": list(self.ratios), "group_by": "user" if self.group_by_user else "none"}
+        shared |= {"ratios": list(self.ratios)}
+        if self.kind == "TS":
+            return shared
+        shared |= {"group_by": "user" if self.group_by_user else "none"}
         return shared if self.by_time else shared | {"split_seed": self.seed}
 
 

@@ -48,10 +48,10 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder = Path(path)
     file = folder if folder.suffix == ".json" else folder / "result.json"
     if not file.is_file():
-        near = (
-            nearest(folder.name, [other.name for other in folder.parent.glob("*/")]) if folder.parent.is_dir() else []
-        )
-        hint = f"; did you mean {folder.parent / near[0]}?" if near else ""
+        runs = sorted(str(run.parent) for run in folder.glob("*/result.json"))
+        others = [other.name for other in folder.parent.glob("*/") if other.name != folder.name]
+        near = runs or [str(folder.parent / name) for name in nearest(folder.name, others)]
+        hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
         raise UserError(f"no result.json in {folder}{hint}")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))

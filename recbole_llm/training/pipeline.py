@@ -107,6 +107,11 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
     if before is None:
         dataset = create_dataset(config)
         train_data, valid_data, test_data = data_preparation(config, dataset)
+        split = getattr(train_data._dataset, "split", None)
+        if split is not None and max(config["topk"]) > split.candidates.sum():
+            raise UserError(
+                f"topk asks for {max(config['topk'])} items, but only {split.candidates.sum()} can be recommended"
+            )
         if not len(test_data) and config["eval_args"]["split"] != {"LS": "valid_only"}:
             raise UserError(
                 "the split leaves no test interaction; look at recbole-llm inspect dataset, eval_args and short_users"

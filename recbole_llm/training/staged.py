@@ -20,7 +20,7 @@ from recbole.utils import init_seed
 from torch import nn
 
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
-from recbole_llm.backbone.load import load_backbone
+from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
 from recbole_llm.data.keywords import prediction_keywords, profile_keywords
@@ -70,6 +70,9 @@ class StagedTrainer(TrainerMixin, Trainer):
         self.item_text = read_item_text(config, dataset)
         named = None if config["llm"] == "embedded" else load_backbone(config["llm"], **_backbone_options(config))
         settings = EmbeddedSettings.from_config(config)
+        if named is None:
+            options = _backbone_options(config)
+            check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
         user_embeddings, item_embeddings = self._graph(fit_part)
         if named is None:
             stage = embedded_stage(config, dataset, self.item_text, settings, store)
@@ -261,6 +264,10 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
         separator=config["field_separator"],
         encoding=config["encoding"] or "utf-8",
     )
+    if text.missing == len(text.texts) - 1:
+        raise UserError(
+            f"{config['model']} needs item text, but no item of '{name}' has any under {template!r} in {file}"
+        )
     if text.missing:
         logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
     return text
