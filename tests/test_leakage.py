@@ -40,9 +40,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Models that need what the data has not, or a package that is not among the requirements.
 OUT_OF_REACH = {
-    "NCL": "faiss on a GPU", "GRU4RecKG": "entity embeddings", "KSR": "entity embeddings", "S3Rec": "pre-training",
-    "LDiffRec": "a trained embedding file", "RaCT": "pre-training", "DGCF": "batches larger than this data",
-    "FDSA": "item features", "SASRecF": "item features", "GRU4RecF": "item features", "NeuMF": "", "ConvNCF": "",
+    "NCL": "faiss on a GPU", "GRU4RecKG": "entity embeddings", "KSR": "entity embeddings", "S3Rec": "refused here",
+    "LDiffRec": "a trained embedding file", "RaCT": "refused here", "DGCF": "batches larger than this data",
+    "FDSA": "item features", "SASRecF": "item features", "GRU4RecF": "item features", "NeuMF": "pre-trained parts",
+    "ConvNCF": "pre-trained parts", "DIEN": "refused here",
 }  # fmt: skip
 
 
