@@ -114,6 +114,23 @@ class SoftPromptDecoder:
         return Stream(self.decoder, cache, mask, lengths + len(self.prefix), state, embeds.dtype)
 
 
+class SoftTokenMean:
+    """Reads no language model at all: the state at a place is the mean of the soft tokens up to it.
+
+    The control that tells what the head and the projectors do by themselves; it stands where
+    :class:`SoftPromptDecoder` does.
+    """
+
+    def states(self, ids: Tensor, soft: Tensor, places: Tensor) -> Tensor:
+        """See :meth:`SoftPromptDecoder.states`; zero at a place with no soft token before it."""
+        flat = ids.reshape(-1)
+        at = (flat < 0).nonzero().squeeze(1)
+        tokens = soft.new_zeros(len(flat), soft.shape[1]).index_put((at,), soft[-1 - flat[at]])
+        counts = (ids < 0).cumsum(1).clamp_min(1).unsqueeze(-1)
+        means = tokens.view(*ids.shape, -1).cumsum(1) / counts
+        return means.gather(1, places.unsqueeze(-1).expand(-1, -1, means.shape[-1]))
+
+
 class Stream:
     """Prompts under way: the cache of what was read, and the state at each row's last position."""
 

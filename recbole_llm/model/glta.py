@@ -20,7 +20,7 @@ from recbole.utils import InputType
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, Stream
+from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream
 from recbole_llm.data import prompts
 from recbole_llm.data.prompts import Prompt, Ragged, soft_ids
 from recbole_llm.errors import UserError
@@ -40,7 +40,7 @@ class PromptBatch:
 
     Attributes:
         ids: int64 ``[B, T]``, the prompts after the shared prefix, then the slots, filled up on the right.
-        places: int64 ``[B, S]``, where the slots stand.
+        places: int64 ``[B, S]``, where the states are read: the slots, and shown items that name the one after them.
         users: int64 ``[U]``, users whose projected embedding is a soft token.
         items: int64 ``[M]``, items likewise.
         targets: int64 ``[B, S]``, an item id or -100.
@@ -56,6 +56,32 @@ class PromptBatch:
         """The same on a device."""
         parts = (self.ids, self.places, self.users, self.items, self.targets)
         return PromptBatch(*(part.to(device, non_blocking=True) for part in parts))
+
+
+@dataclass(frozen=True)
+class _UserPrompts:
+    """Template (b)'s prompts before their slots; soft tokens are rows of ``[users ; items]``.
+
+    Attributes:
+        suffix: token ids after the shared prefix, one row a prompt.
+        users: int64 ``[U]``, users whose projected embedding is a soft token.
+        items: int64 ``[M]``, items likewise, prompt after prompt.
+        item_places: int64 ``[M]``, where each of them stands within its row of ``suffix``.
+        own: int64 ``[B]``, the id of each prompt's user token; ``None`` without user tokens.
+        last: int64 ``[B]``, the id of the last item shown; padding where none is.
+    """
+
+    suffix: Ragged
+    users: Tensor
+    items: Tensor
+    item_places: Tensor
+    own: Tensor | None
+    last: Tensor
+
+    @property
+    def soft_rows(self) -> int:
+        """How many soft tokens there are."""
+        return len(self.users) + len(self.items)
 
 
 class StageBatches:
@@ -127,8 +153,17 @@ class GLTA(SequentialRecommender):
                 f"history_length {config['history_length']} is above MAX_ITEM_LIST_LENGTH {self.max_seq_length}; "
                 f"set MAX_ITEM_LIST_LENGTH to {config['history_length']} as well"
             )
-        targets = config["targets"]
+        targets, positions = config["targets"], config["loss_positions"]
         self.by_time = targets == "next" or (targets == "auto" and _split_by_time(config["eval_args"]))
+        in_order = self.by_time and config["history_input"] == "history" and config["history_order"] == "time"
+        if positions == "all" and not in_order:
+            raise UserError(
+                "loss_positions: all has each shown item name the one after it; it needs targets: next (or a split by "
+                "time), history_input: history and history_order: time"
+            )
+        self.supervise_history = in_order and positions != "slots"
+        if config["reader"] == "mean" and config["inference"] == "ar":
+            raise UserError("inference: ar reads items one by one through the language model; it needs reader: llm")
         self.slots: int = config["response_slots"]
         self.items_per_prompt = min(config["alignment_items_per_prompt"], self.n_items - 1)
         self.history_length: int = config["history_length"] if config["history_input"] == "history" else 0
@@ -222,8 +257,11 @@ class GLTA(SequentialRecommender):
             self._prompts[ALIGN_ITEMS] = Prompt(prompts.ITEM_TEXT_ALIGNMENT, backbone.encode, backbone.bos_id)
             each = int(self._descriptions.lengths.max()) + len(self._separator) + 2
             longest[ALIGN_ITEMS] = self.items_per_prompt * each
-        self._readers = {}
+        self._readers: dict[str, Any] = {}
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
+        if config["reader"] == "mean":
+            self._readers = {stage: SoftTokenMean() for stage in self._prompts}
+            return
         for stage, prompt in self._prompts.items():
             fixed = len(prompt.prefix) + prompt.fixed_length
             if room is not None and fixed + longest[stage] > room:
@@ -288,7 +326,7 @@ class GLTA(SequentialRecommender):
         if self.config["target_order"] == "description":
             targets, target_rows = described, rows.gather(1, order)
         suffix = self._prompts[ALIGN_ITEMS].suffix(fills)
-        ids, places = self._with_slots(suffix, self._slot_ids(batch, size, batch * size, named=target_rows), size)
+        ids, places = self._with_slots(suffix, self._slot_ids(batch, size, None, target_rows, batch * size), size)
         return PromptBatch(ids, places, items.new_empty(0), items.flatten(), targets)
 
     def user_batch(self, users: Tensor, generator: Generator) -> PromptBatch:
@@ -296,57 +334,77 @@ class GLTA(SequentialRecommender):
         own, config = self.histories.take(users), self.config
         if self.by_time:
             window = config["target_window"] or self.slots
-            shown, wanted = sampling.next_sample(own, window, self.history_length, generator)
+            sample = sampling.next_sample(own, window, self.history_length, generator)
         else:
-            shown, wanted = sampling.random_sample(own, self.slots, self.history_length, generator)
-        shown = sampling.drop(shown, config["history_dropout"], generator)
-        targets = sampling.slot_targets(wanted, self.slots, config["target_fill"] == "repeat")
-        suffix, soft_users, soft_items = self._user_prompt(users, shown)
-        soft_rows, named = len(soft_users) + len(soft_items), None
+            sample = sampling.random_sample(own, self.slots, self.history_length, generator)
+        sample = sample.drop(config["history_dropout"], generator)
+        targets = sampling.slot_targets(sample.targets, self.slots, config["target_fill"] == "repeat")
+        hidden = None
+        if config["user_dropout"]:
+            hidden = torch.rand(len(users), generator=generator) < config["user_dropout"]
+        prompt = self._user_prompt(users, sample.shown, hidden)
+        soft_items, named = prompt.items, None
         if config["slot_input"] == "item":
             # Teacher forcing: a slot reads the target of the slot before it; what a slot without one reads is idle.
-            named = soft_rows + torch.arange(targets.numel()).view(targets.shape)
+            named = prompt.soft_rows + torch.arange(targets.numel()).view(targets.shape)
             soft_items = torch.cat([soft_items, targets.clamp_min(0).flatten()])
-        inputs = self._slot_ids(len(users), self.slots, soft_rows, named, users=config["user_alignment"])
-        ids, places = self._with_slots(suffix, inputs, self.slots)
-        return PromptBatch(ids, places, soft_users, soft_items, targets)
+        inputs = self._slot_ids(len(users), self.slots, prompt, named)
+        ids, places = self._with_slots(prompt.suffix, inputs, self.slots)
+        if self.supervise_history and sample.following is not None:
+            following = sample.following
+            places = torch.cat([places, Ragged(prompt.item_places, following.offsets).padded(0)], 1)
+            targets = torch.cat([targets, following.padded(sampling.IGNORE)], 1)
+        return PromptBatch(ids, places, prompt.users, soft_items, targets)
 
-    def _user_prompt(self, users: Tensor, history: Ragged) -> tuple[Ragged, Tensor, Tensor]:
-        """Template (b) after its prefix, and the users and items of its soft tokens."""
+    def _user_prompt(self, users: Tensor, history: Ragged, hidden: Tensor | None = None) -> _UserPrompts:
+        """Template (b) for users int64 ``[B]`` and what they are shown; no user token where bool ``[B]`` ``hidden``."""
+        if self.config["history_order"] == "random":
+            history = sampling.scatter(history, users)
         fills = {name: fill.take(users) for name, fill in self._fills.items()}
-        soft_users = users if self.config["user_alignment"] else users.new_empty(0)
+        soft_users, own = users.new_empty(0), None
         if self.config["user_alignment"]:
-            one = torch.ones_like(users)
-            fills[prompts.USER] = Ragged.from_lengths(soft_ids(torch.arange(len(users))), one)
-        soft_items = history.values
-        rows = torch.arange(len(soft_items)) + len(soft_users)
+            soft_users, own = users, soft_ids(torch.arange(len(users)))
+            if hidden is not None:
+                own = own.masked_fill(hidden, self._slot_id)
+            fills[prompts.USER] = Ragged.from_lengths(own, torch.ones_like(users))
+        rows = torch.arange(len(history.values)) + len(soft_users)
         fills[prompts.ITEMS] = Ragged(soft_ids(rows), history.offsets)
-        return self._prompts[ALIGN_USERS].suffix(fills), soft_users, soft_items
+        suffix = self._prompts[ALIGN_USERS].suffix(fills)
+        last = torch.full((len(users),), self._slot_id)
+        some = history.lengths > 0
+        last[some] = soft_ids(rows)[history.offsets[1:][some] - 1]
+        # Items are the soft tokens behind the users; the prompts hold them in their own order.
+        item_places = suffix.positions[suffix.values < soft_ids(torch.tensor(len(soft_users) - 1))]
+        return _UserPrompts(suffix, soft_users, history.values, item_places, own, last)
 
     def _slot_ids(
-        self, rows: int, slots: int, soft_rows: int, named: Tensor | None = None, users: bool = False
+        self, rows: int, slots: int, prompt: _UserPrompts | None, named: Tensor | None = None, soft_rows: int = 0
     ) -> Tensor:
         """What the slots of each prompt read.
 
-        Slot 0 is the prompt's own last token and reads nothing more, but with ``slot_input: user`` all slots are alike.
+        Slot 0 is the prompt's own last token and reads nothing more, but where the slots read the user or the last item
+        all are alike.
 
         Args:
             rows: prompts.
             slots: response slots.
-            soft_rows: soft tokens before the learned slot inputs, if there are any.
+            prompt: template (b)'s prompts, if it is these.
             named: int64 ``[rows, slots]``, soft tokens of the items that the slots must name, for ``slot_input: item``.
-            users: whether the first ``rows`` soft tokens are the prompts' users, for ``slot_input: user``.
+            soft_rows: soft tokens before the learned slot inputs, if there are any, where there is no ``prompt``.
 
         Returns:
             int64 ``[rows, slots - 1]``, or ``[rows, slots]`` where slot 0 reads one as well.
         """
         kind = self.config["slot_input"]
         if kind == "learned":
-            return soft_ids(soft_rows + torch.arange(slots - 1)).expand(rows, -1)
+            first = soft_rows if prompt is None else prompt.soft_rows
+            return soft_ids(first + torch.arange(slots - 1)).expand(rows, -1)
         if kind == "item" and named is not None:
             return soft_ids(named[:, : slots - 1])
-        if kind == "user" and users:
-            return soft_ids(torch.arange(rows)).unsqueeze(1).expand(-1, slots)
+        if kind == "user" and prompt is not None and prompt.own is not None:
+            return prompt.own.unsqueeze(1).expand(-1, slots)
+        if kind == "last" and prompt is not None:
+            return prompt.last.unsqueeze(1).expand(-1, slots)
         return torch.full((rows, slots - 1), self._slot_id)
 
     def _with_slots(self, prompt: Ragged, inputs: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -415,16 +473,14 @@ class GLTA(SequentialRecommender):
 
     def _scores(self, users: Tensor, history: Ragged, allowed: Tensor) -> Tensor:
         """Scores of some users at once, by the mode of inference."""
-        suffix, soft_users, soft_items = self._user_prompt(users, history)
-        soft = self._soft_tokens(soft_users.to(self.device), soft_items.to(self.device))
+        prompt = self._user_prompt(users, history)
+        suffix, soft = prompt.suffix, self._soft_tokens(prompt.users.to(self.device), prompt.items.to(self.device))
         reader = self._readers[ALIGN_USERS]
         if self.config["inference"] == "ar":
             ids = suffix.padded(self._slot_id).to(self.device)
             return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
         slots = 1 if self.config["inference"] == "fl" else self.slots
-        soft_rows = len(soft_users) + len(soft_items)
-        inputs = self._slot_ids(len(users), slots, soft_rows, users=self.config["user_alignment"])
-        ids, slot_places = self._with_slots(suffix, inputs, slots)
+        ids, slot_places = self._with_slots(suffix, self._slot_ids(len(users), slots, prompt), slots)
         states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
         log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:
