@@ -81,6 +81,29 @@ def load_backbone(
     return _load(name, dtype, attention, quantization, device, options)
 
 
+def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
+    """Load the same model as :func:`load_backbone` with its vocabulary head, to have it write.
+
+    Args:
+        name_or_folder: one that :func:`load_backbone` has loaded.
+        options: its options.
+
+    Returns:
+        The Hugging Face causal language model, in evaluation mode, without gradients.
+    """
+    quantization, dtype = options["quantization"], DTYPES[options["dtype"]]
+    given: dict[str, Any] = {"trust_remote_code": options["trust_remote_code"], "dtype": dtype}
+    if quantization in ("int8", "nf4"):
+        given |= {"quantization_config": _on_the_fly(quantization, dtype)}
+    if quantization != "none":
+        given |= {"device_map": {"": options["device"]}}
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(str(name_or_folder), **given)
+    if quantization == "none":
+        model = model.to(options["device"])
+    return model.eval().requires_grad_(False)
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' remarks off stderr, and its bars too where no terminal shows them.

@@ -19,16 +19,18 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from torch import nn
 
+from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
-from recbole_llm.backbone.load import check_options, load_backbone
+from recbole_llm.backbone.load import check_options, load_backbone, load_with_head
+from recbole_llm.backbone.text_projector import cold_item_embeddings, text_features
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
-from recbole_llm.data.keywords import prediction_keywords, profile_keywords
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
 from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.trainer import RESUME_FILE, RESUME_SECONDS, TrainerMixin
+from recbole_llm.training.user_text import Texts, generated_texts, keyword_texts, text_source
 
 logger = logging.getLogger("recbole_llm")
 
@@ -83,7 +85,11 @@ class StagedTrainer(TrainerMixin, Trainer):
             )
         else:
             backbone, backbone_mark = named, fingerprint_of([named.fingerprint(), _backbone_options(config)])
-        profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
+        if config["cold_items"] == "text":
+            item_embeddings = self._cold_items(dataset, backbone, item_embeddings)
+        profiles, predictions = self._user_texts(
+            dataset, backbone, backbone_mark, store, user_embeddings, item_embeddings
+        )
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
             user_embeddings=torch.as_tensor(user_embeddings),
@@ -112,6 +118,37 @@ class StagedTrainer(TrainerMixin, Trainer):
             self.part_fits[part] = fit
             self.stages.extend({**line, "name": part} for line in fit.stages)
         return graph_embeddings(self.part_fits["graph_model"].model, self.config["graph_model"])
+
+    def _cold_items(self, dataset: Any, backbone: Backbone, item_embeddings: np.ndarray) -> np.ndarray:
+        assert self.item_text is not None
+        seen = np.zeros(len(item_embeddings), dtype=bool)
+        seen[dataset.train_histories.items] = True
+        features = text_features(backbone, self.item_text.texts, self.config["alignment_description_tokens"])
+        logger.info("cold items: %d of %d get an embedding from their text", (~seen[1:]).sum(), len(seen) - 1)
+        return cold_item_embeddings(item_embeddings, features, seen, self.config["cold_items_penalty"])
+
+    def _user_texts(
+        self,
+        dataset: Any,
+        backbone: Backbone,
+        mark: str,
+        store: StageStore,
+        user_embeddings: np.ndarray,
+        item_embeddings: np.ndarray,
+    ) -> Texts:
+        assert self.item_text is not None
+        config, texts = self.config, self.item_text.texts
+        source = text_source(config)
+        if source == "none" or not (config["profile_words"] or config["prediction_words"]):
+            return None, None
+        if source == "keywords":
+            return keyword_texts(config, dataset, texts, user_embeddings, item_embeddings)
+        made, stage = generated_texts(
+            config, dataset, texts, backbone, mark,
+            lambda: load_with_head(backbone.name, **_backbone_options(config)), store,
+        )  # fmt: skip
+        self.stages.append(stage.as_dict())
+        return made
 
     def _alignment(self, stage: str, store: StageStore, upstream: list[str]) -> Stage:
         config = self.config
@@ -294,24 +331,3 @@ def embedded_stage(
         "backbone", BACKBONE_VERSION, inputs,
         lambda folder: train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model"),
     )  # fmt: skip
-
-
-def user_texts(
-    config: Any, dataset: Any, texts: list[str], user_embeddings: np.ndarray, item_embeddings: np.ndarray
-) -> tuple[list[str] | None, list[str] | None]:
-    """Profile tags and predicted interests of every user, from train rows only; ``None`` leaves a prompt's line out."""
-    if config["text_source"] == "none":
-        return None, None
-    histories = dataset.train_histories
-    profiles = profile_keywords(texts, histories, config["profile_words"]) if config["profile_words"] else None
-    predictions = None
-    if config["prediction_words"]:
-        predictions = prediction_keywords(
-            texts,
-            histories,
-            user_embeddings,
-            item_embeddings,
-            config["prediction_words"],
-            config["prediction_neighbours"],
-        )
-    return profiles, predictions
