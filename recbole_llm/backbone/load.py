@@ -45,6 +45,7 @@ def load_backbone(
     quantization: str = "none",
     trust_remote_code: bool = False,
     device: str = "cpu",
+    random_init: int | None = None,
 ) -> Backbone:
     """Load a causal language model without its vocabulary head, frozen.
 
@@ -56,13 +57,17 @@ def load_backbone(
         quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are so.
         trust_remote_code: whether code that comes with the model may run.
         device: where to put it.
+        random_init: leave the weights behind and initialise the architecture anew from this seed: the control that
+            tells what the weights have learned.
 
     Raises:
         UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
             unknown option; or a package or GPU that an option needs is missing.
     """
     check_options(dtype, attention, quantization, device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if random_init is not None and quantization != "none":
+        raise UserError("llm_random_init: true has no weights to quantise; set llm_quantization: none")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "random_init": random_init}
     name = str(name_or_folder)
     source = Path(name).expanduser()
     if source.is_dir():
@@ -86,7 +91,7 @@ def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
 
     Args:
         name_or_folder: one that :func:`load_backbone` has loaded.
-        options: its options.
+        options: its options; ``random_init`` plays no part, as fresh weights have nothing to say.
 
     Returns:
         The Hugging Face causal language model, in evaluation mode, without gradients.
@@ -143,10 +148,11 @@ def check_options(dtype: str, attention: str, quantization: str, device: str) ->
 
 
 def _load(source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]) -> Backbone:
+    random_init = options.pop("random_init")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        if stored != (quantization if quantization == "gptq" else None):
+        if random_init is None and stored != (quantization if quantization == "gptq" else None):
             weights = stored or "not quantised"
             raise UserError(f"llm '{source}': its weights are {weights}, llm_quantization is {quantization}")
         if config.is_encoder_decoder or not _is_causal_type(config):
@@ -161,7 +167,7 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
             attention = "eager"
         options |= {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
         with quiet_transformers():
-            decoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+            decoder, report = _decoder(source, options, random_init)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
@@ -173,6 +179,17 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
     if not backbone.is_causal():
         raise UserError(f"llm '{source}': a {config.model_type} that looks ahead is no causal language model")
     return backbone
+
+
+def _decoder(source: str, options: dict[str, Any], random_init: int | None) -> tuple[Any, dict[str, Any]]:
+    if random_init is None:
+        return AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    config, dtype = options.pop("config"), options.pop("dtype")
+    options.pop("local_files_only", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_init)
+        # Drawn in float32 and then rounded, so that every type starts from the same weights.
+        return AutoModel.from_config(config, **options).to(dtype), {"missing_keys": set()}
 
 
 def _is_causal_type(config: Any) -> bool:

@@ -317,6 +317,7 @@ def _backbone_options(config: Any) -> dict[str, Any]:
         "quantization": config["llm_quantization"],
         "trust_remote_code": config["trust_remote_code"],
         "device": str(config["device"]),
+        "random_init": config["seed"] if config["llm_random_init"] else None,
     }
 
 
