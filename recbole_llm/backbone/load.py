@@ -64,9 +64,9 @@ def load_backbone(
         UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
             unknown option; or a package or GPU that an option needs is missing.
     """
-    check_options(dtype, attention, quantization, device)
     if random_init is not None and quantization != "none":
         raise UserError("llm_random_init: true has no weights to quantise; set llm_quantization: none")
+    check_options(dtype, attention, quantization, device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "random_init": random_init}
     name = str(name_or_folder)
     source = Path(name).expanduser()
