@@ -223,7 +223,7 @@ def test_stage_2_asks_for_the_items_shown(order: str) -> None:
 
 def test_long_descriptions_are_cut_and_soft_tokens_are_not() -> None:
     made = model(alignment_description_tokens=2)
-    assert int(made._descriptions.lengths.max()) == 2
+    assert int(made._writer.descriptions.lengths.max()) == 2
     for batch in made.stage_batches("item_text_alignment", generator()):
         assert int((batch.ids < 0).sum()) == batch.items.numel()
 
@@ -318,7 +318,7 @@ def test_slots_read_the_last_item_shown() -> None:
         for row in range(len(batch.ids)):
             places = item_places(batch, row)
             before = [place for place in places if place < int(batch.places[row, 0])]
-            token = int(batch.ids[row, before[-1]]) if before else made._slot_id
+            token = int(batch.ids[row, before[-1]]) if before else made._writer.slot_id
             assert read[row].tolist() == [token] * SLOTS
     ranked = model(slot_input="last").full_sort_predict(interaction())
     assert torch.isfinite(ranked[:, 1:]).all()
@@ -504,7 +504,7 @@ def test_texts_stand_in_the_prompt_or_their_lines_are_left_out() -> None:
     for text in ("tag 4", "wish 4, more"):
         piece = made.backbone.encode(text)
         assert any(ids[start : start + len(piece)] == piece for start in range(len(ids)))
-    assert "tags" not in model(texts=False)._prompts["user_item_alignment"].template
+    assert "tags" not in model(texts=False)._writer.prompts["user_item_alignment"].template
 
 
 def test_learned_slot_inputs() -> None:
@@ -624,7 +624,7 @@ def test_fl_is_the_first_slots_order() -> None:
     assert torch.equal(scores.topk(9, 1).indices, wanted.topk(9, 1).indices)
     # The same from the states at slot 0 by hand.
     users = torch.tensor([1])
-    prompt = made._user_prompt(users, Ragged.from_lists([histories().items[7:12].tolist()]))
+    prompt = made._writer.user_prompts(users, Ragged.from_lists([histories().items[7:12].tolist()]))
     states = made._readers["user_item_alignment"].states(
         prompt.suffix.padded(2), made._soft_tokens(prompt.users, prompt.items), prompt.suffix.lengths.unsqueeze(1) - 1
     )
@@ -637,7 +637,7 @@ def test_autoregressive_slots_read_the_items_named_before() -> None:
     made = model(inference="ar")
     scores = made.full_sort_predict(interaction([1]))
     picks = scores[0].topk(SLOTS).indices
-    prompt = made._user_prompt(torch.tensor([1]), Ragged.from_lists([histories().items[7:12].tolist()]))
+    prompt = made._writer.user_prompts(torch.tensor([1]), Ragged.from_lists([histories().items[7:12].tolist()]))
     suffix, users, items = prompt.suffix, prompt.users, prompt.items
     for slot in range(SLOTS):
         soft_items = torch.cat([items, picks[:slot]])

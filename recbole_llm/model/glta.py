@@ -11,7 +11,6 @@ arXiv 2502.18757. What the paper leaves open is a setting, explained in ``proper
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,67 +20,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream
-from recbole_llm.data import prompts
-from recbole_llm.data.prompts import Prompt, Ragged, soft_ids
+from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
+from recbole_llm.model.glta_prompts import ALIGN_ITEMS, ALIGN_USERS, PromptBatch, PromptWriter
 from recbole_llm.model.glta_ranking import first_k_scores, lift_picks, pick_best
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
-
-ALIGN_ITEMS = "item_text_alignment"
-ALIGN_USERS = "user_item_alignment"
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """The index tensors of one training step; soft tokens are rows of ``[users ; items]``.
-
-    Attributes:
-        ids: int64 ``[B, T]``, the prompts after the shared prefix, then the slots, filled up on the right.
-        places: int64 ``[B, S]``, where the states are read: the slots, and shown items that name the one after them.
-        users: int64 ``[U]``, users whose projected embedding is a soft token.
-        items: int64 ``[M]``, items likewise.
-        targets: int64 ``[B, S]``, an item id or -100.
-    """
-
-    ids: Tensor
-    places: Tensor
-    users: Tensor
-    items: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device | str) -> PromptBatch:
-        """The same on a device."""
-        parts = (self.ids, self.places, self.users, self.items, self.targets)
-        return PromptBatch(*(part.to(device, non_blocking=True) for part in parts))
-
-
-@dataclass(frozen=True)
-class _UserPrompts:
-    """Template (b)'s prompts before their slots; soft tokens are rows of ``[users ; items]``.
-
-    Attributes:
-        suffix: token ids after the shared prefix, one row a prompt.
-        users: int64 ``[U]``, users whose projected embedding is a soft token.
-        items: int64 ``[M]``, items likewise, prompt after prompt.
-        item_places: int64 ``[M]``, where each of them stands within its row of ``suffix``.
-        own: int64 ``[B]``, the id of each prompt's user token; ``None`` without user tokens.
-        last: int64 ``[B]``, the id of the last item shown; padding where none is.
-    """
-
-    suffix: Ragged
-    users: Tensor
-    items: Tensor
-    item_places: Tensor
-    own: Tensor | None
-    last: Tensor
-
-    @property
-    def soft_rows(self) -> int:
-        """How many soft tokens there are."""
-        return len(self.users) + len(self.items)
 
 
 class StageBatches:
@@ -212,10 +158,19 @@ class GLTA(SequentialRecommender):
         if config["slot_input"] == "learned":
             inputs = max(self.slots, self.items_per_prompt) - 1
             self.slot_inputs = nn.Parameter(torch.randn(inputs, width) * self._token_scale)
-        # Some models keep their padding row at zero, which says nothing to attention or normalisation.
-        self._slot_id = backbone.pad_id if bool(table[backbone.pad_id].any()) else backbone.eos_id
         self.to(self.device)
-        self._tokenise(item_texts, profiles, predictions)
+        self._writer = PromptWriter(
+            config,
+            backbone,
+            slots=self.slots,
+            history_length=self.history_length,
+            user_names=self._user_names,
+            item_texts=item_texts if ALIGN_ITEMS in self.stages else None,
+            items_per_prompt=self.items_per_prompt,
+            profiles=profiles,
+            predictions=predictions,
+        )
+        self._readers = self._read_with(self._writer)
 
     def _projector(self, embeddings: Tensor, width: int) -> nn.Linear:
         """Equations 1 and 2: ``Linear(d -> H)``, starting at the size of the language model's own token embeddings.
@@ -228,49 +183,22 @@ class GLTA(SequentialRecommender):
         nn.init.zeros_(projector.bias)
         return projector
 
-    def _tokenise(
-        self, item_texts: Sequence[str], profiles: Sequence[str] | None, predictions: Sequence[str] | None
-    ) -> None:
-        """Tokenise templates and texts, and see that the longest prompt fits."""
-        backbone, config = self.backbone, self.config
-        template = prompts.user_item_template(
-            items=config["history_input"] == "history",
-            profile=profiles is not None,
-            prediction=predictions is not None,
-        )
-        limit = config["text_tokens"]
-        self._fills: dict[str, Ragged] = {}
-        for name, texts in ((prompts.PROFILE, profiles), (prompts.PREDICTION, predictions)):
-            if texts is not None:
-                self._fills[name] = Ragged.from_lists([backbone.encode(text) for text in texts], limit)
-        if not config["user_alignment"]:
-            ids = [backbone.encode(f"user_{token}") for token in self._user_names]
-            self._fills[prompts.USER] = Ragged.from_lists(ids)
-        self._prompts = {ALIGN_USERS: Prompt(template, backbone.encode, backbone.bos_id)}
-        longest = {ALIGN_USERS: self.history_length + 1 + self.slots}
-        for fill in self._fills.values():
-            longest[ALIGN_USERS] += int(fill.lengths.max())
-        if ALIGN_ITEMS in self.stages:
-            cut = config["alignment_description_tokens"]
-            self._descriptions = Ragged.from_lists([backbone.encode(text) for text in item_texts], cut)
-            self._separator = torch.tensor(backbone.encode(prompts.SEPARATOR), dtype=torch.long)
-            self._prompts[ALIGN_ITEMS] = Prompt(prompts.ITEM_TEXT_ALIGNMENT, backbone.encode, backbone.bos_id)
-            each = int(self._descriptions.lengths.max()) + len(self._separator) + 2
-            longest[ALIGN_ITEMS] = self.items_per_prompt * each
-        self._readers: dict[str, Any] = {}
+    def _read_with(self, writer: PromptWriter) -> dict[str, Any]:
+        """What turns each stage's prompts into states; sees first that the longest one fits the language model."""
+        backbone = self.backbone
+        if self.config["reader"] == "mean":
+            return {stage: SoftTokenMean() for stage in writer.prompts}
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
-        if config["reader"] == "mean":
-            self._readers = {stage: SoftTokenMean() for stage in self._prompts}
-            return
-        for stage, prompt in self._prompts.items():
-            fixed = len(prompt.prefix) + prompt.fixed_length
-            if room is not None and fixed + longest[stage] > room:
+        for stage in writer.prompts:
+            if room is not None and writer.longest(stage) > room:
                 raise UserError(
-                    f"the prompts of {stage} take up to {fixed + longest[stage]} tokens, the language model has "
-                    f"{room}; lower history_length, text_tokens, alignment_items_per_prompt or "
-                    "alignment_description_tokens"
+                    f"the prompts of {stage} take up to {writer.longest(stage)} tokens, the language model has {room}; "
+                    "lower history_length, text_tokens, alignment_items_per_prompt or alignment_description_tokens"
                 )
-            self._readers[stage] = SoftPromptDecoder(backbone.decoder, backbone.embed_tokens, prompt.prefix)
+        return {
+            stage: SoftPromptDecoder(backbone.decoder, backbone.embed_tokens, prompt.prefix)
+            for stage, prompt in writer.prompts.items()
+        }
 
     # Training
 
@@ -312,22 +240,7 @@ class GLTA(SequentialRecommender):
 
     def alignment_batch(self, items: Tensor, generator: Generator) -> PromptBatch:
         """Template (a) for items int64 ``[B, m]``: their descriptions shuffled, then their soft tokens."""
-        batch, size = items.shape
-        order = torch.rand(batch, size, generator=generator).argsort(1)
-        described = items.gather(1, order)
-        separator = prompts.repeated(self._separator, batch)
-        runs: list[Ragged] = []
-        for column in described.unbind(1):
-            runs += [self._descriptions.take(column), separator]
-        rows = torch.arange(batch * size).view(batch, size)
-        soft = Ragged.from_lengths(soft_ids(rows).flatten(), torch.full((batch,), size))
-        fills = {prompts.DESCRIPTIONS: prompts.join(runs[:-1]), prompts.ITEMS: soft}
-        targets, target_rows = items, rows
-        if self.config["target_order"] == "description":
-            targets, target_rows = described, rows.gather(1, order)
-        suffix = self._prompts[ALIGN_ITEMS].suffix(fills)
-        ids, places = self._with_slots(suffix, self._slot_ids(batch, size, None, target_rows, batch * size), size)
-        return PromptBatch(ids, places, items.new_empty(0), items.flatten(), targets)
+        return self._writer.alignment_batch(items, generator)
 
     def user_batch(self, users: Tensor, generator: Generator) -> PromptBatch:
         """Template (b) for users int64 ``[B]``, with a sampled history and targets out of their train items."""
@@ -338,80 +251,10 @@ class GLTA(SequentialRecommender):
         else:
             sample = sampling.random_sample(own, self.slots, self.history_length, generator)
         sample = sample.drop(config["history_dropout"], generator)
-        targets = sampling.slot_targets(sample.targets, self.slots, config["target_fill"] == "repeat")
         hidden = None
         if config["user_dropout"]:
             hidden = torch.rand(len(users), generator=generator) < config["user_dropout"]
-        prompt = self._user_prompt(users, sample.shown, hidden)
-        soft_items, named = prompt.items, None
-        if config["slot_input"] == "item":
-            # Teacher forcing: a slot reads the target of the slot before it; what a slot without one reads is idle.
-            named = prompt.soft_rows + torch.arange(targets.numel()).view(targets.shape)
-            soft_items = torch.cat([soft_items, targets.clamp_min(0).flatten()])
-        inputs = self._slot_ids(len(users), self.slots, prompt, named)
-        ids, places = self._with_slots(prompt.suffix, inputs, self.slots)
-        if self.supervise_history and sample.following is not None:
-            following = sample.following
-            places = torch.cat([places, Ragged(prompt.item_places, following.offsets).padded(0)], 1)
-            targets = torch.cat([targets, following.padded(sampling.IGNORE)], 1)
-        return PromptBatch(ids, places, prompt.users, soft_items, targets)
-
-    def _user_prompt(self, users: Tensor, history: Ragged, hidden: Tensor | None = None) -> _UserPrompts:
-        """Template (b) for users int64 ``[B]`` and what they are shown; no user token where bool ``[B]`` ``hidden``."""
-        if self.config["history_order"] == "random":
-            history = sampling.scatter(history, users)
-        fills = {name: fill.take(users) for name, fill in self._fills.items()}
-        soft_users, own = users.new_empty(0), None
-        if self.config["user_alignment"]:
-            soft_users, own = users, soft_ids(torch.arange(len(users)))
-            if hidden is not None:
-                own = own.masked_fill(hidden, self._slot_id)
-            fills[prompts.USER] = Ragged.from_lengths(own, torch.ones_like(users))
-        rows = torch.arange(len(history.values)) + len(soft_users)
-        fills[prompts.ITEMS] = Ragged(soft_ids(rows), history.offsets)
-        suffix = self._prompts[ALIGN_USERS].suffix(fills)
-        last = torch.full((len(users),), self._slot_id)
-        some = history.lengths > 0
-        last[some] = soft_ids(rows)[history.offsets[1:][some] - 1]
-        # Items are the soft tokens behind the users; the prompts hold them in their own order.
-        item_places = suffix.positions[suffix.values < soft_ids(torch.tensor(len(soft_users) - 1))]
-        return _UserPrompts(suffix, soft_users, history.values, item_places, own, last)
-
-    def _slot_ids(
-        self, rows: int, slots: int, prompt: _UserPrompts | None, named: Tensor | None = None, soft_rows: int = 0
-    ) -> Tensor:
-        """What the slots of each prompt read.
-
-        Slot 0 is the prompt's own last token and reads nothing more, but where the slots read the user or the last item
-        all are alike.
-
-        Args:
-            rows: prompts.
-            slots: response slots.
-            prompt: template (b)'s prompts, if it is these.
-            named: int64 ``[rows, slots]``, soft tokens of the items that the slots must name, for ``slot_input: item``.
-            soft_rows: soft tokens before the learned slot inputs, if there are any, where there is no ``prompt``.
-
-        Returns:
-            int64 ``[rows, slots - 1]``, or ``[rows, slots]`` where slot 0 reads one as well.
-        """
-        kind = self.config["slot_input"]
-        if kind == "learned":
-            first = soft_rows if prompt is None else prompt.soft_rows
-            return soft_ids(first + torch.arange(slots - 1)).expand(rows, -1)
-        if kind == "item" and named is not None:
-            return soft_ids(named[:, : slots - 1])
-        if kind == "user" and prompt is not None and prompt.own is not None:
-            return prompt.own.unsqueeze(1).expand(-1, slots)
-        if kind == "last" and prompt is not None:
-            return prompt.last.unsqueeze(1).expand(-1, slots)
-        return torch.full((rows, slots - 1), self._slot_id)
-
-    def _with_slots(self, prompt: Ragged, inputs: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """The prompts with the slots' inputs behind them: padded ids ``[B, T]``, and places ``[B, slots]``."""
-        tail = Ragged.from_padded(inputs, torch.ones_like(inputs, dtype=torch.bool))
-        first = prompt.lengths - (slots - inputs.shape[1])
-        return prompts.join([prompt, tail]).padded(self._slot_id), first.unsqueeze(1) + torch.arange(slots)
+        return self._writer.user_batch(users, sample, hidden, following=self.supervise_history)
 
     # The forward pass
 
@@ -473,14 +316,15 @@ class GLTA(SequentialRecommender):
 
     def _scores(self, users: Tensor, history: Ragged, allowed: Tensor) -> Tensor:
         """Scores of some users at once, by the mode of inference."""
-        prompt = self._user_prompt(users, history)
+        writer = self._writer
+        prompt = writer.user_prompts(users, history)
         suffix, soft = prompt.suffix, self._soft_tokens(prompt.users.to(self.device), prompt.items.to(self.device))
         reader = self._readers[ALIGN_USERS]
         if self.config["inference"] == "ar":
-            ids = suffix.padded(self._slot_id).to(self.device)
+            ids = suffix.padded(writer.slot_id).to(self.device)
             return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
         slots = 1 if self.config["inference"] == "fl" else self.slots
-        ids, slot_places = self._with_slots(suffix, self._slot_ids(len(users), slots, prompt), slots)
+        ids, slot_places = writer.with_slots(suffix, writer.slot_ids(len(users), slots, prompt), slots)
         states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
         log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:
