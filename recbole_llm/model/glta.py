@@ -108,6 +108,9 @@ class GLTA(SequentialRecommender):
                 "time), history_input: history and history_order: time"
             )
         self.supervise_history = in_order and positions != "slots"
+        self.slot_input: str = config["slot_input"]
+        if self.slot_input == "auto":
+            self.slot_input = "last" if in_order else "user"
         if config["reader"] == "mean" and config["inference"] == "ar":
             raise UserError("inference: ar reads items one by one through the language model; it needs reader: llm")
         self.slots: int = config["response_slots"]
@@ -163,6 +166,7 @@ class GLTA(SequentialRecommender):
             config,
             backbone,
             slots=self.slots,
+            slot_input=self.slot_input,
             history_length=self.history_length,
             user_names=self._user_names,
             item_texts=item_texts if ALIGN_ITEMS in self.stages else None,

@@ -80,6 +80,7 @@ class PromptWriter:
         config: the run's configuration.
         backbone: the language model, for its tokens.
         slots: response slots of template (b).
+        slot_input: what they read; see properties/model/GLTA.yaml.
         history_length: items shown at most.
         user_names: the data set's own user ids, for prompts without user tokens.
         item_texts: descriptions by internal item id; ``None`` without item-text alignment.
@@ -98,6 +99,7 @@ class PromptWriter:
         backbone: Backbone,
         *,
         slots: int,
+        slot_input: str,
         history_length: int,
         user_names: Sequence[str],
         item_texts: Sequence[str] | None,
@@ -105,7 +107,7 @@ class PromptWriter:
         profiles: Sequence[str] | None,
         predictions: Sequence[str] | None,
     ) -> None:
-        self.config, self.slots = config, slots
+        self.config, self.slots, self.slot_input = config, slots, slot_input
         # Some models keep their padding row at zero, which says nothing to attention or normalisation.
         padded = bool(backbone.embed_tokens.weight[backbone.pad_id].any())
         self.slot_id = backbone.pad_id if padded else backbone.eos_id
@@ -168,7 +170,7 @@ class PromptWriter:
         targets = sampling.slot_targets(sample.targets, self.slots, self.config["target_fill"] == "repeat")
         prompt = self.user_prompts(users, sample.shown, hidden)
         soft_items, named = prompt.items, None
-        if self.config["slot_input"] == "item":
+        if self.slot_input == "item":
             # Teacher forcing: a slot reads the target of the slot before it; what a slot without one reads is idle.
             named = prompt.soft_rows + torch.arange(targets.numel()).view(targets.shape)
             soft_items = torch.cat([soft_items, targets.clamp_min(0).flatten()])
@@ -219,7 +221,7 @@ class PromptWriter:
         Returns:
             int64 ``[rows, slots - 1]``, or ``[rows, slots]`` where slot 0 reads one as well.
         """
-        kind = self.config["slot_input"]
+        kind = self.slot_input
         if kind == "learned":
             first = soft_rows if prompt is None else prompt.soft_rows
             return soft_ids(first + torch.arange(slots - 1)).expand(rows, -1)
