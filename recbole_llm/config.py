@@ -34,10 +34,10 @@ from recbole_llm.schema import Spec, parse_value, properties_dir, read_specs, re
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
 _PROTOCOL_KEYS = (
-    "policy", "eval_args", "split_seed", "short_users", "train_share", "exclude_history", "eval_unit",
-    "refit_on_valid", "metrics", "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed",
-    "reproducibility", "output_dir", "cache", "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines",
+    "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
+    "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
+    "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
+    "fast_baselines", "train_share",
 )  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
