@@ -62,8 +62,9 @@ def _compare(arguments: list[str]) -> int:
 def _suite(arguments: list[str]) -> int:
     from recbole_llm.evaluation.suite import run_suite
 
-    print(run_suite(arguments))
-    return 0
+    text, failed = run_suite(arguments)
+    print(text)
+    return 2 if failed else 0
 
 
 def _models(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +276,8 @@ def _scores(items: np.ndarray, texts: np.ndarray, owner: np.ndarray, seed: int) 
     count = int(owner.max()) + 1
     for k in RECALL_AT:
         if k < count:
-            found[f"recall@{k}"] = both(lambda order, k=k: recall(items, texts[order], owner[order], k), k / count)
-            found[f"recall@{k}, rotated"] = both(
-                lambda order, k=k: rotated_recall(items, texts[order], owner[order], k, seed), k / count
-            )
+            found[f"recall@{k}"] = both(partial(_recall_of, items, texts, owner, k), k / count)
+            found[f"recall@{k}, rotated"] = both(partial(_recall_of, items, texts, owner, k, seed=seed), k / count)
     near = min(NEIGHBOURS, len(items) - 2)
     if near > 0:
         left, right = neighbours(items, near), neighbours(texts, near)
@@ -286,6 +285,15 @@ def _scores(items: np.ndarray, texts: np.ndarray, owner: np.ndarray, seed: int) 
             lambda order: overlap(left, _renamed(right, order)), near / (len(items) - 1)
         )
     return found
+
+
+def _recall_of(
+    items: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int, order: np.ndarray, seed: int | None = None
+) -> float:
+    """Recall when item ``i`` has text ``order[i]``; with a seed, rotated."""
+    if seed is None:
+        return recall(items, texts[order], owner[order], k)
+    return rotated_recall(items, texts[order], owner[order], k, seed)
 
 
 def disparity(items: np.ndarray, texts: np.ndarray) -> float:
