@@ -20,8 +20,12 @@ verbs
            recbole-llm compare RUN RUN [...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
-  inspect  a data set, a run, or the settings of a model
+  suite    run every cell of a study (rows x columns x seeds) and put them into one table and picture; goes on where it
+           stood
+           recbole-llm suite FILE --output=DIR [--key=value ...]
+  inspect  a data set, a run, how a run's items stand to their texts, or the settings of a model
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
+           recbole-llm inspect alignment FOLDER [--states=true]
 
 Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
 A key of a part is prefixed, e.g. --graph_model.epochs=60 for the graph model behind GLTA.
@@ -53,6 +57,14 @@ def _compare(arguments: list[str]) -> int:
 
     print(compare_runs(arguments))
     return 0
+
+
+def _suite(arguments: list[str]) -> int:
+    from recbole_llm.evaluation.suite import run_suite
+
+    text, failed = run_suite(arguments)
+    print(text)
+    return 2 if failed else 0
 
 
 def _models(arguments: list[str]) -> int:
@@ -92,6 +104,7 @@ def _inspect(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "compare": _compare,
+    "suite": _suite,
     "models": _models,
     "inspect": _inspect,
 }

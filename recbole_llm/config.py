@@ -37,7 +37,7 @@ _PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines",
+    "fast_baselines", "train_share",
 )  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -61,6 +61,7 @@ NEUTRAL_KEYS = frozenset({
     "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
+    "train_share", "text_drop", "text_shuffle", "text_noise_seed",
 })  # fmt: skip
 
 
@@ -246,6 +247,12 @@ class Config(RecBoleConfig):
                 raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
             if self._setting("refit_on_valid"):
                 raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
+            if self._setting("train_share") < 1:
+                raise UserError("train_share below 1 needs policy: unified; RecBole has no such protocol")
+        elif self._setting("train_share") < 1 and self._setting("eval_unit") == "row":
+            raise UserError(
+                "train_share below 1 needs eval_unit: user; a ranking by row may have lost all that stood before it"
+            )
         elif model in _UNRANKABLE:
             raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
         for part in registry.parts_of(model_class):
@@ -392,6 +399,7 @@ class Config(RecBoleConfig):
             seed=self.final_config_dict["split_seed"],
             short_users=self.final_config_dict["short_users"],
             drop_repeats=self.final_config_dict["exclude_history"] is True,
+            train_share=self.final_config_dict["train_share"],
         )
 
     def part(self, name: str) -> Config:

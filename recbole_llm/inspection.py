@@ -15,7 +15,7 @@ def inspect(arguments: Sequence[str]) -> str:
     """What the verb prints.
 
     Args:
-        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER`` or ``settings MODEL``.
+        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER`` or ``settings MODEL``.
 
     Raises:
         UserError: anything else.
@@ -98,4 +98,15 @@ def _settings(model: str, arguments: list[str]) -> str:
     return "\n".join(lines)
 
 
-_VIEWS: dict[str, Callable[[str, list[str]], str]] = {"dataset": _dataset, "run": _run, "settings": _settings}
+def _alignment(path: str, arguments: list[str]) -> str:
+    from recbole_llm.evaluation.alignment import inspect_alignment
+
+    return inspect_alignment(path, arguments)
+
+
+_VIEWS: dict[str, Callable[[str, list[str]], str]] = {
+    "dataset": _dataset,
+    "run": _run,
+    "alignment": _alignment,
+    "settings": _settings,
+}

@@ -17,7 +17,7 @@ from recbole.utils import ModelType
 
 from recbole_llm.data.dataset import take, windows, with_lists
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import TEST, TRAIN, VALID, Split
+from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Split
 from recbole_llm.data.train_loader import FastTrainLoader
 from recbole_llm.errors import UserError
 
@@ -191,7 +191,8 @@ class RankingLoader(FullSortEvalDataLoader):
             self.users, counts = np.unique(users, return_counts=True)
             self.target_offsets = np.concatenate(([0], np.cumsum(counts)))
         self.targets = items
-        known = (TRAIN,) if self.phase == VALID else (TRAIN, VALID)
+        # Withheld rows are not recommended either, so that every train_share is judged on the same candidates.
+        known = (TRAIN, WITHHELD) if self.phase == VALID else (TRAIN, VALID, WITHHELD)
         self.history = split.histories(*known)
         self.graph_history = split.histories(TRAIN)
 
@@ -200,7 +201,7 @@ class RankingLoader(FullSortEvalDataLoader):
         split, width = self.split, dataset.max_item_list_len
         if self.by_row:
             # RecBole's unit: everything the user did before the row, whatever its phase.
-            usable = split.phases != 3
+            usable = ~np.isin(split.phases, (DROPPED, WITHHELD))
             rank = np.cumsum(usable) - 1
             starts = np.searchsorted(split.users[usable], self.users, side="left")
             ends = rank[self.last]

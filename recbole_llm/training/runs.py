@@ -169,6 +169,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     text = getattr(trainer, "item_text", None)
     if text is not None:
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
+        result["item_text"] |= {"dropped": text.dropped, "shuffled": text.shuffled}
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]

@@ -25,6 +25,7 @@ from recbole_llm.backbone.load import check_options, load_backbone, load_with_he
 from recbole_llm.backbone.text_projector import cold_item_embeddings, text_features
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
+from recbole_llm.data.text_noise import with_noise
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
 from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
@@ -291,12 +292,13 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
             f"{config['model']} needs item text, but '{name}' has no template; "
             f"set item_text: '{{column}}' with columns of {file}"
         )
+    tokens = dataset.field2id_token[dataset.iid_field].tolist()
     text = load_item_text(
         file,
         id_field=config["ITEM_ID_FIELD"],
         template=template,
         fallback=config["item_text_fallback"],
-        id_tokens=dataset.field2id_token[dataset.iid_field].tolist(),
+        id_tokens=tokens,
         max_words=config["item_text_max_words"],
         separator=config["field_separator"],
         encoding=config["encoding"] or "utf-8",
@@ -307,7 +309,7 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
         )
     if text.missing:
         logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
-    return text
+    return with_noise(text, tokens, config["text_drop"], config["text_shuffle"], config["text_noise_seed"])
 
 
 def _backbone_options(config: Any) -> dict[str, Any]:
