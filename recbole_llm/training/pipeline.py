@@ -20,8 +20,9 @@ from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.training.staged import WEIGHTS, StagedTrainer
+from recbole_llm.training.state import RESUME_FILE
 from recbole_llm.training.store import Stage, StageStore
-from recbole_llm.training.trainer import RESUME_FILE, trainer_class
+from recbole_llm.training.trainer import trainer_class
 
 # Raised when a change of ours moves what training a recommender makes.
 TRAIN_VERSION = 1
@@ -169,7 +170,6 @@ def _train(
         trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
-        trainer.resume_file.unlink(missing_ok=True)
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
         return {
