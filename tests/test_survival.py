@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import survival
+import torch
 from survival import (
     Ended,
     apart,
@@ -31,6 +32,10 @@ from survival import (
     wait,
     words,
 )
+
+from recbole_llm.backbone.embedded import EmbeddedSettings, train_embedded
+from recbole_llm.training import state
+from recbole_llm.training.state import ResumeFile, load_state
 
 MODELS = ("LightGCN", "SASRec", "GLTA", "GLTA with history")
 STAGES = ("train-LightGCN", "item_text_alignment", "user_item_alignment")
@@ -123,6 +128,49 @@ def test_killed_in_the_middle_of_writing_a_file_it_goes_on(share: float, wholes:
     same_as("GLTA", wholes, tmp_path)
 
 
+class CutError(Exception):
+    """Stands for a kill after a state was saved."""
+
+
+class Cut(ResumeFile):
+    """Ends the attempt once it has saved its so-manieth state."""
+
+    saves = 0
+
+    def save(self, state: Any) -> None:
+        super().save(state)
+        self.saves += 1
+        if self.saves == 3:
+            raise CutError
+
+
+def test_the_embedded_lm_goes_on_from_its_step_with_equal_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "RESUME_SECONDS", 0.0)
+    settings = EmbeddedSettings(1, 16, 2, 300, 16, train_steps=10)
+    corpus = [f"a film about rain and {number}" for number in range(9)]
+    steps = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: steps.append(1))
+    train_embedded(corpus, settings, seed=1, folder=tmp_path / "whole")
+    assert len(steps) == 10
+    resume, kept = tmp_path / "resume.safetensors", []
+    with pytest.raises(CutError):
+        train_embedded(corpus, settings, seed=1, folder=tmp_path / "cut", resume=Cut(resume))
+    kept.append(load_state(resume)["step"])
+    with pytest.raises(CutError):
+        train_embedded(corpus, settings, seed=1, folder=tmp_path / "cut", resume=Cut(resume))
+    kept.append(load_state(resume)["step"])
+    figures = train_embedded(corpus, settings, seed=1, folder=tmp_path / "cut", resume=ResumeFile(resume))
+    assert kept == [3, 6] and len(steps) == 20, "no step is done twice"
+    assert figures["steps"] == 10
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes(), file.name
+    # Other texts are another training.
+    other = train_embedded(corpus[1:], settings, seed=1, folder=tmp_path / "other", resume=ResumeFile(resume))
+    assert len(steps) == 30 and other["loss"] != figures["loss"]
+
+
 # --- a full disk -----------------------------------------------------------------------------------------------------
 def assert_told(ended: Ended, root: Path) -> None:
     assert ended.status == 2, ended.said
@@ -190,8 +238,8 @@ def test_a_real_full_disk(wholes: Any, tmp_path: Path) -> None:
     assert status == 0
     for number in range(4):
         text = (told / f"{number}.txt").read_text(encoding="utf-8")
-        state, _, said = text.partition("\n")
-        assert_told(Ended(int(state), said), root)
+        status, _, said = text.partition("\n")
+        assert_told(Ended(int(status), said), root)
         assert outcome(told / str(number)) == outcome(wholes["GLTA"][0])
 
 

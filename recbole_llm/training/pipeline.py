@@ -141,6 +141,8 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
     if isinstance(trainer, StagedTrainer):
         upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
         stages = list(trainer.stages)
+        # What trains is reported, also where the stage is found rather than trained.
+        model.begin_stage(model.stages[-1])
     name = model.stages[-1] if isinstance(trainer, StagedTrainer) else f"train-{config['model']}"
     stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream)
     trainer.load_best(stage.folder / WEIGHTS)
