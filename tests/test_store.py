@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def test_what_a_kill_left_beside_a_stage_is_no_part_of_it(tmp_path: Path) -> Non
         store.run("step", 1, {}, cut_off)
     stage = store.run("step", 1, {}, make_file)
     assert sorted(path.name for path in stage.folder.rglob("*")) == ["data.txt", "stage.json"]
+
+
+def test_what_a_killed_attempt_took_is_counted_up_to_its_last_file(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+
+    def killed(folder: Path) -> dict[str, Any]:
+        (folder / "resume.safetensors").write_bytes(b"state")
+        began = (folder / ".seconds").stat().st_mtime
+        os.utime(folder / "resume.safetensors", (began, began + 1000))
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=store.run, args=("step", 1, {}, killed))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    assert 1000 <= store.run("step", 1, {}, make_file).seconds < 1060
 
 
 def test_nothing_but_plain_data_is_saved(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from survival import (
 
 from recbole_llm.backbone.embedded import EmbeddedSettings, train_embedded
 from recbole_llm.training import state
-from recbole_llm.training.state import ResumeFile, load_state
+from recbole_llm.training.state import ResumeFile, load_state, save_state
 
 MODELS = ("LightGCN", "SASRec", "GLTA", "GLTA with history")
 STAGES = ("train-LightGCN", "item_text_alignment", "user_item_alignment")
@@ -348,6 +348,21 @@ def test_a_flipped_bit_in_a_resume_file_starts_that_stage_over(wholes: Any, tmp_
     check_unfinished("resume.safetensors", moments[0], 0.9, wholes, tmp_path / "a")
     check_unfinished("resume.safetensors", moments[1], 0.4, wholes, tmp_path / "b")
     check_unfinished("weights.safetensors", moments[0], 0.9, wholes, tmp_path / "c")
+
+
+def test_a_resume_file_that_does_not_fit_starts_the_stage_over(wholes: Any, tmp_path: Path) -> None:
+    root, changes = tmp_path / "run", wholes["LightGCN"][1]
+    saved = [number for number, (_, path) in enumerate(changes, 1) if path.endswith("resume.safetensors.part")]
+    assert run(words("LightGCN", root), root, killed_at(root, saved[-1])).status == -signal.SIGKILL
+    left = next(root.rglob("resume.safetensors"))
+    kept = load_state(left)
+    # The weights fit and are taken in before the optimizer turns out not to.
+    kept["state_dict"] = {name: torch.ones_like(weight) for name, weight in kept["state_dict"].items()}
+    kept["optimizer"]["param_groups"] = []
+    save_state(left, kept)
+    said = finish(words("LightGCN", root), root).said
+    assert f"{left} does not fit LightGCN; this stage starts over" in said
+    same_as("LightGCN", wholes, root)
 
 
 @pytest.mark.slow

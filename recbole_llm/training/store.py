@@ -157,12 +157,11 @@ class StageStore:
         start = time.monotonic()
         reset_peak_memory()
         logger.info("%s: %s", name, "going on where it was cut off" if any(work.iterdir()) else "starting")
+        _note(work, before)
         try:
             facts = make(work)
         finally:
-            # On a full disk the figure is lost, and the error that is on its way matters more.
-            with contextlib.suppress(OSError):
-                (work / SECONDS).write_text(str(before + time.monotonic() - start), encoding="utf-8")
+            _note(work, before + time.monotonic() - start)
         seconds = before + time.monotonic() - start
         peak = peak_memory_mb()
         extra = _unfinished(work)
@@ -188,9 +187,18 @@ def _unfinished(work: Path) -> set[Path]:
     return {work / RESUME_FILE, work / SECONDS, *work.rglob(f"*{PART}")}
 
 
+def _note(work: Path, seconds: float) -> None:
+    # On a full disk the figure is lost; the error that matters is on its way or will come.
+    with contextlib.suppress(OSError):
+        (work / SECONDS).write_text(str(seconds), encoding="utf-8")
+
+
 def _spent(work: Path) -> float:
+    """Seconds that earlier attempts took; of a killed one those up to the last file it saved."""
+    note = work / SECONDS
     try:
-        return float((work / SECONDS).read_text(encoding="utf-8"))
+        saved = max(path.stat().st_mtime for path in work.rglob("*"))
+        return float(note.read_text(encoding="utf-8")) + saved - note.stat().st_mtime
     except (OSError, ValueError):
         return 0.0
 
