@@ -98,13 +98,12 @@ class ResumeFile:
         try:
             return load_state(self.path)
         except UserError as error:
-            self.start_over(str(error))
+            self.refuse(str(error))
             return None
 
-    def start_over(self, reason: str) -> None:
-        """Drop the state, and say why."""
+    def refuse(self, reason: str) -> None:
+        """Say why the state is of no use; the next one takes its place."""
         logger.warning("%s; this stage starts over", reason)
-        self.path.unlink()
 
     def due(self) -> bool:
         """Whether it is time to save."""

@@ -224,7 +224,7 @@ class TrainerMixin:
         except (UserError, ValueError, RuntimeError, KeyError, TypeError) as error:
             self._put(before)
             reason = error if isinstance(error, UserError) else f"{resume.path} does not fit {self.config['model']}"
-            resume.start_over(str(reason))
+            resume.refuse(str(reason))
             return False
         self.start_epoch = state["epoch"] + 1
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
