@@ -26,11 +26,12 @@ from recbole_llm.backbone.text_projector import cold_item_embeddings, text_featu
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
 from recbole_llm.data.text_noise import with_noise
+from recbole_llm.disk import remove
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
-from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
+from recbole_llm.training.state import RESUME_FILE, ResumeFile, load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
-from recbole_llm.training.trainer import RESUME_FILE, RESUME_SECONDS, TrainerMixin
+from recbole_llm.training.trainer import RESUME_SECONDS, TrainerMixin
 from recbole_llm.training.user_text import Texts, generated_texts, keyword_texts, text_source
 
 logger = logging.getLogger("recbole_llm")
@@ -184,7 +185,6 @@ class StagedTrainer(TrainerMixin, Trainer):
                 last = time.monotonic()
         steps.close()
         save_state(folder / WEIGHTS, dict(model.state_dict()))
-        resume.unlink(missing_ok=True)
         return {"losses": losses}
 
     def _align_epoch(
@@ -227,9 +227,8 @@ def _shapes_alignment(key: str) -> bool:
 def _resume_alignment(
     file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> list[float]:
-    try:
-        state = load_state(file)
-    except UserError:
+    state = ResumeFile(file).take_up()
+    if state is None:
         return []
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -330,7 +329,11 @@ def embedded_stage(
     seen = np.unique(dataset.train_histories.items)
     corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
-    return store.run(
-        "backbone", BACKBONE_VERSION, inputs,
-        lambda folder: train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model"),
-    )  # fmt: skip
+
+    def make(folder: Path) -> dict[str, Any]:
+        # A kill while they are written leaves files of random names among them.
+        remove(folder / "model")
+        resume = ResumeFile(folder / RESUME_FILE)
+        return train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model", resume=resume)
+
+    return store.run("backbone", BACKBONE_VERSION, inputs, make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,11 +17,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from recbole_llm.disk import PART, remove, sync, write_whole
 from recbole_llm.progress import clock
+from recbole_llm.training.state import RESUME_FILE
 
 logger = logging.getLogger("recbole_llm")
 
 CARD = "stage.json"
+SECONDS = ".seconds"
 LOCK_NOTE_SECONDS = 2.0
 
 
@@ -127,37 +131,74 @@ class StageStore:
         final: Path,
     ) -> Stage:
         work.mkdir(parents=True, exist_ok=True)
+        # A card is the last thing written, so with a whole one nothing but the move is missing.
+        if _damage(work, mark):
+            remove(work / CARD)
+            self._fill(name, version, mark, inputs, make, work)
+        for path in _unfinished(work):
+            remove(path)
+        os.replace(work, final)
+        sync(final.parent)
+        card = json.loads((final / CARD).read_text(encoding="utf-8"))
+        logger.info("%s: done in %s", name, clock(card["seconds"]))
+        return Stage(name, mark, final, card["seconds"], False, card["peak_memory_mb"], card["facts"])
+
+    def _fill(
+        self,
+        name: str,
+        version: int,
+        mark: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        work: Path,
+    ) -> None:
+        """Have the stage made in its work folder, and write the card that says it is whole."""
         before = _spent(work)
         start = time.monotonic()
         reset_peak_memory()
         logger.info("%s: %s", name, "going on where it was cut off" if any(work.iterdir()) else "starting")
+        _note(work, before)
         try:
             facts = make(work)
         finally:
-            if work.exists():
-                (work / ".seconds").write_text(str(before + time.monotonic() - start), encoding="utf-8")
+            _note(work, before + time.monotonic() - start)
         seconds = before + time.monotonic() - start
-        (work / ".seconds").unlink(missing_ok=True)
         peak = peak_memory_mb()
-        files = {str(path.relative_to(work)): _sha256(path) for path in sorted(work.rglob("*")) if path.is_file()}
+        extra = _unfinished(work)
+        files = {}
+        for path in sorted(work.rglob("*")):
+            if path.is_dir():
+                sync(path)
+            elif extra.isdisjoint((path, *path.parents)):
+                sync(path)
+                files[str(path.relative_to(work))] = _sha256(path)
         card = {
             "schema": 1, "name": name, "version": version, "fingerprint": mark, "inputs": inputs, "seconds": seconds,
             "peak_memory_mb": peak, "facts": facts, "files": files,
         }  # fmt: skip
         card = json.loads(json.dumps(card))
         card["seal"] = fingerprint_of(card)
-        with (work / CARD).open("w", encoding="utf-8") as file:
-            json.dump(card, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, final)
-        logger.info("%s: done in %s", name, clock(seconds))
-        return Stage(name, mark, final, seconds, False, peak, facts)
+        text = json.dumps(card, indent=1, sort_keys=True)
+        write_whole(work / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _unfinished(work: Path) -> set[Path]:
+    """What only an attempt that was cut off needs, or has left."""
+    return {work / RESUME_FILE, work / SECONDS, *work.rglob(f"*{PART}")}
+
+
+def _note(work: Path, seconds: float) -> None:
+    # On a full disk the figure is lost; the error that matters is on its way or will come.
+    with contextlib.suppress(OSError):
+        (work / SECONDS).write_text(str(seconds), encoding="utf-8")
 
 
 def _spent(work: Path) -> float:
+    """Seconds that earlier attempts took; of a killed one those up to the last file it saved."""
+    note = work / SECONDS
     try:
-        return float((work / ".seconds").read_text(encoding="utf-8"))
+        saved = max(path.stat().st_mtime for path in work.rglob("*"))
+        return float(note.read_text(encoding="utf-8")) + saved - note.stat().st_mtime
     except (OSError, ValueError):
         return 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,11 +20,15 @@ from recbole_llm import compat
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured, measure
 from recbole_llm.progress import Steps
-from recbole_llm.training.state import Generator, load_state, rng_state, save_state, set_rng_state
-
-# A resumable state is written at the first validation this long after the last one.
-RESUME_SECONDS = 20.0
-RESUME_FILE = "resume.safetensors"
+from recbole_llm.training.state import (
+    RESUME_SECONDS,
+    Generator,
+    ResumeFile,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+)
 
 
 class TrainerMixin:
@@ -167,12 +172,24 @@ class TrainerMixin:
             "best_epoch": self.best_epoch,
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
             "stopped": stopping,
-            "state_dict": dict(self.model.state_dict()),
             "counters": self._counters(),
-            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
-            "rng": rng_state(*self._generators()),
+            **self._moving_state(),
         })  # fmt: skip
         self._last_resume = time.monotonic()
+
+    def _moving_state(self) -> dict[str, Any]:
+        """What every step moves."""
+        return {
+            "state_dict": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "rng": rng_state(*self._generators()),
+        }
+
+    def _put(self, state: dict[str, Any]) -> None:
+        """Put a :meth:`_moving_state` back."""
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
+        set_rng_state(state["rng"], *self._generators())
 
     def _resumable(self) -> bool:
         """Whether a run can go on from weights, one optimizer and random streams.
@@ -190,22 +207,25 @@ class TrainerMixin:
         """Take up the state of a run that was cut off.
 
         Returns:
-            Whether there was one; a state that does not fit is left alone and training starts over.
+            Whether there was one; where it is damaged or does not fit, that is told and training starts over.
         """
-        if self.resume_file is None or not self.resume_file.is_file() or not Path(self.saved_model_file).is_file():
+        if self.resume_file is None:
             return False
+        resume = ResumeFile(self.resume_file)
+        # On the CPU: random states live there, and loading copies the rest to where it belongs.
+        state = resume.take_up()
+        if state is None:
+            return False
+        before = copy.deepcopy(self._moving_state())
         try:
-            # On the CPU: random states live there, and loading copies the rest to where it belongs.
-            state = load_state(self.resume_file)
-            self.model.load_state_dict(state["state_dict"])
-            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
-            set_rng_state(state["rng"], *self._generators())
-        except (UserError, ValueError, RuntimeError, KeyError, TypeError):
-            self.resume_file.unlink()
-            raise TrainingStoppedError(
-                f"{self.config['model']}: the interrupted run in {self.resume_file.parent} cannot be taken up and is "
-                "set aside; the same command starts it over"
-            ) from None
+            # The best weights so far end as the result without being looked at again.
+            load_state(Path(self.saved_model_file))
+            self._put(state)
+        except (UserError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            self._put(before)
+            reason = error if isinstance(error, UserError) else f"{resume.path} does not fit {self.config['model']}"
+            resume.refuse(str(reason))
+            return False
         self.start_epoch = state["epoch"] + 1
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
         self.best_valid_result = OrderedDict(state["best_valid_result"])
