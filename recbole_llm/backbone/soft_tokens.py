@@ -3,9 +3,10 @@
 What GLTA needs of its language model is the last layer's state at a few response slots. Hence:
 
 - soft tokens are written into the input embeddings in one step, whatever their number and places;
-- the tokens before the first soft token are the same for every row and depend on nothing that is trained: they run
-  once, with one row and without gradients, and their keys and values are lent to every row of every batch. Nothing
-  after them is kept: gradients flow through it;
+- the tokens before the first soft token are the same for every row: they run with one row, and their keys and values
+  are lent to every row of a batch. Behind a frozen model they depend on nothing that is trained, so one run without
+  gradients serves every batch; where the model trains too (an adapter), each batch has its own run, with gradients.
+  Nothing after them is kept: gradients flow through it;
 - rows are filled up on the right. Under a causal mask no real position sees the filling, so no padding mask is needed;
 - the decoder has no vocabulary head, so none runs.
 """
@@ -13,17 +14,33 @@ What GLTA needs of its language model is the last layer's state at a few respons
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
+@torch.no_grad()
+def token_scale(embed_tokens: nn.Module) -> float:
+    """Root mean square of what the language model's layers read for a token, over the vocabulary.
+
+    Soft tokens enter beside the tokens' vectors, so this is their size. It is not always the table's: Gemma's embedding
+    module multiplies its rows by the root of the width.
+
+    Args:
+        embed_tokens: the language model's token embedding.
+    """
+    table: Any = embed_tokens.weight
+    vectors = embed_tokens(torch.arange(len(table), device=table.device))
+    return float(vectors.float().square().mean().sqrt())
+
+
 def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -> Tensor:
     """Input embeddings of ids of which some stand for soft tokens.
 
     Args:
-        embed_tokens: the language model's frozen token embedding.
+        embed_tokens: the language model's token embedding; gradients flow into it where it trains.
         ids: int64 ``[B, T]``; ``>= 0`` is a token, ``-1 - r`` is row ``r`` of ``soft``.
         soft: ``[R, H]``, any floating type; gradients flow into it.
 
@@ -31,8 +48,7 @@ def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -
         ``[B, T, H]`` in the language model's type.
     """
     flat = ids.reshape(-1)
-    with torch.no_grad():
-        text = embed_tokens(flat.clamp_min(0))
+    text = embed_tokens(flat.clamp_min(0))
     places = (flat < 0).nonzero().squeeze(1)
     rows = soft[-1 - flat[places]].to(text.dtype)
     return text.index_put((places,), rows).view(*ids.shape, -1)
@@ -45,25 +61,34 @@ class SoftPromptDecoder:
         decoder: a Hugging Face base decoder (``LlamaModel``, ``GPT2Model``, …), in eval mode, without LM head.
         embed_tokens: its token embedding.
         prefix: the token ids that open every prompt; may be empty.
+        trained: whether weights of the decoder train, so that the prefix's states are never the same for long.
     """
 
-    def __init__(self, decoder: nn.Module, embed_tokens: nn.Module, prefix: Sequence[int]) -> None:
+    def __init__(
+        self, decoder: nn.Module, embed_tokens: nn.Module, prefix: Sequence[int], trained: bool = False
+    ) -> None:
         self.decoder = decoder
         self.embed_tokens = embed_tokens
         self.prefix = tuple(prefix)
+        self.trained = trained
         self._shared: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
 
-    @torch.no_grad()
     def _prefix_states(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer, worked out once a device and type."""
+        """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer; once a device and type where frozen."""
+        if self.trained:
+            return self._run_prefix(device)
         key = (device, dtype)
         if key not in self._shared:
-            # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
-            cache = DynamicCache()
-            ids = torch.tensor([self.prefix], device=device)
-            self.decoder(inputs_embeds=self.embed_tokens(ids), past_key_values=cache, use_cache=True)
-            self._shared[key] = [(layer.keys, layer.values) for layer in cache.layers]
+            with torch.no_grad():
+                self._shared[key] = self._run_prefix(device)
         return self._shared[key]
+
+    def _run_prefix(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
+        cache = DynamicCache()
+        ids = torch.tensor([self.prefix], device=device)
+        self.decoder(inputs_embeds=self.embed_tokens(ids), past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _lend(self, embeds: Tensor) -> DynamicCache:
         """The prefix as a cache for a batch, as views; the decoder adds to it without touching the shared states."""
