@@ -13,6 +13,7 @@ What GLTA needs of its language model is the last layer's state at a few respons
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,11 @@ class SoftPromptDecoder:
         self.embed_tokens = embed_tokens
         self.prefix = tuple(prefix)
         self.trained = trained
+        config: Any = decoder.config
+        self._lends = _keeps_only_keys_and_values(decoder, config)
+        # Windows and chunks are counted in places of the cache, filling included, so a stream may not outgrow one.
+        spans = (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None))
+        self._room = min((span for span in spans if span), default=None)
         self._shared: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
 
     def _prefix_states(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -113,9 +119,19 @@ class SoftPromptDecoder:
         Returns:
             ``[B, S, H]`` in the language model's type.
         """
-        embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
-        past = self._lend(embeds) if self.prefix else None
-        hidden = self.decoder(inputs_embeds=embeds, past_key_values=past, use_cache=False).last_hidden_state
+        return self._read(embed_with_soft_tokens(self.embed_tokens, ids, soft), places)
+
+    def _read(self, embeds: Tensor, places: Tensor) -> Tensor:
+        """Last-layer states ``[B, S, H]`` at places of prompts whose embeddings after the prefix are given."""
+        past: DynamicCache | None = None
+        if self.prefix and self._lends:
+            past = self._lend(embeds)
+        elif self.prefix:
+            ids = torch.tensor([self.prefix], device=embeds.device)
+            embeds = torch.cat([self.embed_tokens(ids).expand(len(embeds), -1, -1), embeds], dim=1)
+            places = places + len(self.prefix)
+        given = {} if past is None else {"past_key_values": past}
+        hidden = self.decoder(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     @torch.no_grad()
@@ -130,36 +146,71 @@ class SoftPromptDecoder:
         Returns:
             The open prompts; :attr:`Stream.state` is the state at each row's last position.
         """
-        embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
-        seen = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-        mask = torch.cat([seen.new_ones(len(ids), len(self.prefix)), seen], dim=1)
-        cache = self._lend(embeds)
-        hidden = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
-        state = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return Stream(self.decoder, cache, mask, lengths + len(self.prefix), state, embeds.dtype)
+        return Stream(self, embed_with_soft_tokens(self.embed_tokens, ids, soft), lengths)
+
+
+def _keeps_only_keys_and_values(decoder: nn.Module, config: Any) -> bool:
+    """Whether keys and values a layer are all that a model remembers of what it has read.
+
+    Layers with a state of another kind (linear attention, convolutions) or with the keys of another layer cannot be
+    lent a prefix; such models read every prompt in one piece.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        "past_key_values" in inspect.signature(decoder.forward).parameters
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and not getattr(config, "num_kv_shared_layers", 0)
+    )
 
 
 class Stream:
-    """Prompts under way: the cache of what was read, and the state at each row's last position."""
+    """Prompts under way, with the state ``[B, H]`` at each row's last position in :attr:`state`.
 
-    def __init__(
-        self, decoder: nn.Module, cache: DynamicCache, mask: Tensor, length: Tensor, state: Tensor, dtype: torch.dtype
-    ) -> None:
-        self._decoder, self._cache, self._mask, self._length, self._dtype = decoder, cache, mask, length, dtype
-        self.state = state
+    What was read is kept as keys and values; where that cannot be, each step reads the prompts again.
+
+    Args:
+        reader: of the prompts.
+        embeds: ``[B, T, H]``, the prompts after the prefix, filled up on the right.
+        lengths: int64 ``[B]``, each row's true length within them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, reader: SoftPromptDecoder, embeds: Tensor, lengths: Tensor) -> None:
+        self._reader, self._embeds, self._lengths = reader, embeds, lengths
+        self._rows = torch.arange(len(embeds), device=embeds.device)
+        prefix, places = len(reader.prefix), torch.arange(embeds.shape[1], device=embeds.device)
+        seen = places < lengths.unsqueeze(1)
+        self._mask = torch.cat([seen.new_ones(len(embeds), prefix), seen], dim=1)
+        self._cache: DynamicCache | None = None
+        if self._may_keep():
+            self._cache = reader._lend(embeds)
+            hidden = reader.decoder(inputs_embeds=embeds, past_key_values=self._cache, use_cache=True).last_hidden_state
+            self.state = hidden[self._rows, lengths - 1]
+        else:
+            self.state = reader._read(embeds, lengths.unsqueeze(1) - 1)[:, 0]
+
+    def _may_keep(self) -> bool:
+        room = self._reader._room
+        return self._reader._lends and (room is None or self._mask.shape[1] <= room)
 
     @torch.no_grad()
     def step(self, inputs: Tensor) -> Tensor:
         """Read one more input vector a row, ``[B, H]``, and return the new :attr:`state`, ``[B, H]``."""
+        inputs = inputs.to(self._embeds.dtype)
+        self._embeds = torch.cat([self._embeds, torch.zeros_like(inputs).unsqueeze(1)], dim=1)
+        self._embeds[self._rows, self._lengths] = inputs
         # The filling of shorter rows stays in the cache, hence the mask; each row goes on at its own position.
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        out = self._decoder(
-            inputs_embeds=inputs.unsqueeze(1).to(self._dtype),
-            attention_mask=self._mask.long(),
-            position_ids=self._length.unsqueeze(1),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._length = self._length + 1
-        self.state = out.last_hidden_state[:, 0]
+        if self._cache is not None and self._may_keep():
+            self.state = self._reader.decoder(
+                inputs_embeds=inputs.unsqueeze(1),
+                attention_mask=self._mask.long(),
+                position_ids=(self._lengths + len(self._reader.prefix)).unsqueeze(1),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state[:, 0]
+        else:
+            self._cache = None
+            self.state = self._reader._read(self._embeds, self._lengths.unsqueeze(1))[:, 0]
+        self._lengths = self._lengths + 1
         return self.state
