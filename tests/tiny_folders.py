@@ -1,4 +1,4 @@
-"""Folders of tiny, randomly initialised language models of many architectures, each with a tokenizer of its own kind."""
+"""Folders of tiny, randomly initialised language models of many architectures, each with a tokenizer of its kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -148,6 +150,12 @@ KINDS: dict[str, Kind] = {
     ),
     "mistral": Kind(_sized(MistralConfig, sliding_window=WINDOW), _metaspace_bpe, ["<unk>", "<s>", "</s>"], LLAMA),
     "granite": Kind(_sized(GraniteConfig, embedding_multiplier=12.0), _bytes, QWEN_IDS, QWEN, tied=True),
+    "lfm2": Kind(
+        _sized(Lfm2Config, layer_types=["conv", "full_attention"], conv_L_cache=3), _bytes, QWEN_IDS, QWEN, tied=True
+    ),
+    "mamba": Kind(
+        lambda **given: MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **given), _bytes, QWEN_IDS, QWEN
+    ),
     "gpt2": Kind(
         lambda **given: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, initializer_range=0.2, **given),
         _bytes,

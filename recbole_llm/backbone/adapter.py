@@ -3,8 +3,8 @@
 The weights that train are registered in an :class:`Adapter` by reference, so that they belong to the recommender's
 parameters, state and checkpoints while the rest of the language model stays out of them.
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685; on every linear layer as in
-Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, arXiv 2305.14314.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685; on every linear
+layer as in Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, arXiv 2305.14314.
 """
 
 from __future__ import annotations
@@ -80,18 +80,27 @@ def check_adapter(config: Any) -> None:
 
 
 def check_targets(config: Any, decoder: nn.Module | None) -> None:
-    """See before any training that LoRA's layers are there.
+    """See before any training that LoRA can stand where it is asked for, in an empty model.
 
     Args:
-        config: with ``adapter`` and ``lora_target_modules``.
+        config: with ``adapter`` and the ``lora_...`` settings.
         decoder: the language model, or ``None`` for the embedded one, which is made later.
 
     Raises:
-        UserError: a name in ``lora_target_modules`` that no linear layer has.
+        UserError: a name in ``lora_target_modules`` that no linear layer has, or that PEFT refuses.
     """
-    if config["adapter"] == "lora":
-        small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-        target_names(*((LlamaModel, small) if decoder is None else _architecture(decoder)), config)
+    if config["adapter"] != "lora":
+        return
+    if decoder is None:
+        sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        with torch.device("meta"):
+            empty: nn.Module = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+    else:
+        empty = _empty(decoder)
+    try:
+        _inject(empty, target_names(empty, config["lora_target_modules"]), config)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {' '.join(str(error).split())}") from None
 
 
 def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
@@ -119,13 +128,22 @@ def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
 
 def _put_lora(decoder: nn.Module, config: Any) -> None:
     # Not at the top: it takes a second, and most runs have no adapter.
-    from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    names = target_names(*_architecture(decoder), config)
+    # In a quantised model the linear layers are of many kinds, of which PEFT's own all-linear does not know all.
+    names = target_names(_empty(decoder), config["lora_target_modules"])
     if config["llm_quantization"] in ("int8", "nf4"):
         # Layer norms and embeddings in float32. Gradient checkpointing is a matter of its own.
         prepare_model_for_kbit_training(decoder, use_gradient_checkpointing=False)
+    _inject(decoder, names, config)
+    # Adam's steps are lost in weights of half precision, and these are few.
+    cast_adapter_dtype(decoder, LORA_NAME)
+
+
+def _inject(model: nn.Module, names: list[str], config: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     settings = LoraConfig(
         r=config["lora_rank"],
         lora_alpha=config["lora_alpha"],
@@ -135,44 +153,38 @@ def _put_lora(decoder: nn.Module, config: Any) -> None:
     with warnings.catch_warnings():
         # It remarks that GPT-2 keeps its weights the other way round, and heeds it.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        inject_adapter_in_model(settings, decoder, LORA_NAME)
-    # Adam's steps are lost in weights of half precision, and these are few.
-    cast_adapter_dtype(decoder, LORA_NAME)
+        inject_adapter_in_model(settings, model, LORA_NAME)
 
 
-def _architecture(decoder: Any) -> tuple[type[nn.Module], Any]:
-    return type(decoder), decoder.config
+def _empty(decoder: Any) -> nn.Module:
+    """A model of the same architecture that has no weights."""
+    with torch.device("meta"):
+        model: nn.Module = type(decoder)(decoder.config)
+    return model
 
 
-def target_names(model_class: type[nn.Module], model_config: Any, config: Any) -> list[str]:
+def target_names(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers that LoRA goes beside.
 
-    They are looked up in an empty model of the same architecture: in a quantised one they are of many kinds, of which
-    PEFT's own ``all-linear`` does not know all.
-
     Args:
-        model_class: of the decoder.
-        model_config: its configuration.
-        config: with ``lora_target_modules``: ``all-linear``, or ends of names.
+        model: not quantised.
+        wanted: ``all-linear``, or ends of names.
 
     Raises:
         UserError: a name that no linear layer ends in.
     """
-    with torch.device("meta"):
-        empty = model_class(model_config)
-    linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    wanted = config["lora_target_modules"]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     if wanted == ALL_LINEAR:
         return linear
-    wanted = [wanted] if isinstance(wanted, str) else [str(name) for name in wanted]
-    for name in wanted or [""]:
-        if not any(_ends_in(layer, name) for layer in linear):
+    ends = [wanted] if isinstance(wanted, str) else [str(name) for name in wanted]
+    for end in ends or [""]:
+        if not any(_ends_in(layer, end) for layer in linear):
             known = list(dict.fromkeys(layer.rpartition(".")[2] for layer in linear))
             raise UserError(
-                f"lora_target_modules: no linear layer of the {model_config.model_type} ends in {name!r}"
-                f"{did_you_mean(name, known)} (there are {', '.join(known)}; {ALL_LINEAR} takes all)"
+                f"lora_target_modules: no linear layer of a {type(model).__name__} ends in {end!r}"
+                f"{did_you_mean(end, known)} (there are {', '.join(known)}; {ALL_LINEAR} takes all)"
             )
-    return [layer for layer in linear if any(_ends_in(layer, name) for name in wanted)]
+    return [layer for layer in linear if any(_ends_in(layer, end) for end in ends)]
 
 
 def _ends_in(layer: str, name: str) -> bool:

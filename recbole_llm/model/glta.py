@@ -2,7 +2,7 @@
 
 A graph model's user and item embeddings are projected into the input space of a frozen causal LM, where they stand as
 soft tokens in an instruction prompt; a linear head, the GLLM, turns the LM's last states at k response slots after the
-prompt into logits over the item catalogue. Only the projectors and the GLLM are trained, and an adapter where asked for.
+prompt into logits over the item catalogue. Only the projectors and the GLLM are trained, and an adapter if asked for.
 
 Source: Yang et al., "Training Large Recommendation Models via Graph-Language Token Alignment", WWW 2025 Companion,
 arXiv 2502.18757. What the paper leaves open is a setting, explained in ``properties/model/GLTA.yaml``.
@@ -250,8 +250,8 @@ class GLTA(SequentialRecommender):
         adapter trains in both.
 
         Returns:
-            The parameters that the stage trains, as an optimizer takes them: with an adapter in two groups, of which its
-            own has its own learning rate.
+            The parameters that the stage trains, as an optimizer takes them; an adapter's are a group apart, with a
+            learning rate of its own.
         """
         items = stage == ALIGN_ITEMS or not self.config["item_alignment"] or self.config["train_item_projector"]
         groups = [
