@@ -13,6 +13,8 @@ from test_glta import generator, model
 from test_leakage import SMALL
 from tiny_folders import KINDS, write
 from tiny_lm import gpt2, llama
+from transformers import AutoModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from recbole_llm.backbone import load
 from recbole_llm.backbone.adapter import adapt
@@ -264,24 +266,48 @@ def test_what_transformers_is_asked_for(quantization: str, tmp_path: Path, monke
     folder = write(KINDS["llama"], tmp_path / "llama")
     if quantization == "gptq":
         config = json.loads((folder / "config.json").read_text())
-        stored = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+        stored = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
 
     def from_pretrained(source: str, **options: Any) -> Any:
         raise AskedError(source, options)
 
     monkeypatch.setattr(load, "check_options", lambda *_: None)
-    monkeypatch.setattr(load.AutoModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(
+        load.AutoModelForCausalLM if quantization == "gptq" else load.AutoModel, "from_pretrained", from_pretrained
+    )
     with pytest.raises(AskedError) as caught:
         load_backbone(folder, dtype="bfloat16", quantization=quantization, device="cuda:0")
     options = caught.value.args[1]
     assert options["device_map"] == {"": "cuda:0"} and options["dtype"] == torch.bfloat16
-    if quantization == "gptq":
-        # The file says how its weights are packed; transformers reads it there.
-        assert "quantization_config" not in options
-        assert options["config"].quantization_config["bits"] == 4
-        return
     made = options["quantization_config"].to_dict()
+    if quantization == "gptq":
+        # Exllama and Marlin are faster and pass no gradient on.
+        with pytest.warns(UserWarning, match="You passed"):
+            merged = AutoHfQuantizer.merge_quantization_configs(stored, options["quantization_config"])
+        assert (merged.backend, merged.bits, merged.group_size) == ("auto_trainable", 4, 64)
+        return
     assert made["load_in_8bit"] is (quantization == "int8") and made["load_in_4bit"] is (quantization == "nf4")
     if quantization == "nf4":
         assert made["bnb_4bit_quant_type"] == "nf4" and made["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_a_gptq_model_is_loaded_whole_and_its_head_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """optimum knows the layers as model.layers, a name that a model without its head does not have."""
+    folder = write(KINDS["llama"], tmp_path / "llama")
+    plain = AutoModel.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    honest = load.AutoModelForCausalLM.from_pretrained
+
+    def unquantised(source: str, **options: Any) -> Any:
+        del options["config"].quantization_config
+        return honest(source, **{key: options[key] for key in ("config", "dtype", "output_loading_info")})
+
+    monkeypatch.setattr(load, "check_options", lambda *_: None)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", unquantised)
+    decoder = load_backbone(folder, quantization="gptq").decoder
+    assert type(decoder) is type(plain)
+    for name, weight in decoder.state_dict().items():
+        assert torch.equal(weight, plain.state_dict()[name]), name

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 from transformers.utils import logging as transformers_logging
 
 from recbole_llm.backbone.base import Backbone
@@ -129,16 +130,17 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
         if config.is_encoder_decoder or not _is_causal_type(config):
             raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if quantization in ("int8", "nf4"):
-            options |= {"quantization_config": _on_the_fly(quantization, DTYPES[dtype])}
         if quantization != "none":
-            options |= {"device_map": {"": device}}
+            made = _quantization_config(quantization, DTYPES[dtype], config)
+            options |= {"quantization_config": made, "device_map": {"": device}}
         if attention == "sdpa" and not _has_sdpa(config):
             logger.info("llm '%s': a %s has no sdpa attention; eager is used", source, config.model_type)
             attention = "eager"
         options |= {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
-        with quiet_transformers():
-            decoder, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+        with quiet_transformers(), warnings.catch_warnings():
+            # That the model's own file says how its weights are packed is what it should say.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            decoder, report = _from_pretrained(source, quantization, options)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
@@ -163,7 +165,19 @@ def _has_sdpa(config: Any) -> bool:
     return not known or AutoModel._model_mapping[type(config)]._supports_sdpa
 
 
-def _on_the_fly(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _from_pretrained(source: str, quantization: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The decoder without its vocabulary head, and what transformers reports of the loading."""
+    if quantization != "gptq":
+        return AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    # optimum finds the layers to replace by their names in the whole model, so that is what has to be loaded.
+    whole, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    return whole.base_model, report
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype, config: Any) -> Any:
+    if quantization == "gptq":
+        # How the weights are packed is read from the model. Of the kernels only some pass gradients on.
+        return GPTQConfig(bits=config.quantization_config["bits"], backend="auto_trainable")
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
