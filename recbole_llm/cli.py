@@ -20,8 +20,9 @@ verbs
            recbole-llm compare RUN RUN [...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
-  inspect  a data set, a run, or the settings of a model
+  inspect  a data set, a run, the settings of a model, or what a language model takes of a GPU
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
+           recbole-llm inspect backbone LLM [--rows=8 --tokens=347 --prefix=38] [--key=value ...]
 
 Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
 A key of a part is prefixed, e.g. --graph_model.epochs=60 for the graph model behind GLTA.

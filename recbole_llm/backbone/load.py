@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.errors import UserError, did_you_mean, nearest
+from recbole_llm.schema import properties_dir
 
 logger = logging.getLogger("recbole_llm")
 
@@ -189,7 +190,8 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _ask_hub(name: str, source: Path) -> None:
-    near = did_you_mean(name, ["embedded"]) or _siblings(source)
+    shipped = [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
+    near = did_you_mean(name, shipped) or _siblings(source)
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, HFValidationError):
