@@ -23,9 +23,11 @@ verbs
   suite    run every cell of a study (rows x columns x seeds) and put them into one table and picture; goes on where it
            stood
            recbole-llm suite FILE --output=DIR [--key=value ...]
-  inspect  a data set, a run, how a run's items stand to their texts, or the settings of a model
+  inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
+           takes of a GPU
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
            recbole-llm inspect alignment FOLDER [--states=true]
+           recbole-llm inspect backbone LLM [--rows=8 --tokens=347 --prefix=38] [--key=value ...]
 
 Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
 A key of a part is prefixed, e.g. --graph_model.epochs=60 for the graph model behind GLTA.

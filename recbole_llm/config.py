@@ -193,9 +193,14 @@ class Config(RecBoleConfig):
         embedded = properties_dir() / "llm" / "embedded.yaml"
         named = properties_dir() / "llm" / f"{llm}.yaml"
         for file in dict.fromkeys((embedded, named)):
-            if file.is_file():
+            # The name of a shipped file only: of any other path the file beside it is none of ours.
+            if file.is_file() and file.parent == embedded.parent:
                 self._specs.update(read_specs(file))
-                self.internal_config_dict.update(copy.deepcopy(read_yaml(file)))
+                values = copy.deepcopy(read_yaml(file))
+                if "llm" in values:
+                    # The name stands for the model that the file names.
+                    self.external_config_dict["llm"] = values["llm"]
+                self.internal_config_dict.update(values)
 
     def _fit_model_type(self, model: str, model_class: Any) -> None:
         """Defaults that depend on the kind of model, as RecBole's quick_start_config files set them."""

@@ -1,4 +1,4 @@
-"""``recbole-llm inspect``: look at a data set, a run, or the settings of a model without training anything."""
+"""``recbole-llm inspect``: look at a data set, a run, settings or a language model without training anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def inspect(arguments: Sequence[str]) -> str:
     """What the verb prints.
 
     Args:
-        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER`` or ``settings MODEL``.
+        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER``, ``settings MODEL`` or
+            ``backbone LLM [--key=value ...]``.
 
     Raises:
         UserError: anything else.
@@ -104,9 +105,32 @@ def _alignment(path: str, arguments: list[str]) -> str:
     return inspect_alignment(path, arguments)
 
 
+def _backbone(llm: str, arguments: list[str]) -> str:
+    """Parameters and memory of a language model, from its configuration alone.
+
+    The arguments are settings of GLTA's, and the prompts to count for: ``--rows``, ``--tokens``, ``--prefix``.
+    """
+    from recbole_llm.backbone.memory import describe
+    from recbole_llm.config import Config
+
+    shape = {"rows": 8, "tokens": 347, "prefix": 38}
+    settings = [f"--llm={llm}"]
+    for argument in arguments:
+        key, _, value = argument.removeprefix("--").partition("=")
+        if key not in shape:
+            settings.append(argument)
+        elif not value.isdecimal():
+            raise UserError(f"--{key} should be a whole number, but is {value!r}")
+        else:
+            shape[key] = int(value)
+    config = Config("GLTA", "ml-100k", command_line=settings)
+    return describe(config["llm"], config["llm_dtype"], config["llm_quantization"], **shape)
+
+
 _VIEWS: dict[str, Callable[[str, list[str]], str]] = {
     "dataset": _dataset,
     "run": _run,
     "alignment": _alignment,
     "settings": _settings,
+    "backbone": _backbone,
 }

@@ -125,7 +125,7 @@ def test_filling_is_never_seen() -> None:
 
 
 def test_soft_rows_take_the_language_models_type() -> None:
-    embed = torch.nn.Embedding(10, 4).to(torch.bfloat16)
+    embed = torch.nn.Embedding(10, 4).to(torch.bfloat16).requires_grad_(False)
     soft = torch.randn(2, 4, requires_grad=True)
     embeds = embed_with_soft_tokens(embed, torch.tensor([[-2, 3], [4, -1]]), soft)
     assert embeds.dtype == torch.bfloat16

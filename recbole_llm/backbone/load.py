@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 from transformers.utils import logging as transformers_logging
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.errors import UserError, did_you_mean, nearest
+from recbole_llm.schema import properties_dir
 
 logger = logging.getLogger("recbole_llm")
 
@@ -96,14 +98,14 @@ def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
     Returns:
         The Hugging Face causal language model, in evaluation mode, without gradients.
     """
-    quantization, dtype = options["quantization"], DTYPES[options["dtype"]]
-    given: dict[str, Any] = {"trust_remote_code": options["trust_remote_code"], "dtype": dtype}
-    if quantization in ("int8", "nf4"):
-        given |= {"quantization_config": _on_the_fly(quantization, dtype)}
+    quantization, dtype, source = options["quantization"], DTYPES[options["dtype"]], str(name_or_folder)
+    given: dict[str, Any] = {"trust_remote_code": options["trust_remote_code"]}
     if quantization != "none":
+        config = AutoConfig.from_pretrained(source, **given)
+        given |= {"quantization_config": _quantization_config(quantization, dtype, config)}
         given |= {"device_map": {"": options["device"]}}
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_folder), **given)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
     if quantization == "none":
         model = model.to(options["device"])
     return model.eval().requires_grad_(False)
@@ -158,16 +160,17 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
         if config.is_encoder_decoder or not _is_causal_type(config):
             raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if quantization in ("int8", "nf4"):
-            options |= {"quantization_config": _on_the_fly(quantization, DTYPES[dtype])}
         if quantization != "none":
-            options |= {"device_map": {"": device}}
+            made = _quantization_config(quantization, DTYPES[dtype], config)
+            options |= {"quantization_config": made, "device_map": {"": device}}
         if attention == "sdpa" and not _has_sdpa(config):
             logger.info("llm '%s': a %s has no sdpa attention; eager is used", source, config.model_type)
             attention = "eager"
         options |= {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
-        with quiet_transformers():
-            decoder, report = _decoder(source, options, random_init)
+        with quiet_transformers(), warnings.catch_warnings():
+            # That the model's own file says how its weights are packed is what it should say.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            decoder, report = _decoder(source, quantization, options, random_init)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
@@ -181,17 +184,6 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
     return backbone
 
 
-def _decoder(source: str, options: dict[str, Any], random_init: int | None) -> tuple[Any, dict[str, Any]]:
-    if random_init is None:
-        return AutoModel.from_pretrained(source, output_loading_info=True, **options)
-    config, dtype = options.pop("config"), options.pop("dtype")
-    options.pop("local_files_only", None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_init)
-        # Drawn in float32 and then rounded, so that every type starts from the same weights.
-        return AutoModel.from_config(config, **options).to(dtype), {"missing_keys": set()}
-
-
 def _is_causal_type(config: Any) -> bool:
     # A model with code of its own registers itself in auto_map instead.
     custom = getattr(config, "auto_map", None) or {}
@@ -203,7 +195,28 @@ def _has_sdpa(config: Any) -> bool:
     return not known or AutoModel._model_mapping[type(config)]._supports_sdpa
 
 
-def _on_the_fly(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _decoder(
+    source: str, quantization: str, options: dict[str, Any], random_init: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """The decoder without its vocabulary head, and what transformers reports of the loading."""
+    if random_init is not None:
+        config, dtype = options.pop("config"), options.pop("dtype")
+        options.pop("local_files_only", None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_init)
+            # Drawn in float32 and then rounded, so that every type starts from the same weights.
+            return AutoModel.from_config(config, **options).to(dtype), {"missing_keys": set()}
+    if quantization != "gptq":
+        return AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    # optimum finds the layers to replace by their names in the whole model, so that is what has to be loaded.
+    whole, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    return whole.base_model, report
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype, config: Any) -> Any:
+    if quantization == "gptq":
+        # How the weights are packed is read from the model. Of the kernels only some pass gradients on.
+        return GPTQConfig(bits=config.quantization_config["bits"], backend="auto_trainable")
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -215,7 +228,8 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _ask_hub(name: str, source: Path) -> None:
-    near = did_you_mean(name, ["embedded"]) or _siblings(source)
+    shipped = [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
+    near = did_you_mean(name, shipped) or _siblings(source)
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, HFValidationError):

@@ -3,27 +3,45 @@
 What GLTA needs of its language model is the last layer's state at a few response slots. Hence:
 
 - soft tokens are written into the input embeddings in one step, whatever their number and places;
-- the tokens before the first soft token are the same for every row and depend on nothing that is trained: they run
-  once, with one row and without gradients, and their keys and values are lent to every row of every batch. Nothing
-  after them is kept: gradients flow through it;
+- the tokens before the first soft token are the same for every row: they run with one row, and their keys and values
+  are lent to every row of a batch. Behind a frozen model they depend on nothing that is trained, so one run without
+  gradients serves every batch; where the model trains too (an adapter), each batch has its own run, with gradients.
+  Nothing after them is kept: gradients flow through it;
 - rows are filled up on the right. Under a causal mask no real position sees the filling, so no padding mask is needed;
 - the decoder has no vocabulary head, so none runs.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
+@torch.no_grad()
+def token_scale(embed_tokens: nn.Module) -> float:
+    """Root mean square of what the language model's layers read for a token, over the vocabulary.
+
+    Soft tokens enter beside the tokens' vectors, so this is their size. It is not always the table's: Gemma's embedding
+    module multiplies its rows by the root of the width.
+
+    Args:
+        embed_tokens: the language model's token embedding.
+    """
+    table: Any = embed_tokens.weight
+    vectors = embed_tokens(torch.arange(len(table), device=table.device))
+    return float(vectors.float().square().mean().sqrt())
+
+
 def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -> Tensor:
     """Input embeddings of ids of which some stand for soft tokens.
 
     Args:
-        embed_tokens: the language model's frozen token embedding.
+        embed_tokens: the language model's token embedding; gradients flow into it where it trains.
         ids: int64 ``[B, T]``; ``>= 0`` is a token, ``-1 - r`` is row ``r`` of ``soft``.
         soft: ``[R, H]``, any floating type; gradients flow into it.
 
@@ -31,8 +49,7 @@ def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -
         ``[B, T, H]`` in the language model's type.
     """
     flat = ids.reshape(-1)
-    with torch.no_grad():
-        text = embed_tokens(flat.clamp_min(0))
+    text = embed_tokens(flat.clamp_min(0))
     places = (flat < 0).nonzero().squeeze(1)
     rows = soft[-1 - flat[places]].to(text.dtype)
     return text.index_put((places,), rows).view(*ids.shape, -1)
@@ -45,25 +62,39 @@ class SoftPromptDecoder:
         decoder: a Hugging Face base decoder (``LlamaModel``, ``GPT2Model``, …), in eval mode, without LM head.
         embed_tokens: its token embedding.
         prefix: the token ids that open every prompt; may be empty.
+        trained: whether weights of the decoder train, so that the prefix's states are never the same for long.
     """
 
-    def __init__(self, decoder: nn.Module, embed_tokens: nn.Module, prefix: Sequence[int]) -> None:
+    def __init__(
+        self, decoder: nn.Module, embed_tokens: nn.Module, prefix: Sequence[int], trained: bool = False
+    ) -> None:
         self.decoder = decoder
         self.embed_tokens = embed_tokens
         self.prefix = tuple(prefix)
+        self.trained = trained
+        config: Any = decoder.config
+        self._lends = _keeps_only_keys_and_values(decoder, config)
+        # Windows and chunks are counted in places of the cache, filling included, so a stream may not outgrow one.
+        spans = (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None))
+        self._room = min((span for span in spans if span), default=None)
         self._shared: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
 
-    @torch.no_grad()
     def _prefix_states(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer, worked out once a device and type."""
+        """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer; once a device and type where frozen."""
+        if self.trained:
+            return self._run_prefix(device)
         key = (device, dtype)
         if key not in self._shared:
-            # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
-            cache = DynamicCache()
-            ids = torch.tensor([self.prefix], device=device)
-            self.decoder(inputs_embeds=self.embed_tokens(ids), past_key_values=cache, use_cache=True)
-            self._shared[key] = [(layer.keys, layer.values) for layer in cache.layers]
+            with torch.no_grad():
+                self._shared[key] = self._run_prefix(device)
         return self._shared[key]
+
+    def _run_prefix(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
+        cache = DynamicCache()
+        ids = torch.tensor([self.prefix], device=device)
+        self.decoder(inputs_embeds=self.embed_tokens(ids), past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _lend(self, embeds: Tensor) -> DynamicCache:
         """The prefix as a cache for a batch, as views; the decoder adds to it without touching the shared states."""
@@ -88,9 +119,19 @@ class SoftPromptDecoder:
         Returns:
             ``[B, S, H]`` in the language model's type.
         """
-        embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
-        past = self._lend(embeds) if self.prefix else None
-        hidden = self.decoder(inputs_embeds=embeds, past_key_values=past, use_cache=False).last_hidden_state
+        return self._read(embed_with_soft_tokens(self.embed_tokens, ids, soft), places)
+
+    def _read(self, embeds: Tensor, places: Tensor) -> Tensor:
+        """Last-layer states ``[B, S, H]`` at places of prompts whose embeddings after the prefix are given."""
+        past: DynamicCache | None = None
+        if self.prefix and self._lends:
+            past = self._lend(embeds)
+        elif self.prefix:
+            ids = torch.tensor([self.prefix], device=embeds.device)
+            embeds = torch.cat([self.embed_tokens(ids).expand(len(embeds), -1, -1), embeds], dim=1)
+            places = places + len(self.prefix)
+        given = {} if past is None else {"past_key_values": past}
+        hidden = self.decoder(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     @torch.no_grad()
@@ -105,13 +146,21 @@ class SoftPromptDecoder:
         Returns:
             The open prompts; :attr:`Stream.state` is the state at each row's last position.
         """
-        embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
-        seen = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-        mask = torch.cat([seen.new_ones(len(ids), len(self.prefix)), seen], dim=1)
-        cache = self._lend(embeds)
-        hidden = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
-        state = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return Stream(self.decoder, cache, mask, lengths + len(self.prefix), state, embeds.dtype)
+        return Stream(self, embed_with_soft_tokens(self.embed_tokens, ids, soft), lengths)
+
+
+def _keeps_only_keys_and_values(decoder: nn.Module, config: Any) -> bool:
+    """Whether keys and values a layer are all that a model remembers of what it has read.
+
+    Layers with a state of another kind (linear attention, convolutions) or with the keys of another layer cannot be
+    lent a prefix; such models read every prompt in one piece.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        "past_key_values" in inspect.signature(decoder.forward).parameters
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and not getattr(config, "num_kv_shared_layers", 0)
+    )
 
 
 class SoftTokenMean:
@@ -132,26 +181,53 @@ class SoftTokenMean:
 
 
 class Stream:
-    """Prompts under way: the cache of what was read, and the state at each row's last position."""
+    """Prompts under way, with the state ``[B, H]`` at each row's last position in :attr:`state`.
 
-    def __init__(
-        self, decoder: nn.Module, cache: DynamicCache, mask: Tensor, length: Tensor, state: Tensor, dtype: torch.dtype
-    ) -> None:
-        self._decoder, self._cache, self._mask, self._length, self._dtype = decoder, cache, mask, length, dtype
-        self.state = state
+    What was read is kept as keys and values; where that cannot be, each step reads the prompts again.
+
+    Args:
+        reader: of the prompts.
+        embeds: ``[B, T, H]``, the prompts after the prefix, filled up on the right.
+        lengths: int64 ``[B]``, each row's true length within them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, reader: SoftPromptDecoder, embeds: Tensor, lengths: Tensor) -> None:
+        self._reader, self._embeds, self._lengths = reader, embeds, lengths
+        self._rows = torch.arange(len(embeds), device=embeds.device)
+        prefix, places = len(reader.prefix), torch.arange(embeds.shape[1], device=embeds.device)
+        seen = places < lengths.unsqueeze(1)
+        self._mask = torch.cat([seen.new_ones(len(embeds), prefix), seen], dim=1)
+        self._cache: DynamicCache | None = None
+        if self._may_keep():
+            self._cache = reader._lend(embeds)
+            hidden = reader.decoder(inputs_embeds=embeds, past_key_values=self._cache, use_cache=True).last_hidden_state
+            self.state = hidden[self._rows, lengths - 1]
+        else:
+            self.state = reader._read(embeds, lengths.unsqueeze(1) - 1)[:, 0]
+
+    def _may_keep(self) -> bool:
+        room = self._reader._room
+        return self._reader._lends and (room is None or self._mask.shape[1] <= room)
 
     @torch.no_grad()
     def step(self, inputs: Tensor) -> Tensor:
         """Read one more input vector a row, ``[B, H]``, and return the new :attr:`state`, ``[B, H]``."""
+        inputs = inputs.to(self._embeds.dtype)
+        self._embeds = torch.cat([self._embeds, torch.zeros_like(inputs).unsqueeze(1)], dim=1)
+        self._embeds[self._rows, self._lengths] = inputs
         # The filling of shorter rows stays in the cache, hence the mask; each row goes on at its own position.
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        out = self._decoder(
-            inputs_embeds=inputs.unsqueeze(1).to(self._dtype),
-            attention_mask=self._mask.long(),
-            position_ids=self._length.unsqueeze(1),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._length = self._length + 1
-        self.state = out.last_hidden_state[:, 0]
+        if self._cache is not None and self._may_keep():
+            self.state = self._reader.decoder(
+                inputs_embeds=inputs.unsqueeze(1),
+                attention_mask=self._mask.long(),
+                position_ids=(self._lengths + len(self._reader.prefix)).unsqueeze(1),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state[:, 0]
+        else:
+            self._cache = None
+            self.state = self._reader._read(self._embeds, self._lengths.unsqueeze(1))[:, 0]
+        self._lengths = self._lengths + 1
         return self.state

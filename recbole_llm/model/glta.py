@@ -2,7 +2,7 @@
 
 A graph model's user and item embeddings are projected into the input space of a frozen causal LM, where they stand as
 soft tokens in an instruction prompt; a linear head, the GLLM, turns the LM's last states at k response slots after the
-prompt into logits over the item catalogue. Only the projectors and the GLLM are trained.
+prompt into logits over the item catalogue. Only the projectors and the GLLM are trained, and an adapter if asked for.
 
 Source: Yang et al., "Training Large Recommendation Models via Graph-Language Token Alignment", WWW 2025 Companion,
 arXiv 2502.18757. What the paper leaves open is a setting, explained in ``properties/model/GLTA.yaml``.
@@ -19,7 +19,8 @@ from recbole.utils import InputType
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream
+from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
+from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream, token_scale
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
@@ -88,6 +89,7 @@ class GLTA(SequentialRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        check_adapter(config)
         self.config = config
         self.n_users = dataset.num(self.USER_ID)
         if not config["item_alignment"]:
@@ -144,14 +146,14 @@ class GLTA(SequentialRecommender):
             UserError: the longest prompt does not fit the language model.
         """
         config, width = self.config, backbone.hidden_size
-        # Not a submodule: the language model is no part of the model's state, parameters or device moves.
+        # Not a submodule: the language model is no part of the model's state, parameters or device moves; what an
+        # adapter trains of it is.
         self.__dict__["backbone"] = backbone
         self.register_buffer("user_embeddings", user_embeddings.detach().float(), persistent=False)
         self.register_buffer("item_embeddings", item_embeddings.detach().float(), persistent=False)
         padding = torch.zeros(self.n_items).index_fill_(0, torch.tensor(0), -torch.inf)
         self.register_buffer("padding_logits", padding, persistent=False)
-        table = backbone.embed_tokens.weight
-        self._token_scale = float(table.detach().float().square().mean().sqrt())
+        self._token_scale = token_scale(backbone.embed_tokens)
         self.user_projector = self._projector(self.user_embeddings, width) if config["user_alignment"] else None
         self.item_projector = self._projector(self.item_embeddings, width)
         self.gllm = nn.Linear(width, width if config["gllm"] == "tied" else self.n_items)
@@ -161,6 +163,7 @@ class GLTA(SequentialRecommender):
         if config["slot_input"] == "learned":
             inputs = max(self.slots, self.items_per_prompt) - 1
             self.slot_inputs = nn.Parameter(torch.randn(inputs, width) * self._token_scale)
+        self.adapter: Adapter | None = adapt(backbone.decoder, config)
         self.to(self.device)
         self._writer = PromptWriter(
             config,
@@ -199,32 +202,37 @@ class GLTA(SequentialRecommender):
                     f"the prompts of {stage} take up to {writer.longest(stage)} tokens, the language model has {room}; "
                     "lower history_length, text_tokens, alignment_items_per_prompt or alignment_description_tokens"
                 )
+        trained = self.adapter is not None
         return {
-            stage: SoftPromptDecoder(backbone.decoder, backbone.embed_tokens, prompt.prefix)
+            stage: SoftPromptDecoder(backbone.decoder, backbone.embed_tokens, prompt.prefix, trained=trained)
             for stage, prompt in writer.prompts.items()
         }
 
     # Training
 
-    def begin_stage(self, stage: str) -> list[nn.Parameter]:
+    def begin_stage(self, stage: str) -> list[nn.Parameter] | list[dict[str, Any]]:
         """Freeze and free parameters for a stage.
 
         Stage 2 (``item_text_alignment``) trains the item projector and the GLLM, stage 3 (``user_item_alignment``) the
-        user projector and the GLLM, which is carried over; the item projector only without stage 2 or where asked.
+        user projector and the GLLM, which is carried over; the item projector only without stage 2 or where asked. An
+        adapter trains in both.
 
         Returns:
-            The parameters that the stage trains.
+            The parameters that the stage trains, as an optimizer takes them; an adapter's are a group apart, with a
+            learning rate of its own.
         """
         items = stage == ALIGN_ITEMS or not self.config["item_alignment"] or self.config["train_item_projector"]
         groups = [
             (self.item_projector, items),
             (self.user_projector, stage == ALIGN_USERS),
             (self.gllm, True),
+            (self.adapter, True),
         ]
         for module, trained in groups:
             if module is not None:
                 module.requires_grad_(trained)
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return trained if self.adapter is None else self.adapter.groups(trained)
 
     def stage_batches(self, stage: str, generator: Generator) -> StageBatches:
         """One epoch of a stage's batches, with a length."""

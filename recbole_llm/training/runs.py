@@ -212,7 +212,9 @@ def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, 
 def _parameters(model: Any) -> dict[str, int]:
     parameters = list(model.parameters())
     backbone = getattr(model, "backbone", None)
-    frozen = sum(weight.numel() for weight in backbone.decoder.parameters()) if backbone is not None else 0
+    own = {id(weight) for weight in parameters}  # an adapter's stand in the backbone as well
+    rest = backbone.decoder.parameters() if backbone is not None else ()
+    frozen = sum(weight.numel() for weight in rest if id(weight) not in own)
     return {
         "total": sum(weight.numel() for weight in parameters) + frozen,
         "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),

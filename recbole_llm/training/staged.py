@@ -19,6 +19,7 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from torch import nn
 
+from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
 from recbole_llm.backbone.load import check_options, load_backbone, load_with_head
@@ -77,6 +78,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         if named is None:
             options = _backbone_options(config)
             check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
+        check_targets(config, named.decoder if named else None)
         user_embeddings, item_embeddings = self._graph(fit_part)
         if named is None:
             stage = embedded_stage(config, dataset, self.item_text, settings, store)
