@@ -263,6 +263,8 @@ def graph_embeddings(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if hasattr(model, "GcEncoder"):  # GCMC's forward takes pairs; its encoder makes the tables
+        return model.GcEncoder(model.user_features, model.item_features)
     try:
         output = model.forward()
     except TypeError:
