@@ -13,6 +13,7 @@ What GLTA needs of its language model is the last layer's state at a few respons
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,17 @@ def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -
     return text.index_put((places,), rows).view(*ids.shape, -1)
 
 
+class _LentLayer(DynamicLayer):
+    """Keys and values that are read with new ones behind them and never take those in.
+
+    With gradient checkpointing a layer runs again in the backward pass and must find what it found the first time.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The lent states and the new ones, ``[B, heads, P + T, head_dim]``."""
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
 class SoftPromptDecoder:
     """Runs the prompts of one template through a frozen decoder.
 
@@ -51,12 +63,14 @@ class SoftPromptDecoder:
         self.decoder = decoder
         self.embed_tokens = embed_tokens
         self.prefix = tuple(prefix)
-        self._shared: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        self._shared: dict[tuple[torch.device, torch.dtype, torch.dtype | None], list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def _prefix_states(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer, worked out once a device and type."""
-        key = (device, dtype)
+        # Under autocast (mixed precision) the states are in its type; what is ranked afterwards must not read those.
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (device, dtype, autocast)
         if key not in self._shared:
             # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
             cache = DynamicCache()
@@ -65,13 +79,13 @@ class SoftPromptDecoder:
             self._shared[key] = [(layer.keys, layer.values) for layer in cache.layers]
         return self._shared[key]
 
-    def _lend(self, embeds: Tensor) -> DynamicCache:
+    def _lend(self, embeds: Tensor, kind: type[DynamicLayer]) -> DynamicCache:
         """The prefix as a cache for a batch, as views; the decoder adds to it without touching the shared states."""
         cache = DynamicCache()
         if self.prefix:
             rows = len(embeds)
             for keys, values in self._prefix_states(embeds.device, embeds.dtype):
-                layer = DynamicLayer()
+                layer = kind()
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
                 cache.layers.append(layer)
@@ -89,7 +103,7 @@ class SoftPromptDecoder:
             ``[B, S, H]`` in the language model's type.
         """
         embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
-        past = self._lend(embeds) if self.prefix else None
+        past = self._lend(embeds, _LentLayer) if self.prefix else None
         hidden = self.decoder(inputs_embeds=embeds, past_key_values=past, use_cache=False).last_hidden_state
         return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
@@ -108,7 +122,7 @@ class SoftPromptDecoder:
         embeds = embed_with_soft_tokens(self.embed_tokens, ids, soft)
         seen = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         mask = torch.cat([seen.new_ones(len(ids), len(self.prefix)), seen], dim=1)
-        cache = self._lend(embeds)
+        cache = self._lend(embeds, DynamicLayer)
         hidden = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
         state = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
         return Stream(self.decoder, cache, mask, lengths + len(self.prefix), state, embeds.dtype)

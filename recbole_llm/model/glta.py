@@ -11,7 +11,7 @@ arXiv 2502.18757. What the paper leaves open is a setting, explained in ``proper
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,15 @@ class PromptBatch:
         """The same on a device."""
         parts = (self.ids, self.places, self.users, self.items, self.targets)
         return PromptBatch(*(part.to(device, non_blocking=True) for part in parts))
+
+    def targets_count(self) -> int:
+        """How many slots have a target."""
+        return int((self.targets != sampling.IGNORE).sum())
+
+    def share(self, rank: int, count: int) -> PromptBatch:
+        """The prompts of one of ``count`` processes; soft tokens keep their rows, so all of them stay."""
+        mine = slice(rank, None, count)
+        return replace(self, ids=self.ids[mine], places=self.places[mine], targets=self.targets[mine])
 
 
 class StageBatches:
@@ -268,9 +277,12 @@ class GLTA(SequentialRecommender):
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=sampling.IGNORE)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Stage 3's loss for a batch of users, sampled by torch's own generator, which a resumed run restores."""
-        users = interaction[self.USER_ID].cpu()
-        return self.stage_loss(ALIGN_USERS, self.user_batch(users, torch.default_generator))
+        """Stage 3's loss for a batch of users."""
+        return self.stage_loss(ALIGN_USERS, self.training_batch(interaction))
+
+    def training_batch(self, interaction: Any) -> PromptBatch:
+        """Samples for a batch of users, by torch's own generator, which a resumed run restores."""
+        return self.user_batch(interaction[self.USER_ID].cpu(), torch.default_generator)
 
     def alignment_batch(self, items: Tensor, generator: Generator) -> PromptBatch:
         """Template (a) for items int64 ``[B, m]``: their descriptions shuffled, then their soft tokens."""
