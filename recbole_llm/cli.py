@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from recbole_llm import __version__
+from recbole_llm import __version__, processes
 from recbole_llm.errors import UserError, did_you_mean
 
 HELP = f"""recbole-llm {__version__}: LLM recommenders and collaborative ones on RecBole, under one provable split
@@ -38,6 +38,9 @@ def _run(arguments: list[str]) -> int:
     from recbole_llm.training.runs import run, table
 
     result = run(command_line=arguments)
+    processes.leave()
+    if not processes.is_main():
+        return 0
     parts = list(result["parts"].values())
     split, evaluation = result["split"], result["evaluation"]
     print(
@@ -138,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return VERBS[words[0]](words[1:])
     except UserError as error:
-        print(f"recbole-llm: {error}", file=sys.stderr)
+        if processes.speaks():
+            print(f"recbole-llm: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from logging import getLogger
 from typing import Any
@@ -169,6 +170,7 @@ class RankingLoader(FullSortEvalDataLoader):
         self.excludes = exclude is True or (exclude == "recbole" and not self.is_sequential)
         self._index_rows()
         self.sample_size = len(self.users)
+        self.order = np.arange(self.sample_size)
         if self.is_sequential:
             self._index_histories(dataset)
         AbstractDataLoader.__init__(self, config, dataset, None, shuffle=False)
@@ -213,6 +215,16 @@ class RankingLoader(FullSortEvalDataLoader):
         self.source = take(dataset.rows, split.rows[usable])
         self.width = width
 
+    def __len__(self) -> int:
+        return -(-self.sample_size // self.step)
+
+    def share(self, rank: int, count: int) -> RankingLoader:
+        """Every ``count``-th ranking from the ``rank``-th on, as a loader."""
+        part = copy.copy(self)
+        part.order = self.order[rank::count]
+        part.sample_size = len(part.order)
+        return part
+
     def _init_batch_size_and_step(self) -> None:
         budget = max(1, self.config["eval_max_cells"] // max(1, self.split.n_items))
         self.step = max(1, min(budget, self.config["eval_batch_size"]))
@@ -222,7 +234,7 @@ class RankingLoader(FullSortEvalDataLoader):
         self,
     ) -> Iterator[tuple[Interaction, tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor, torch.Tensor]]:
         for start in range(0, self.sample_size, self.step):
-            yield self.collate_fn(np.arange(start, min(start + self.step, self.sample_size)))
+            yield self.collate_fn(self.order[start : start + self.step])
 
     def collate_fn(
         self, index: Any

@@ -246,9 +246,12 @@ class GLTA(SequentialRecommender):
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=sampling.IGNORE)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Stage 3's loss for a batch of users, sampled by torch's own generator, which a resumed run restores."""
-        users = interaction[self.USER_ID].cpu()
-        return self.stage_loss(ALIGN_USERS, self.user_batch(users, torch.default_generator))
+        """Stage 3's loss for a batch of users."""
+        return self.stage_loss(ALIGN_USERS, self.training_batch(interaction))
+
+    def training_batch(self, interaction: Any) -> PromptBatch:
+        """Samples for a batch of users, by torch's own generator, which a resumed run restores."""
+        return self.user_batch(interaction[self.USER_ID].cpu(), torch.default_generator)
 
     def alignment_batch(self, items: Tensor, generator: Generator) -> PromptBatch:
         """Template (a) for items int64 ``[B, m]``: their descriptions shuffled, then their soft tokens."""

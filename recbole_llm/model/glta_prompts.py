@@ -6,7 +6,7 @@ Templates: GLTA (WWW 2025 Companion, arXiv 2502.18757), figures "framework" and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,15 @@ class PromptBatch:
         """The same on a device."""
         parts = (self.ids, self.places, self.users, self.items, self.targets)
         return PromptBatch(*(part.to(device, non_blocking=True) for part in parts))
+
+    def targets_count(self) -> int:
+        """How many places have a target."""
+        return int((self.targets != sampling.IGNORE).sum())
+
+    def share(self, rank: int, count: int) -> PromptBatch:
+        """The prompts of one of ``count`` processes; soft tokens keep their rows, so all of them stay."""
+        mine = slice(rank, None, count)
+        return replace(self, ids=self.ids[mine], places=self.places[mine], targets=self.targets[mine])
 
 
 @dataclass(frozen=True)

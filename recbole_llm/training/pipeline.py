@@ -13,7 +13,7 @@ from typing import Any
 
 from recbole.utils import init_seed
 
-from recbole_llm import compat, registry
+from recbole_llm import compat, processes, registry
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
@@ -170,7 +170,7 @@ def _train(
         trainer.saved_model_file = str(folder / WEIGHTS)
         trainer.resume_file = folder / RESUME_FILE
         trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
-        if not (folder / WEIGHTS).is_file():
+        if processes.is_main() and not (folder / WEIGHTS).is_file():
             raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
@@ -182,7 +182,7 @@ def _train(
         }
 
     trainer._train_data = train_data
-    return store.run(name, TRAIN_VERSION, inputs, make)
+    return store.run(name, TRAIN_VERSION, inputs, make, together=isinstance(trainer, StagedTrainer))
 
 
 def data_mark(config: Config) -> str:

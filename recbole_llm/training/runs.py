@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_llm import __version__
+from recbole_llm import __version__, processes
 from recbole_llm.config import Config
 from recbole_llm.disk import full_disk_told, write_whole
 from recbole_llm.errors import TrainingStoppedError, UserError
@@ -57,9 +57,9 @@ def run(
         DiskFullError: the disk is full; the same call goes on once there is room.
     """
     config = Config(model, dataset, config_file_list, config_dict, command_line)
-    if config["result_file"]:
-        writable(Path(config["result_file"]))
-    folder = new_run_folder(config)
+    folder = processes.on_main(lambda: _begin(config))
+    if not processes.is_main():
+        return _run(config, folder)
     config["tensorboard_dir"] = str(folder / "tensorboard") if config["tensorboard"] else None
     try:
         with full_disk_told(folder.parent), run_logging(folder / "run.log", config["state"]):
@@ -67,6 +67,12 @@ def run(
     except BaseException as error:
         _tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
         raise
+
+
+def _begin(config: Config) -> Path:
+    if config["result_file"]:
+        writable(Path(config["result_file"]))
+    return new_run_folder(config)
 
 
 def new_run_folder(config: Config) -> Path:
@@ -143,7 +149,6 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
     seconds = time.monotonic() - start
     measured: Measured = trainer.measured if test else Measured()
-    folder.mkdir(parents=True, exist_ok=True)
     split = getattr(fitted.train_data._dataset, "split", None)
     test_users = len(measured.users)
     result = {
@@ -176,8 +181,9 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
-    _write_result(folder / "result.json", "per_user.npz", result, arrays)
-    if result_file:
+    if processes.is_main():
+        _write_result(folder / "result.json", "per_user.npz", result, arrays)
+    if result_file and processes.is_main():
         copy = Path(result_file)
         _write_result(copy, f"{copy.stem}.per_user.npz", result, arrays)
     return result | {"result_file": str(folder / "result.json")}

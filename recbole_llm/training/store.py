@@ -17,7 +17,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from recbole_llm import processes
 from recbole_llm.disk import PART, remove, sync, write_whole
+from recbole_llm.errors import UserError
 from recbole_llm.progress import clock
 from recbole_llm.training.state import RESUME_FILE
 
@@ -68,6 +70,8 @@ class StageStore:
     work folder whose name is its fingerprint, so that an interrupted one goes on from what it saved there, and is moved
     into place in one step.
 
+    Of the processes of one run the main one keeps the cache: it alone holds locks and puts stages in place.
+
     Args:
         root: the cache folder.
         refresh: make every stage again.
@@ -76,7 +80,14 @@ class StageStore:
     def __init__(self, root: Path, refresh: bool = False) -> None:
         self.root, self.refresh = Path(root), refresh
 
-    def run(self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> Stage:
+    def run(
+        self,
+        name: str,
+        version: int,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        together: bool = False,
+    ) -> Stage:
         """Find a stage or make it.
 
         Args:
@@ -85,10 +96,37 @@ class StageStore:
             inputs: everything else that its artefacts depend on, as plain data.
             make: fills the folder it is given and returns facts (plain data). What it finds there is its own, from an
                 attempt that was cut off.
+            together: every process of the run makes it, and the main one alone writes; else the main one makes it
+                while the others wait.
 
         Returns:
             The stage, from the cache when its files are whole.
         """
+        if not together or processes.count() == 1:
+            return processes.on_main(lambda: self._find_or_make(name, version, inputs, make))
+        if not processes.is_main():
+            return _help_to_make(make)
+        begun = False
+
+        def make_together(folder: Path) -> dict[str, Any]:
+            nonlocal begun
+            begun = True
+            processes.from_main(folder)
+            return make(folder)
+
+        try:
+            stage = self._find_or_make(name, version, inputs, make_together)
+        except UserError:
+            if begun:
+                processes.from_main(None)
+            raise
+        if not begun:
+            processes.from_main(None)
+        return processes.from_main(stage)
+
+    def _find_or_make(
+        self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
         mark = fingerprint_of({"stage": name, "version": version, "inputs": inputs})
         entry = f"{name}-{mark[:16]}"
         final, work = self.root / entry, self.root / ".work" / entry
@@ -191,6 +229,22 @@ def _note(work: Path, seconds: float) -> None:
     # On a full disk the figure is lost; the error that matters is on its way or will come.
     with contextlib.suppress(OSError):
         (work / SECONDS).write_text(str(seconds), encoding="utf-8")
+
+
+def _help_to_make(make: Callable[[Path], dict[str, Any]]) -> Stage:
+    """The part of every process but the main one in a stage that is made together."""
+    folder = processes.from_main(None)
+    if folder is not None:
+        try:
+            make(folder)
+        except UserError:
+            # It stops training in every process; the main one is heard out before any leaves.
+            processes.from_main(None)
+            raise
+    stage = processes.from_main(None)
+    if stage is None:
+        raise SystemExit(2)
+    return stage
 
 
 def _spent(work: Path) -> float:

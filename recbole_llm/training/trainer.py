@@ -16,7 +16,7 @@ from recbole.trainer.trainer import AbstractTrainer
 from recbole.utils import get_trainer as recbole_trainer
 from torch import nn
 
-from recbole_llm import compat
+from recbole_llm import compat, processes
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured, measure
 from recbole_llm.progress import Steps
@@ -37,6 +37,9 @@ class TrainerMixin:
     model: Any
     config: Any
     saved_model_file: str
+    # Whether all processes of a run train this model together, and whether they divide its rankings among them.
+    together = False
+    shares_ranking = False
 
     def __init__(self, config: Any, model: Any) -> None:
         folder = config["tensorboard_dir"]
@@ -121,7 +124,7 @@ class TrainerMixin:
         """Replaces trainer.py:289, whose pickled Config no safe loader can read."""
         file = Path(kwargs.pop("saved_model_file", self.saved_model_file))
         self.best_epoch = epoch
-        save_state(file, {
+        state = {
             "model": self.config["model"],
             "epoch": epoch,
             "state_dict": dict(self.model.state_dict()),
@@ -129,7 +132,9 @@ class TrainerMixin:
             "other_parameter": {
                 name: value for name, value in self.model.other_parameter().items() if not isinstance(value, nn.Module)
             },
-        })  # fmt: skip
+        }
+        if processes.is_main():
+            save_state(file, state)
         if self.config["eval_step"] <= 0 or not self._has_valid:
             self._keep(epoch)
 
@@ -161,7 +166,7 @@ class TrainerMixin:
             self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
         if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
             return
-        if not self._resumable():
+        if not self._resumable() or not processes.is_main():
             return
         stopping = self.cur_step > self.stopping_step  # type: ignore[attr-defined]
         save_state(self.resume_file, {
@@ -183,6 +188,7 @@ class TrainerMixin:
             "state_dict": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
             "rng": rng_state(*self._generators()),
+            **self._own_state(),
         }
 
     def _put(self, state: dict[str, Any]) -> None:
@@ -190,6 +196,7 @@ class TrainerMixin:
         self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
         set_rng_state(state["rng"], *self._generators())
+        self._take_state(state)
 
     def _resumable(self) -> bool:
         """Whether a run can go on from weights, one optimizer and random streams.
@@ -198,6 +205,13 @@ class TrainerMixin:
         """
         own = [cls for cls in type(self).__mro__ if "fit" in vars(cls) and cls.__module__.startswith("recbole.")]
         return all(cls in _KNOWN_FITS for cls in own)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a trainer keeps beyond model, optimizer and random streams."""
+        return {}
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`_own_state`."""
 
     def _counters(self) -> dict[str, float]:
         """Numbers that a model counts in as it trains, e.g. MultiVAE's annealing steps."""
@@ -259,8 +273,11 @@ class TrainerMixin:
         if not isinstance(eval_data, FullSortEvalDataLoader):
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
         what = f"ranking with {self.config['model']}"
-        self.measured = measure(self.model, eval_data, self.config, self._train_data, bool(show_progress), what)
-        return self.measured.metrics
+        self.measured = measure(
+            self.model, eval_data, self.config, self._train_data, bool(show_progress), what, self.shares_ranking
+        )
+        # Early stopping must be of one mind, to the last bit.
+        return processes.from_main(self.measured.metrics) if self.together else self.measured.metrics
 
 
 # The fits that checkpoints of ours are made for.
