@@ -397,8 +397,8 @@ def _text(scores: Mapping[str, Any]) -> str:
         "",
         "disparity: 0 the same shape; near `shuffled`, no shape in common. recall@k: the own text among the k nearest",
         "texts by cosine; rotated: among half of the texts, after the rotation fitted on the other half. shared",
-        "neighbours: of the nearest items by projection, how many are so by text. The disparity is better when smaller,",
-        "the others when larger.",
+        "neighbours: of the nearest items by projection, how many are so by text. Better are a smaller disparity and",
+        "larger values of the others.",
     ]
     return "\n".join(lines)
 
