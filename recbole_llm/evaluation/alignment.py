@@ -90,12 +90,14 @@ def inspect_alignment(path: str, arguments: list[str]) -> str:
         states = argument.endswith("true")
     view = aligned(path, states)
     scores = score(view)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    (folder / "alignment.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    lines = [_text(scores), f"json        {folder / 'alignment.json'}"]
+    # A result that was copied out of its run is one of several in its folder.
+    beside = Path(path, "alignment") if Path(path).is_dir() else Path(path).with_suffix(".alignment")
+    data, picture = (beside.with_name(beside.name + suffix) for suffix in (".json", ".png"))
+    data.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    lines = [_text(scores), "", f"json        {data}"]
     if can_draw():
-        _picture(view, folder / "alignment.png")
-        lines.append(f"picture     {folder / 'alignment.png'}")
+        _picture(view, picture)
+        lines.append(f"picture     {picture}")
     else:
         lines.append(f"picture     none: {MISSING_PLOTS}")
     return "\n".join(lines)
@@ -277,7 +279,9 @@ def _scores(items: np.ndarray, texts: np.ndarray, owner: np.ndarray, seed: int) 
     for k in RECALL_AT:
         if k < count:
             found[f"recall@{k}"] = both(partial(_recall_of, items, texts, owner, k), k / count)
-            found[f"recall@{k}, rotated"] = both(partial(_recall_of, items, texts, owner, k, seed=seed), k / count)
+            found[f"recall@{k}, rotated"] = both(
+                partial(_recall_of, items, texts, owner, k, seed=seed), rotated_chance(owner, k, seed)
+            )
     near = min(NEIGHBOURS, len(items) - 2)
     if near > 0:
         left, right = neighbours(items, near), neighbours(texts, near)
@@ -327,19 +331,29 @@ def recall(items: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int) -> f
 
 
 def rotated_recall(items: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int, seed: int) -> float:
-    """:func:`recall` after the shift, rotation and scaling that fit best, learned on the other half of the items.
+    """:func:`recall` after the shift and rotation that fit best, learned on the other half of the items.
 
-    Fitted on the items it is judged on, a rotation of many dimensions finds structure in noise.
+    Fitted on the items it is judged on, a rotation of many dimensions finds structure in noise; and it draws every item
+    towards the texts it was fitted on, so only the texts of the judged half are in the list.
     """
-    halves = np.array_split(np.random.default_rng(seed).permutation(len(items)), 2)
-    moved = np.empty_like(items)
+    halves = _halves(len(items), seed)
+    found = 0.0
     for judged, fitted in (halves, halves[::-1]):
         centre, target = items[fitted].mean(0), texts[fitted].mean(0)
-        rotation, overlapping = orthogonal_procrustes(items[fitted] - centre, texts[fitted] - target)
-        scale = overlapping / max(np.square(items[fitted] - centre).sum(), 1e-12)
-        moved[judged] = scale * (items[judged] - centre) @ rotation + target
-    # From here on cosines are taken about the centre of the texts.
-    return recall(moved - texts.mean(0), texts - texts.mean(0), owner, k)
+        rotation, _ = orthogonal_procrustes(items[fitted] - centre, texts[fitted] - target)
+        moved = (items[judged] - centre) @ rotation
+        found += recall(moved, texts[judged] - target, owner[judged], k) * len(judged) / len(items)
+    return found
+
+
+def rotated_chance(owner: np.ndarray, k: int, seed: int) -> float:
+    """What :func:`rotated_recall` is for items that know nothing of their texts."""
+    halves = _halves(len(owner), seed)
+    return sum(min(1.0, k / len(np.unique(owner[half]))) * len(half) for half in halves) / len(owner)
+
+
+def _halves(count: int, seed: int) -> list[np.ndarray]:
+    return np.array_split(np.random.default_rng(seed).permutation(count), 2)
 
 
 def neighbours(rows: np.ndarray, k: int) -> np.ndarray:
@@ -382,8 +396,9 @@ def _text(scores: Mapping[str, Any]) -> str:
     lines += [
         "",
         "disparity: 0 the same shape; near `shuffled`, no shape in common. recall@k: the own text among the k nearest",
-        "texts by cosine; rotated: after the rotation fitted on the other half of the items. shared neighbours: of the",
-        "nearest items by projection, how many are so by text. All but the disparity are better when larger.",
+        "texts by cosine; rotated: among half of the texts, after the rotation fitted on the other half. shared",
+        "neighbours: of the nearest items by projection, how many are so by text. Better are a smaller disparity and",
+        "larger values of the others.",
     ]
     return "\n".join(lines)
 

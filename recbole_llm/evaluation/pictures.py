@@ -47,7 +47,8 @@ def draw_maps(
         axis.set_title(label)
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.legend(loc="upper right")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

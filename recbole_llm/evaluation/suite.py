@@ -123,17 +123,14 @@ def run_suite(arguments: Sequence[str], say: Callable[[str], None] | None = None
         found = file.is_file()
         if not found:
             errors |= _run_cell(cell, file, command_line)
-        state = (
-            errors.get(cell) or f"{_value(file, suite.metric)} {'found' if found else clock(time.monotonic() - start)}"
-        )
-        say(f"[{number}/{len(cells)}] {cell}: {state}")
+        spent = "found" if found else clock(time.monotonic() - start)
+        say(f"[{number}/{len(cells)}] {cell}: {errors.get(cell) or _value(file, suite.metric)} ({spent})")
         if not found:
             write(suite, cells, errors, folder)
     text = write(suite, cells, errors, folder)
-    lines = [text, f"tables      {folder / 'suite.md'}", f"json        {folder / 'suite.json'}"]
-    return "\n".join(
-        [*lines, *pictures(suite.metric, suite.baseline, _tables(suite, cells, errors, folder), folder)]
-    ), len(errors)
+    lines = [text, "", f"tables      {folder / 'suite.md'}", f"json        {folder / 'suite.json'}"]
+    lines += pictures(suite.metric, suite.baseline, _tables(suite, cells, errors, folder), folder)
+    return "\n".join(lines), len(errors)
 
 
 def _read_arguments(arguments: Sequence[str]) -> tuple[Suite, Path, list[str]]:
