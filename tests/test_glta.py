@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "eval_args": {"order": "TO"}, "response_slots": SLOTS, "history_length": 5, "train_batch_size": 4,
     "alignment_batch_size": 3, "gllm_dropout": 0.0, "history_dropout": 0.0, "samples_per_user": 2, "gllm": "free",
     "targets": "auto", "target_fill": "ignore", "target_window": None, "slot_input": "pad", "loss_positions": "slots",
+    "train_item_projector": False,
 }  # fmt: skip
 
 
