@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from recbole_llm import __version__
+from recbole_llm import __version__, processes
 from recbole_llm.errors import UserError, did_you_mean
 
 HELP = f"""recbole-llm {__version__}: LLM recommenders and collaborative ones on RecBole, under one provable split
@@ -20,8 +20,13 @@ verbs
            recbole-llm compare RUN RUN [...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
-  inspect  a data set, a run, the settings of a model, or what a language model takes of a GPU
+  suite    run every cell of a study (rows x columns x seeds) and put them into one table and picture; goes on where it
+           stood
+           recbole-llm suite FILE --output=DIR [--key=value ...]
+  inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
+           takes of a GPU
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
+           recbole-llm inspect alignment FOLDER [--states=true]
            recbole-llm inspect backbone LLM [--rows=8 --tokens=347 --prefix=38] [--key=value ...]
 
 Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
@@ -33,6 +38,9 @@ def _run(arguments: list[str]) -> int:
     from recbole_llm.training.runs import run, table
 
     result = run(command_line=arguments)
+    processes.leave()
+    if not processes.is_main():
+        return 0
     parts = list(result["parts"].values())
     split, evaluation = result["split"], result["evaluation"]
     print(
@@ -54,6 +62,14 @@ def _compare(arguments: list[str]) -> int:
 
     print(compare_runs(arguments))
     return 0
+
+
+def _suite(arguments: list[str]) -> int:
+    from recbole_llm.evaluation.suite import run_suite
+
+    text, failed = run_suite(arguments)
+    print(text)
+    return 2 if failed else 0
 
 
 def _models(arguments: list[str]) -> int:
@@ -93,6 +109,7 @@ def _inspect(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "compare": _compare,
+    "suite": _suite,
     "models": _models,
     "inspect": _inspect,
 }
@@ -124,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return VERBS[words[0]](words[1:])
     except UserError as error:
-        print(f"recbole-llm: {error}", file=sys.stderr)
+        if processes.speaks():
+            print(f"recbole-llm: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:

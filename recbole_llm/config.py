@@ -26,7 +26,7 @@ from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
 )
 
-from recbole_llm import registry  # noqa: E402
+from recbole_llm import processes, registry  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -37,7 +37,7 @@ _PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines",
+    "fast_baselines", "train_share",
 )  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -61,6 +61,7 @@ NEUTRAL_KEYS = frozenset({
     "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
+    "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing",
 })  # fmt: skip
 
 
@@ -158,7 +159,9 @@ class Config(RecBoleConfig):
         self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
         stock = set(self.internal_config_dict)
         own = properties_dir()
-        files = [own / "overall.yaml", own / "dataset" / f"{dataset}.yaml", *model_files(model, model_class)]
+        training = [own / "training.yaml"] if hasattr(model_class, "stage_loss") else []
+        data = own / "dataset" / f"{dataset}.yaml"
+        files = [own / "overall.yaml", *training, data, *model_files(model, model_class)]
         for file in files:
             if file.is_file():
                 self._specs.update(read_specs(file))
@@ -251,6 +254,12 @@ class Config(RecBoleConfig):
                 raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
             if self._setting("refit_on_valid"):
                 raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
+            if self._setting("train_share") < 1:
+                raise UserError("train_share below 1 needs policy: unified; RecBole has no such protocol")
+        elif self._setting("train_share") < 1 and self._setting("eval_unit") == "row":
+            raise UserError(
+                "train_share below 1 needs eval_unit: user; a ranking by row may have lost all that stood before it"
+            )
         elif model in _UNRANKABLE:
             raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
         for part in registry.parts_of(model_class):
@@ -281,6 +290,19 @@ class Config(RecBoleConfig):
             value = float(value)
         _require(key, value, spec)
         self.external_config_dict[key] = value
+
+    def _init_device(self) -> None:
+        """One of several processes gets its device from the launcher; ``gpu_id`` only says whether it is a GPU."""
+        if processes.count() == 1:
+            super()._init_device()
+            return
+        final = self.final_config_dict
+        final["gpu_id"] = str(final["gpu_id"])
+        # Not RecBole's own way with several processes, which wants NCCL and splits batches by rank.
+        final["single_spec"], final["local_rank"] = True, 0
+        final["device"] = processes.join(cpu=final["gpu_id"] == "" or not final["use_gpu"])
+        if not processes.is_main():
+            final["show_progress"] = final["tensorboard"] = final["log_wandb"] = False
 
     def _set_default_parameters(self) -> None:
         final = self.final_config_dict
@@ -397,6 +419,7 @@ class Config(RecBoleConfig):
             seed=self.final_config_dict["split_seed"],
             short_users=self.final_config_dict["short_users"],
             drop_repeats=self.final_config_dict["exclude_history"] is True,
+            train_share=self.final_config_dict["train_share"],
         )
 
     def part(self, name: str) -> Config:

@@ -18,6 +18,10 @@ class TrainingStoppedError(UserError):
     """Training cannot go on, e.g. the loss is no number; the log and the last good weights stay for a look."""
 
 
+class DiskFullError(UserError):
+    """A file could not be written for want of space; what was finished before stays and is found again."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names most like ``name``, best first.
 

@@ -15,7 +15,7 @@ def inspect(arguments: Sequence[str]) -> str:
     """What the verb prints.
 
     Args:
-        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``settings MODEL`` or
+        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER``, ``settings MODEL`` or
             ``backbone LLM [--key=value ...]``.
 
     Raises:
@@ -99,6 +99,12 @@ def _settings(model: str, arguments: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _alignment(path: str, arguments: list[str]) -> str:
+    from recbole_llm.evaluation.alignment import inspect_alignment
+
+    return inspect_alignment(path, arguments)
+
+
 def _backbone(llm: str, arguments: list[str]) -> str:
     """Parameters and memory of a language model, from its configuration alone.
 
@@ -124,6 +130,7 @@ def _backbone(llm: str, arguments: list[str]) -> str:
 _VIEWS: dict[str, Callable[[str, list[str]], str]] = {
     "dataset": _dataset,
     "run": _run,
+    "alignment": _alignment,
     "settings": _settings,
     "backbone": _backbone,
 }

@@ -447,3 +447,17 @@ def test_a_fingerprint_knows_one_changed_weight(tmp_path: Path) -> None:
     with torch.no_grad():
         next(second.decoder.parameters())[0] += 1
     assert first.fingerprint() != second.fingerprint()
+
+
+def test_a_random_backbone_keeps_architecture_and_tokenizer_only(trained: tuple[Path, dict[str, float]]) -> None:
+    folder = trained[0]
+    real, one, same, other = (load_backbone(folder, random_init=seed) for seed in (None, 1, 1, 2))
+    assert one.fingerprint() == same.fingerprint()
+    assert len({backbone.fingerprint() for backbone in (real, one, other)}) == 3
+    assert one.encode("The red ship") == real.encode("The red ship")
+    shapes = [{name: weight.shape for name, weight in b.decoder.state_dict().items()} for b in (real, one)]
+    assert shapes[0] == shapes[1]
+    rounded = load_backbone(folder, random_init=1, dtype="bfloat16")
+    assert torch.equal(rounded.embed_tokens.weight, one.embed_tokens.weight.bfloat16())
+    with pytest.raises(UserError, match="llm_random_init"):
+        load_backbone(folder, random_init=1, quantization="gptq")

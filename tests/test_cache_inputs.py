@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,38 @@ def test_rows_without_a_history_are_no_rankings_by_row(settings_of: Settings) ->
     sizes = {"embedding_size": 8, "hidden_size": 8, "MAX_ITEM_LIST_LENGTH": 5}
     result = run("GRU4Rec", "small", config_dict=settings_of(eval_args=shuffled, eval_unit="row", epochs=1, **sizes))
     assert result["evaluation"]["eval_unit"] == "row" and result["evaluation"]["test_users"] > 60
+
+
+def test_every_train_share_is_judged_on_the_same_rows_and_candidates(settings_of: Settings) -> None:
+    import numpy as np
+
+    from recbole_llm.config import Config
+    from recbole_llm.data import create_dataset, data_preparation
+
+    for model in ("LightGCN", "SASRec"):
+        seen = []
+        for share in (1.0, 0.25):
+            config = Config(model, "small", config_dict=settings_of(train_share=share))
+            train, valid, test = data_preparation(config, create_dataset(config))
+            seen.append((train, [list(loader) for loader in (valid, test)]))
+        (whole, all_judged), (part, judged) = seen
+        assert part._dataset.split.count(0) < whole._dataset.split.count(0) / 3
+        assert (part._dataset.train_histories.lengths > 0).sum() == (whole._dataset.train_histories.lengths > 0).sum()
+        for one, other in zip(chain(*all_judged), chain(*judged), strict=True):
+            pairs = [np.unique(np.stack([np.asarray(side) for side in tuple_[1]]), axis=1) for tuple_ in (one, other)]
+            assert np.array_equal(*pairs), "what is excluded"
+            assert all(np.array_equal(one[place], other[place]) for place in (2, 3)), "what is wanted"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"train_share": 0.5, "policy": "recbole"}, "train_share"),
+        ({"train_share": 0.5, "eval_unit": "row"}, "train_share"),
+        ({"train_share": 1.5}, "train_share should be float 0..1"),
+        ({"text_drop": -0.1}, "text_drop should be float 0..1"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(settings_of: Settings, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run("BPR", "small", config_dict=settings_of(**more))

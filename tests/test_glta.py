@@ -25,7 +25,8 @@ SETTINGS: dict[str, Any] = {
     "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": 50, "device": "cpu", "seed": 1,
     "eval_args": {"order": "TO"}, "response_slots": SLOTS, "history_length": 5, "train_batch_size": 4,
     "alignment_batch_size": 3, "gllm_dropout": 0.0, "history_dropout": 0.0, "samples_per_user": 2, "gllm": "free",
-    "targets": "auto", "target_fill": "ignore", "target_window": None, "slot_input": "pad",
+    "targets": "auto", "target_fill": "ignore", "target_window": None, "slot_input": "pad", "loss_positions": "slots",
+    "train_item_projector": False,
 }  # fmt: skip
 
 
@@ -97,7 +98,9 @@ USERS = st.lists(st.lists(st.integers(1, 99), unique=True, min_size=1, max_size=
 
 @given(USERS, st.integers(1, 5), st.integers(0, 6), st.integers(0, 10))
 def test_random_samples(users: list[list[int]], slots: int, length: int, seed: int) -> None:
-    shown, targets = sampling.random_sample(Ragged.from_lists(users), slots, length, generator(seed))
+    sample = sampling.random_sample(Ragged.from_lists(users), slots, length, generator(seed))
+    shown, targets = sample.shown, sample.targets
+    assert sample.following is None
     for own, history, wanted in zip(users, rows_of(shown), rows_of(targets), strict=True):
         assert not set(history) & set(wanted)
         assert set(history) | set(wanted) <= set(own)
@@ -108,8 +111,10 @@ def test_random_samples(users: list[list[int]], slots: int, length: int, seed: i
 
 @given(USERS, st.integers(1, 5), st.integers(0, 6), st.integers(0, 10))
 def test_next_samples(users: list[list[int]], window: int, length: int, seed: int) -> None:
-    shown, targets = sampling.next_sample(Ragged.from_lists(users), window, length, generator(seed))
-    for own, history, wanted in zip(users, rows_of(shown), rows_of(targets), strict=True):
+    sample = sampling.next_sample(Ragged.from_lists(users), window, length, generator(seed))
+    shown, targets, following = rows_of(sample.shown), rows_of(sample.targets), rows_of(sample.following)
+    for own, history, wanted, after in zip(users, shown, targets, following, strict=True):
+        assert after == [own[own.index(item) + 1] for item in history]
         places = sorted(own.index(item) for item in wanted)
         cut = places[0]
         assert cut >= 1 or len(own) == 1
@@ -119,7 +124,8 @@ def test_next_samples(users: list[list[int]], window: int, length: int, seed: in
 
 def test_next_samples_reach_every_moment_and_shuffle_the_targets() -> None:
     own = Ragged.from_lists([[1, 2, 3, 4, 5]] * 2000)
-    shown, targets = sampling.next_sample(own, 2, 10, generator())
+    sample = sampling.next_sample(own, 2, 10, generator())
+    shown, targets = sample.shown, sample.targets
     lengths = torch.bincount(shown.lengths, minlength=6)
     assert lengths[0] == 0 and lengths[5] == 0
     assert (lengths[1:5] > 400).all()  # uniform would be 500 each
@@ -142,9 +148,13 @@ def test_slot_targets() -> None:
 
 def test_drop_takes_out_the_share_in_order() -> None:
     own = Ragged.from_lists([list(range(1000))] * 3)
-    kept = sampling.drop(own, 0.3, generator())
-    assert all(abs(len(row) - 700) < 60 and row == sorted(row) for row in rows_of(kept))
-    assert sampling.drop(own, 0.0, generator()) is own
+    sample = sampling.Sample(own, own, Ragged(own.values + 1, own.offsets))
+    kept = sample.drop(0.3, generator())
+    assert all(abs(len(row) - 700) < 60 and row == sorted(row) for row in rows_of(kept.shown))
+    assert kept.following is not None
+    assert torch.equal(kept.following.values, kept.shown.values + 1)
+    assert torch.equal(kept.following.offsets, kept.shown.offsets)
+    assert sample.drop(0.0, generator()) is sample
 
 
 @pytest.mark.parametrize("targets", ["next", "random"])
@@ -214,7 +224,7 @@ def test_stage_2_asks_for_the_items_shown(order: str) -> None:
 
 def test_long_descriptions_are_cut_and_soft_tokens_are_not() -> None:
     made = model(alignment_description_tokens=2)
-    assert int(made._descriptions.lengths.max()) == 2
+    assert int(made._writer.descriptions.lengths.max()) == 2
     for batch in made.stage_batches("item_text_alignment", generator()):
         assert int((batch.ids < 0).sum()) == batch.items.numel()
 
@@ -247,6 +257,111 @@ def test_every_slot_sees_the_user() -> None:
     with torch.no_grad():
         made.user_embeddings += 1.0
     assert ((first - states()).abs().amax(2) > 1e-6).all()
+
+
+def item_places(batch: Any, row: int) -> list[int]:
+    return [place for place, token in enumerate(batch.ids[row].tolist()) if -1 - token >= len(batch.users)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"history_dropout": 0.4}, {"user_alignment": False}, {"slot_input": "user"}])
+def test_each_shown_item_names_the_one_after_it(settings: dict[str, Any]) -> None:
+    made = model(loss_positions="auto", targets="next", **settings)
+    assert made.supervise_history
+    owns = rows_of(made.histories)
+    named = 0
+    for batch in made.stage_batches("user_item_alignment", generator(1)):
+        start = 0
+        for row in range(len(batch.ids)):
+            places = item_places(batch, row)
+            shown = batch.items[start : start + len(places)].tolist()
+            start += len(places)
+            assert batch.places[row, SLOTS : SLOTS + len(places)].tolist() == places
+            asked = batch.targets[row, SLOTS:].tolist()
+            assert asked[len(places) :] == [-100] * (len(asked) - len(places))
+            own = next(own for own in owns if set(shown) | set(asked[: len(places)]) <= set(own))
+            assert asked[: len(places)] == [own[own.index(item) + 1] for item in shown]
+            named += len(places)
+    assert named > 10
+
+
+def test_a_shown_item_does_not_see_what_it_must_name() -> None:
+    made = model(loss_positions="all", targets="next")
+    made.begin_stage("user_item_alignment")
+    batch = next(iter(made.stage_batches("user_item_alignment", generator(1))))
+    row = max(range(len(batch.ids)), key=lambda row: len(item_places(batch, row)))
+    first = sum(len(item_places(batch, before)) for before in range(row))
+    count = len(item_places(batch, row))
+    assert count >= 3
+    soft = made._soft_tokens(batch.users, batch.items).detach()
+    reader = made._readers["user_item_alignment"]
+    before = reader.states(batch.ids, soft, batch.places)[row, SLOTS : SLOTS + count]
+    soft[len(batch.users) + first + 1] += 1.0  # the second item shown
+    after = reader.states(batch.ids, soft, batch.places)[row, SLOTS : SLOTS + count]
+    moved = (before - after).abs().amax(1) > 1e-5
+    assert moved.tolist() == [False] + [True] * (count - 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"targets": "random"}, {"targets": "next", "history_input": "none"},
+     {"targets": "next", "history_order": "random"}],
+)  # fmt: skip
+def test_items_without_an_order_name_nothing(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="loss_positions: all"):
+        model(loss_positions="all", **settings)
+    assert not model(loss_positions="auto", **settings).supervise_history
+
+
+def test_slots_read_the_last_item_shown() -> None:
+    made = model(slot_input="last", targets="next")
+    for batch in made.stage_batches("user_item_alignment", generator(1)):
+        read = batch.ids.gather(1, batch.places)
+        for row in range(len(batch.ids)):
+            places = item_places(batch, row)
+            before = [place for place in places if place < int(batch.places[row, 0])]
+            token = int(batch.ids[row, before[-1]]) if before else made._writer.slot_id
+            assert read[row].tolist() == [token] * SLOTS
+    ranked = model(slot_input="last").full_sort_predict(interaction())
+    assert torch.isfinite(ranked[:, 1:]).all()
+
+
+def test_scattered_histories_hold_the_same_items_always_in_the_same_order() -> None:
+    made = model(history_order="random", history_length=12)
+    lists = interaction([1, 2])
+    upside_down = {**lists, "item_id_list": lists["item_id_list"].clone()}
+    upside_down["item_id_list"][0, :12] = lists["item_id_list"][0, :12].flip(0)
+    first, second = made.full_sort_predict(lists), made.full_sort_predict(upside_down)
+    torch.testing.assert_close(first, second)
+    own = Ragged.from_lists([list(range(1, 13)), list(range(1, 13))])
+    one, other = rows_of(sampling.scatter(own, torch.tensor([1, 2])))
+    assert sorted(one) == sorted(other) == list(range(1, 13))
+    assert one != other and one != sorted(one)
+
+
+def test_a_hidden_user_is_padding() -> None:
+    made = model(user_dropout=1.0, slot_input="user")
+    for batch in made.stage_batches("user_item_alignment", generator()):
+        assert not ((batch.ids < 0) & (-1 - batch.ids < len(batch.users))).any()
+    half = model(user_dropout=0.5)
+    shown = [
+        (-1 - batch.ids[row] == row).any()
+        for seed in range(30)
+        for batch in half.stage_batches("user_item_alignment", generator(seed))
+        for row in range(len(batch.ids))
+    ]
+    assert 0.4 < np.mean(shown) < 0.6
+
+
+def test_without_a_language_model_a_state_is_the_mean_of_the_soft_tokens() -> None:
+    made = model(reader="mean", history_length=3)
+    batch = made.user_batch(torch.tensor([1]), generator())
+    soft = made._soft_tokens(batch.users, batch.items)
+    states = made._readers["user_item_alignment"].states(batch.ids, soft, batch.places)
+    torch.testing.assert_close(states[0], soft.mean(0).expand(SLOTS, -1))
+    ranked = made.full_sort_predict(interaction())
+    assert torch.isfinite(ranked[:, 1:]).all()
+    with pytest.raises(UserError, match="reader: llm"):
+        model(reader="mean", inference="ar")
 
 
 def test_only_the_last_items_of_a_history_count() -> None:
@@ -390,7 +505,7 @@ def test_texts_stand_in_the_prompt_or_their_lines_are_left_out() -> None:
     for text in ("tag 4", "wish 4, more"):
         piece = made.backbone.encode(text)
         assert any(ids[start : start + len(piece)] == piece for start in range(len(ids)))
-    assert "tags" not in model(texts=False)._prompts["user_item_alignment"].template
+    assert "tags" not in model(texts=False)._writer.prompts["user_item_alignment"].template
 
 
 def test_learned_slot_inputs() -> None:
@@ -510,9 +625,9 @@ def test_fl_is_the_first_slots_order() -> None:
     assert torch.equal(scores.topk(9, 1).indices, wanted.topk(9, 1).indices)
     # The same from the states at slot 0 by hand.
     users = torch.tensor([1])
-    suffix, soft_users, soft_items = made._user_prompt(users, Ragged.from_lists([histories().items[7:12].tolist()]))
+    prompt = made._writer.user_prompts(users, Ragged.from_lists([histories().items[7:12].tolist()]))
     states = made._readers["user_item_alignment"].states(
-        suffix.padded(2), made._soft_tokens(soft_users, soft_items), suffix.lengths.unsqueeze(1) - 1
+        prompt.suffix.padded(2), made._soft_tokens(prompt.users, prompt.items), prompt.suffix.lengths.unsqueeze(1) - 1
     )
     torch.testing.assert_close(
         made.full_sort_predict(interaction([1]))[0, 1:], made.item_logits(states)[0, 0].log_softmax(0)[1:]
@@ -523,7 +638,8 @@ def test_autoregressive_slots_read_the_items_named_before() -> None:
     made = model(inference="ar")
     scores = made.full_sort_predict(interaction([1]))
     picks = scores[0].topk(SLOTS).indices
-    suffix, users, items = made._user_prompt(torch.tensor([1]), Ragged.from_lists([histories().items[7:12].tolist()]))
+    prompt = made._writer.user_prompts(torch.tensor([1]), Ragged.from_lists([histories().items[7:12].tolist()]))
+    suffix, users, items = prompt.suffix, prompt.users, prompt.items
     for slot in range(SLOTS):
         soft_items = torch.cat([items, picks[:slot]])
         ids = torch.cat([suffix.values, -1 - len(users) - len(items) - torch.arange(slot)])[None]

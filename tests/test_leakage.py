@@ -12,7 +12,7 @@ import torch
 from recbole_llm import registry
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
-from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID
+from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.training.pipeline import fit, store_of
 
 QUICK = (
@@ -101,8 +101,8 @@ def three_worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folders
 
 
-def fitted_state(model: str, folder: Path, saved: Path) -> dict[str, Any]:
-    config = Config(model, "small", config_dict=settings_of(folder, saved, **SMALL.get(model, {})))
+def fitted_state(model: str, folder: Path, saved: Path, **more: Any) -> dict[str, Any]:
+    config = Config(model, "small", config_dict=settings_of(folder, saved, **SMALL.get(model, {}), **more))
     trained = fit(config, store_of(config))
     state = dict(trained.model.state_dict())
     for part, inner in trained.parts.items():
@@ -140,6 +140,38 @@ def test_exchanged_test_and_valid_items_move_no_fitted_state(
     model: str, three_worlds: list[Path], tmp_path: Path
 ) -> None:
     check(model, three_worlds, tmp_path)
+
+
+def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
+    """The data set again, train rows at ``train_share: 0.5`` first and with ranks for times; the withheld rows' items
+    exchanged, or not, for other train items that their users do not have."""
+    config = Config("BPR", "small", config_dict=settings_of(source, target / "saved", train_share=0.5))
+    dataset = create_dataset(config)
+    split = dataset.make_split(config.split_protocol())
+    tokens = (dataset.field2id_token["user_id"], dataset.field2id_token["item_id"])
+    items = split.items.copy()
+    train_items = np.unique(items[split.phases == TRAIN])
+    rng = np.random.default_rng(0)
+    for row in np.flatnonzero((split.phases == WITHHELD) & np.isin(split.items, train_items)) if swap else ():
+        taken = set(items[split.users == split.users[row]].tolist()) | set(
+            split.items[split.users == split.users[row]].tolist()
+        )
+        items[row] = rng.choice([item for item in train_items if item not in taken])
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for row in np.argsort(split.phases != TRAIN, kind="stable"):
+        lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{split.ranks[row]}")
+    (target / "small").mkdir(parents=True)
+    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+
+
+@pytest.mark.parametrize("model", ["BPR", "LightGCN", "SASRec", "SASRecAllPositions", "EASE", "GLTA"])
+def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
+    states = []
+    for name in ("plain", "swapped"):
+        write_with_withheld(small_data, tmp_path / name, swap=name == "swapped")
+        states.append(fitted_state(model, tmp_path / name, tmp_path / name / "saved", train_share=0.5))
+    assert_same(*states)
 
 
 def the_rest() -> list[str]:

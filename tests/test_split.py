@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, Histories, SplitProtocol, make_split
+from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Histories, SplitProtocol, make_split
 from recbole_llm.errors import UserError
 
 Rows = list[tuple[int, int, int]]
@@ -164,3 +164,60 @@ def test_histories_are_each_users_items_in_order(pairs: list[tuple[int, int]]) -
     histories = Histories.from_rows(users, items, 6)
     for user in range(6):
         assert histories.of(user).tolist() == [item for who, item in pairs if who == user]
+
+
+@given(
+    rows_strategy,
+    st.sampled_from(["LS", "RS", "TS"]),
+    st.booleans(),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    st.integers(0, 3),
+)
+def test_a_share_of_train_is_withheld_and_nothing_else_moves(
+    rows: Rows, kind: str, by_time: bool, shares: list[float], seed: int
+) -> None:
+    whole, more, less = (
+        split_of(rows, kind=kind, by_time=by_time, seed=seed, train_share=share) for share in (1.0, *reversed(shares))
+    )
+    was_train = whole.phases == TRAIN
+    for split, share in ((more, shares[1]), (less, shares[0])):
+        assert np.array_equal(split.phases[~was_train], whole.phases[~was_train])
+        assert set(split.phases[was_train].tolist()) <= {TRAIN, WITHHELD}
+        assert np.array_equal(split.candidates, whole.candidates)
+        for user in set(whole.users[was_train].tolist()):
+            of = was_train & (whole.users == user)
+            kept = int((split.phases[of] == TRAIN).sum())
+            assert kept >= 1 and abs(kept - share * of.sum()) <= max(0.5, 1 - share * of.sum())
+        assert not np.isin(np.flatnonzero(split.phases == WITHHELD), np.flatnonzero(split.phases == TRAIN)).any()
+    assert (more.phases[less.phases == TRAIN] == TRAIN).all(), "what a share keeps, a larger one keeps"
+    assert (less.fingerprint == whole.fingerprint) == np.array_equal(less.phases, whole.phases)
+
+
+def test_what_is_withheld_depends_on_the_seed_and_raw_ids_only() -> None:
+    rows = [(user, item, 10 * user + item) for user in (1, 2, 3) for item in range(1, 11)]
+    mark = split_of(rows, train_share=0.5).fingerprint
+    assert split_of(rows[::-1], train_share=0.5).fingerprint == mark
+    assert split_of(rows, train_share=0.5, seed=1).fingerprint != mark
+    # The same data under other internal ids: users 1 and 3 exchanged, in rows and in tokens.
+    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
+    tokens = [f"i{number}" for number in range(12)]
+    other = make_split(
+        4 - columns[0], columns[1], columns[2].astype(float), np.arange(len(rows)),
+        ["[PAD]", "u3", "u2", "u1"], tokens, SplitProtocol("LS", train_share=0.5),
+    )  # fmt: skip
+    same = make_split(
+        *columns[:2], columns[2].astype(float), np.arange(len(rows)), ["[PAD]", "u1", "u2", "u3"], tokens,
+        SplitProtocol("LS", train_share=0.5),
+    )  # fmt: skip
+    assert other.fingerprint == same.fingerprint
+
+
+def test_withheld_rows_stand_in_no_history_but_in_the_fingerprint() -> None:
+    split = split_of([(1, item, item) for item in range(1, 11)], train_share=0.5)
+    train, withheld = split.histories(TRAIN).of(1), split.histories(WITHHELD).of(1)
+    assert sorted([*train, *withheld]) == list(range(1, 9)) and len(train) == len(withheld) == 4
+    phases = {item: "withheld" if item in withheld else "train" for item in range(1, 9)} | {9: "valid", 10: "test"}
+    lines = sorted(f"u1\ti{item}\t{item - 1}\t{phase}\n" for item, phase in phases.items())
+    names = sorted(f"i{item}\n" for item in phases)
+    assert split.fingerprint == hashlib.sha256("".join(lines + names).encode()).hexdigest()
+    assert split.as_dict()["withheld"] == 4 and split.as_dict()["protocol"]["train_share"] == 0.5

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import StageStore
@@ -115,6 +120,89 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         load_state(path)
     with pytest.raises(UserError, match="does not exist"):
         load_state(tmp_path / "nothing.safetensors")
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    state = {"weights": torch.tensor([1.5, -2.0], dtype=torch.bfloat16), "epoch": 3, "name": "x"}
+    save_state(path, state)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="is damaged"):
+            load_state(path)
+
+
+def test_a_checkpoint_of_the_first_release_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    tree = {"kind": "dict", "value": [["weights", {"kind": "tensor", "name": "0"}]]}
+    save_file({"0": torch.ones(2)}, str(path), metadata={"tree": json.dumps(tree)})
+    assert torch.equal(load_state(path)["weights"], torch.ones(2))
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, lambda part: part.write_text("first", encoding="utf-8"))
+
+    def fails(part: Path) -> None:
+        part.write_text("half", encoding="utf-8")
+        (part.parent / ".tmpXyz").write_text("what a library leaves", encoding="utf-8")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_whole(path, fails)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+    assert path.read_text(encoding="utf-8") == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def _writes(path: str, mark: str) -> None:
+    for _ in range(20):
+        write_whole(Path(path), lambda part: part.write_text(mark * 100_000, encoding="utf-8"))
+
+
+def test_two_processes_may_write_the_same_file(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_writes, args=(str(tmp_path / "file"), mark)) for mark in "ab"]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join(30)
+        assert process.exitcode == 0
+    assert (tmp_path / "file").read_text(encoding="utf-8") in ("a" * 100_000, "b" * 100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_kill_left_beside_a_stage_is_no_part_of_it(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+
+    def cut_off(folder: Path) -> dict[str, Any]:
+        (folder / "resume.safetensors").write_bytes(b"state")
+        (folder / "data.txt.part").mkdir()
+        (folder / "data.txt.part" / ".tmpXyz").write_bytes(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.run("step", 1, {}, cut_off)
+    stage = store.run("step", 1, {}, make_file)
+    assert sorted(path.name for path in stage.folder.rglob("*")) == ["data.txt", "stage.json"]
+
+
+def test_what_a_killed_attempt_took_is_counted_up_to_its_last_file(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+
+    def killed(folder: Path) -> dict[str, Any]:
+        (folder / "resume.safetensors").write_bytes(b"state")
+        began = (folder / ".seconds").stat().st_mtime
+        os.utime(folder / "resume.safetensors", (began, began + 1000))
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=store.run, args=("step", 1, {}, killed))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    assert 1000 <= store.run("step", 1, {}, make_file).seconds < 1060
 
 
 def test_nothing_but_plain_data_is_saved(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ set's own texts. It is written as an ordinary Hugging Face folder.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import re
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,8 +22,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recbole_llm.backbone.load import quiet_transformers
+from recbole_llm.disk import naming
 from recbole_llm.errors import UserError
 from recbole_llm.progress import progress
+
+if TYPE_CHECKING:
+    from recbole_llm.training.state import ResumeFile
 
 SPECIAL_TOKENS = BOS, EOS, PAD = ("<s>", "</s>", "<pad>")
 # They are the first tokens that the tokenizer is given, so these are their ids.
@@ -118,7 +123,12 @@ def build_corpus(item_texts: Sequence[str], templates: Sequence[str], seed: int)
 
 
 def train_embedded(
-    corpus: Sequence[str], settings: EmbeddedSettings, seed: int, folder: Path, device: str = "cpu"
+    corpus: Sequence[str],
+    settings: EmbeddedSettings,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
+    resume: ResumeFile | None = None,
 ) -> dict[str, float]:
     """Train tokenizer and language model, and write them as a Hugging Face folder.
 
@@ -128,6 +138,7 @@ def train_embedded(
         seed: of the initial weights and of the order of the blocks.
         folder: where to write config.json, model.safetensors and the tokenizer's files.
         device: where to train.
+        resume: where to keep what is needed to go on, and to find what an attempt that was cut off kept.
 
     Returns:
         Figures: ``steps``; ``tokens`` trained on (with repeats); ``corpus_tokens`` there were; ``vocabulary``;
@@ -141,20 +152,20 @@ def train_embedded(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_model_config(tokenizer, settings))
     model.to(device)
-    _train(model, blocks, settings, seed)
+    _train(model, blocks, settings, seed, resume)
     measured = blocks[:MEASURED_BLOCKS]
     with torch.no_grad():
         loss = torch.stack([_loss(model, block[None]) for block in measured]).mean().item()
-    with quiet_transformers():
+    with quiet_transformers(), naming(folder):
         model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=settings.context,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=BOS,
+            eos_token=EOS,
+            pad_token=PAD,
+            model_max_length=settings.context,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(folder)
     return {
         "steps": settings.train_steps,
         "tokens": settings.train_steps * settings.train_batch_size * settings.context,
@@ -220,15 +231,26 @@ def _model_config(tokenizer: Tokenizer, settings: EmbeddedSettings) -> LlamaConf
     )
 
 
-def _train(model: LlamaForCausalLM, blocks: torch.Tensor, settings: EmbeddedSettings, seed: int) -> None:
+def _train(
+    model: LlamaForCausalLM, blocks: torch.Tensor, settings: EmbeddedSettings, seed: int, resume: ResumeFile | None
+) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(settings.train_steps))
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.empty(0, dtype=torch.long)
+    first, mark = 0, hashlib.sha256(blocks.cpu().numpy().data).hexdigest()
+    state = resume.take_up() if resume is not None else None
+    # Another version of the tokenizer's library may cut the same texts into other blocks.
+    if state is not None and state["blocks"] == mark:
+        first, waiting = state["step"], state["waiting"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
     model.train()
-    for _ in progress(range(settings.train_steps), "training the embedded language model"):
+    for step in progress(range(first, settings.train_steps), "training the embedded language model"):
         while len(waiting) < settings.train_batch_size:
             waiting = torch.cat((waiting, torch.randperm(len(blocks), generator=generator)))
         chosen, waiting = waiting[: settings.train_batch_size], waiting[settings.train_batch_size :]
@@ -238,6 +260,16 @@ def _train(model: LlamaForCausalLM, blocks: torch.Tensor, settings: EmbeddedSett
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         schedule.step()
+        if resume is not None and resume.due():
+            resume.save({
+                "blocks": mark,
+                "step": step + 1,
+                "waiting": waiting,
+                "model": dict(model.state_dict()),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "generator": generator.get_state(),
+            })  # fmt: skip
     model.eval()
 
 

@@ -47,6 +47,7 @@ def load_backbone(
     quantization: str = "none",
     trust_remote_code: bool = False,
     device: str = "cpu",
+    random_init: int | None = None,
 ) -> Backbone:
     """Load a causal language model without its vocabulary head, frozen.
 
@@ -58,13 +59,17 @@ def load_backbone(
         quantization: ``none``; ``int8`` or ``nf4`` (bitsandbytes, on the fly); ``gptq`` for weights that are so.
         trust_remote_code: whether code that comes with the model may run.
         device: where to put it.
+        random_init: leave the weights behind and initialise the architecture anew from this seed: the control that
+            tells what the weights have learned.
 
     Raises:
         UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
             unknown option; or a package or GPU that an option needs is missing.
     """
+    if random_init is not None and quantization != "none":
+        raise UserError("llm_random_init: true has no weights to quantise; set llm_quantization: none")
     check_options(dtype, attention, quantization, device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "random_init": random_init}
     name = str(name_or_folder)
     source = Path(name).expanduser()
     if source.is_dir():
@@ -81,6 +86,29 @@ def load_backbone(
             raise
     _ask_hub(name, source)
     return _load(name, dtype, attention, quantization, device, options)
+
+
+def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
+    """Load the same model as :func:`load_backbone` with its vocabulary head, to have it write.
+
+    Args:
+        name_or_folder: one that :func:`load_backbone` has loaded.
+        options: its options; ``random_init`` plays no part, as fresh weights have nothing to say.
+
+    Returns:
+        The Hugging Face causal language model, in evaluation mode, without gradients.
+    """
+    quantization, dtype, source = options["quantization"], DTYPES[options["dtype"]], str(name_or_folder)
+    given: dict[str, Any] = {"trust_remote_code": options["trust_remote_code"]}
+    if quantization != "none":
+        config = AutoConfig.from_pretrained(source, **given)
+        given |= {"quantization_config": _quantization_config(quantization, dtype, config)}
+        given |= {"device_map": {"": options["device"]}}
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
+    if quantization == "none":
+        model = model.to(options["device"])
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -122,10 +150,11 @@ def check_options(dtype: str, attention: str, quantization: str, device: str) ->
 
 
 def _load(source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]) -> Backbone:
+    random_init = options.pop("random_init")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        if stored != (quantization if quantization == "gptq" else None):
+        if random_init is None and stored != (quantization if quantization == "gptq" else None):
             weights = stored or "not quantised"
             raise UserError(f"llm '{source}': its weights are {weights}, llm_quantization is {quantization}")
         if config.is_encoder_decoder or not _is_causal_type(config):
@@ -141,7 +170,7 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
         with quiet_transformers(), warnings.catch_warnings():
             # That the model's own file says how its weights are packed is what it should say.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            decoder, report = _from_pretrained(source, quantization, options)
+            decoder, report = _decoder(source, quantization, options, random_init)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
@@ -166,8 +195,17 @@ def _has_sdpa(config: Any) -> bool:
     return not known or AutoModel._model_mapping[type(config)]._supports_sdpa
 
 
-def _from_pretrained(source: str, quantization: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _decoder(
+    source: str, quantization: str, options: dict[str, Any], random_init: int | None
+) -> tuple[Any, dict[str, Any]]:
     """The decoder without its vocabulary head, and what transformers reports of the loading."""
+    if random_init is not None:
+        config, dtype = options.pop("config"), options.pop("dtype")
+        options.pop("local_files_only", None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_init)
+            # Drawn in float32 and then rounded, so that every type starts from the same weights.
+            return AutoModel.from_config(config, **options).to(dtype), {"missing_keys": set()}
     if quantization != "gptq":
         return AutoModel.from_pretrained(source, output_loading_info=True, **options)
     # optimum finds the layers to replace by their names in the whole model, so that is what has to be loaded.

@@ -55,6 +55,17 @@ def embed_with_soft_tokens(embed_tokens: nn.Module, ids: Tensor, soft: Tensor) -
     return text.index_put((places,), rows).view(*ids.shape, -1)
 
 
+class _LentLayer(DynamicLayer):
+    """Keys and values that are read with new ones behind them and never take those in.
+
+    With gradient checkpointing a layer runs again in the backward pass and must find what it found the first time.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The lent states and the new ones, ``[B, heads, P + T, head_dim]``."""
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
 class SoftPromptDecoder:
     """Runs the prompts of one template through a frozen decoder.
 
@@ -77,13 +88,15 @@ class SoftPromptDecoder:
         # Windows and chunks are counted in places of the cache, filling included, so a stream may not outgrow one.
         spans = (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None))
         self._room = min((span for span in spans if span), default=None)
-        self._shared: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        self._shared: dict[tuple[torch.device, torch.dtype, torch.dtype | None], list[tuple[Tensor, Tensor]]] = {}
 
     def _prefix_states(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``[1, heads, P, head_dim]`` of the prefix by layer; once a device and type where frozen."""
         if self.trained:
             return self._run_prefix(device)
-        key = (device, dtype)
+        # Under autocast (mixed precision) the states are in its type; what is ranked afterwards must not read those.
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (device, dtype, autocast)
         if key not in self._shared:
             with torch.no_grad():
                 self._shared[key] = self._run_prefix(device)
@@ -96,13 +109,13 @@ class SoftPromptDecoder:
         self.decoder(inputs_embeds=self.embed_tokens(ids), past_key_values=cache, use_cache=True)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _lend(self, embeds: Tensor) -> DynamicCache:
+    def _lend(self, embeds: Tensor, kind: type[DynamicLayer]) -> DynamicCache:
         """The prefix as a cache for a batch, as views; the decoder adds to it without touching the shared states."""
         cache = DynamicCache()
         if self.prefix:
             rows = len(embeds)
             for keys, values in self._prefix_states(embeds.device, embeds.dtype):
-                layer = DynamicLayer()
+                layer = kind()
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
                 cache.layers.append(layer)
@@ -127,7 +140,7 @@ class SoftPromptDecoder:
         # A cache that takes part in the gradient could not be filled a second time, as gradient checkpointing does.
         whole = not self._lends or (self.trained and torch.is_grad_enabled())
         if self.prefix and not whole:
-            past = self._lend(embeds)
+            past = self._lend(embeds, _LentLayer)
         elif self.prefix:
             ids = torch.tensor([self.prefix], device=embeds.device)
             embeds = torch.cat([self.embed_tokens(ids).expand(len(embeds), -1, -1), embeds], dim=1)
@@ -165,6 +178,23 @@ def _keeps_only_keys_and_values(decoder: nn.Module, config: Any) -> bool:
     )
 
 
+class SoftTokenMean:
+    """Reads no language model at all: the state at a place is the mean of the soft tokens up to it.
+
+    The control that tells what the head and the projectors do by themselves; it stands where
+    :class:`SoftPromptDecoder` does.
+    """
+
+    def states(self, ids: Tensor, soft: Tensor, places: Tensor) -> Tensor:
+        """See :meth:`SoftPromptDecoder.states`; zero at a place with no soft token before it."""
+        flat = ids.reshape(-1)
+        at = (flat < 0).nonzero().squeeze(1)
+        tokens = soft.new_zeros(len(flat), soft.shape[1]).index_put((at,), soft[-1 - flat[at]])
+        counts = (ids < 0).cumsum(1).clamp_min(1).unsqueeze(-1)
+        means = tokens.view(*ids.shape, -1).cumsum(1) / counts
+        return means.gather(1, places.unsqueeze(-1).expand(-1, -1, means.shape[-1]))
+
+
 class Stream:
     """Prompts under way, with the state ``[B, H]`` at each row's last position in :attr:`state`.
 
@@ -185,7 +215,7 @@ class Stream:
         self._mask = torch.cat([seen.new_ones(len(embeds), prefix), seen], dim=1)
         self._cache: DynamicCache | None = None
         if self._may_keep():
-            self._cache = reader._lend(embeds)
+            self._cache = reader._lend(embeds, DynamicLayer)
             hidden = reader.decoder(inputs_embeds=embeds, past_key_values=self._cache, use_cache=True).last_hidden_state
             self.state = hidden[self._rows, lengths - 1]
         else:

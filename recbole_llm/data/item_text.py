@@ -70,12 +70,18 @@ class ItemText:
         missing: how many items have the fallback text.
         template: the template the texts were made with.
         fallback: the template of the other texts.
+        named: by internal item id, whether the text is the item's own (not the fallback's); the padding item's is not.
+        dropped: how many of the missing had a text that :func:`recbole_llm.data.text_noise.with_noise` took.
+        shuffled: how many have another item's.
     """
 
     texts: list[str]
     missing: int
     template: str
     fallback: str
+    named: tuple[bool, ...] = ()
+    dropped: int = 0
+    shuffled: int = 0
 
 
 def is_empty(value: str) -> bool:
@@ -238,8 +244,7 @@ def load_item_text(
         )
     rows = read_columns(item_file, id_field, parsed.columns, separator, encoding)
 
-    texts = [""]
-    missing = 0
+    texts, named = [""], [False]
     for raw_id in map(str, id_tokens[1:]):
         row = rows.get(raw_id)
         text = ""
@@ -248,7 +253,9 @@ def load_item_text(
             if max_words is not None:
                 text = first_words(text, max_words)
         if is_empty(text):
-            text = parsed_fallback.render({FALLBACK_COLUMN: raw_id})
-            missing += 1
-        texts.append(text)
-    return ItemText(texts, missing, template, fallback)
+            texts.append(parsed_fallback.render({FALLBACK_COLUMN: raw_id}))
+            named.append(False)
+        else:
+            texts.append(text)
+            named.append(True)
+    return ItemText(texts, len(texts) - 1 - sum(named), template, fallback, tuple(named))

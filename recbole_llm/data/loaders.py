@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from logging import getLogger
 from typing import Any
@@ -17,7 +18,7 @@ from recbole.utils import ModelType
 
 from recbole_llm.data.dataset import take, windows, with_lists
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import TEST, TRAIN, VALID, Split
+from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Split
 from recbole_llm.data.train_loader import FastTrainLoader
 from recbole_llm.errors import UserError
 
@@ -169,6 +170,7 @@ class RankingLoader(FullSortEvalDataLoader):
         self.excludes = exclude is True or (exclude == "recbole" and not self.is_sequential)
         self._index_rows()
         self.sample_size = len(self.users)
+        self.order = np.arange(self.sample_size)
         if self.is_sequential:
             self._index_histories(dataset)
         AbstractDataLoader.__init__(self, config, dataset, None, shuffle=False)
@@ -191,7 +193,8 @@ class RankingLoader(FullSortEvalDataLoader):
             self.users, counts = np.unique(users, return_counts=True)
             self.target_offsets = np.concatenate(([0], np.cumsum(counts)))
         self.targets = items
-        known = (TRAIN,) if self.phase == VALID else (TRAIN, VALID)
+        # Withheld rows are not recommended either, so that every train_share is judged on the same candidates.
+        known = (TRAIN, WITHHELD) if self.phase == VALID else (TRAIN, VALID, WITHHELD)
         self.history = split.histories(*known)
         self.graph_history = split.histories(TRAIN)
 
@@ -200,7 +203,7 @@ class RankingLoader(FullSortEvalDataLoader):
         split, width = self.split, dataset.max_item_list_len
         if self.by_row:
             # RecBole's unit: everything the user did before the row, whatever its phase.
-            usable = split.phases != 3
+            usable = ~np.isin(split.phases, (DROPPED, WITHHELD))
             rank = np.cumsum(usable) - 1
             starts = np.searchsorted(split.users[usable], self.users, side="left")
             ends = rank[self.last]
@@ -212,6 +215,16 @@ class RankingLoader(FullSortEvalDataLoader):
         self.source = take(dataset.rows, split.rows[usable])
         self.width = width
 
+    def __len__(self) -> int:
+        return -(-self.sample_size // self.step)
+
+    def share(self, rank: int, count: int) -> RankingLoader:
+        """Every ``count``-th ranking from the ``rank``-th on, as a loader."""
+        part = copy.copy(self)
+        part.order = self.order[rank::count]
+        part.sample_size = len(part.order)
+        return part
+
     def _init_batch_size_and_step(self) -> None:
         budget = max(1, self.config["eval_max_cells"] // max(1, self.split.n_items))
         self.step = max(1, min(budget, self.config["eval_batch_size"]))
@@ -221,7 +234,7 @@ class RankingLoader(FullSortEvalDataLoader):
         self,
     ) -> Iterator[tuple[Interaction, tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor, torch.Tensor]]:
         for start in range(0, self.sample_size, self.step):
-            yield self.collate_fn(np.arange(start, min(start + self.step, self.sample_size)))
+            yield self.collate_fn(self.order[start : start + self.step])
 
     def collate_fn(
         self, index: Any

@@ -15,8 +15,9 @@ import numpy as np
 
 from recbole_llm.errors import UserError
 
-TRAIN, VALID, TEST, DROPPED = 0, 1, 2, 3
+TRAIN, VALID, TEST, DROPPED, WITHHELD = 0, 1, 2, 3, 4
 PHASES = ("train", "valid", "test")
+PHASE_NAMES = {TRAIN: "train", VALID: "valid", TEST: "test", WITHHELD: "withheld"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class SplitProtocol:
         seed: of the random order.
         short_users: what becomes of users with too few rows: ``drop``, ``train`` or ``refuse``.
         drop_repeats: drop a valid or test row whose item the user already had.
+        train_share: share of every user's train rows that training sees; the others are withheld.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class SplitProtocol:
     seed: int = 2020
     short_users: str = "drop"
     drop_repeats: bool = True
+    train_share: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol as it stands in ``result.json``."""
@@ -87,6 +90,8 @@ class SplitProtocol:
             "order": "time" if self.by_time else "random",
             "short_users": self.short_users,
         }
+        if self.train_share < 1:
+            shared |= {"train_share": self.train_share, "split_seed": self.seed}
         if self.kind == "LS":
             return shared | {"leave_one_mode": self.leave_one_mode}
         shared |= {"ratios": list(self.ratios)}
@@ -103,7 +108,8 @@ class Split:
     Attributes:
         users, items: int64 [n], internal ids, sorted by user, then exact time, then file order.
         ranks: int64 [n], position of a row in its user's exact time order (from 0).
-        phases: int8 [n]: TRAIN, VALID, TEST or DROPPED.
+        phases: int8 [n]: TRAIN, VALID, TEST, DROPPED or WITHHELD (by ``train_share``: in no view of training, but known
+            to whoever excludes a user's history).
         rows: int64 [n], the row of the filtered interaction table that each entry is.
         n_users, n_items: numbers of internal ids, padding included.
         candidates: bool [n_items], the items with an interaction after filtering.
@@ -130,7 +136,7 @@ class Split:
         """The items of some phases by user, oldest first.
 
         Args:
-            phases: of TRAIN, VALID, TEST.
+            phases: of TRAIN, VALID, TEST, WITHHELD.
         """
         if phases not in self._cache:
             chosen = np.isin(self.phases, phases)
@@ -159,6 +165,7 @@ class Split:
             "train": self.count(TRAIN),
             "valid": self.count(VALID),
             "test": self.count(TEST),
+            "withheld": self.count(WITHHELD),
             "dropped_repeats": self.dropped_repeats,
             "dropped_users": self.dropped_users,
         }
@@ -209,6 +216,8 @@ def make_split(
     dropped_repeats = 0
     if protocol.drop_repeats:
         phases, dropped_repeats = _drop_repeats(users, items, phases)
+    # Last, so that valid and test rows, users and candidates are the same whatever the share.
+    phases = _withhold(users, ranks, phases, protocol, user_tokens)
     candidates = np.zeros(len(item_tokens), dtype=bool)
     candidates[items] = True
     kept = phases != DROPPED
@@ -356,6 +365,31 @@ def _drop_repeats(users: np.ndarray, items: np.ndarray, phases: np.ndarray) -> t
     return out, int(repeat.sum())
 
 
+def _withhold(
+    users: np.ndarray, ranks: np.ndarray, phases: np.ndarray, protocol: SplitProtocol, user_tokens: Sequence[str]
+) -> np.ndarray:
+    """Take all but ``train_share`` of every user's train rows out, at least one stays.
+
+    What is kept at one share is kept at every larger one: each user's rows leave in one random order, which depends on
+    the seed, the raw user ids and the ranks, and so neither on internal ids nor on the file's arrangement.
+    """
+    if protocol.train_share >= 1:
+        return phases
+    train = np.flatnonzero(phases == TRAIN)
+    place = np.empty(len(user_tokens), dtype=np.int64)
+    place[np.argsort(np.asarray(user_tokens, dtype=str), kind="stable")] = np.arange(len(user_tokens))
+    named = train[np.lexsort((ranks[train], place[users[train]]))]
+    # A stream of its own: that of the seed alone divides random splits.
+    draws = np.empty(len(users))
+    draws[named] = np.random.Generator(np.random.PCG64([protocol.seed, WITHHELD])).random(len(named))
+    leaving = train[np.lexsort((draws[train], users[train]))]
+    turns, counts = _runs(users[leaving])
+    kept = np.maximum(1, np.floor(counts * protocol.train_share + 0.5))
+    out = phases.copy()
+    out[leaving[turns >= kept]] = WITHHELD
+    return out
+
+
 def fingerprint(
     users: np.ndarray,
     items: np.ndarray,
@@ -368,8 +402,9 @@ def fingerprint(
     """SHA-256 that two splits share exactly when they are the same.
 
     It is over the UTF-8 lines ``user <tab> item <tab> rank <tab> phase`` (raw ids; rank of exact time within the user,
-    from 0; phase ``train``, ``valid`` or ``test``), sorted bytewise, each ended by a newline; then the raw ids of the
-    candidates, likewise. It does not depend on internal ids, nor on the file's arrangement where times differ.
+    from 0; phase ``train``, ``valid``, ``test`` or ``withheld``), sorted bytewise, each ended by a newline; then the
+    raw ids of the candidates, likewise. It does not depend on internal ids, nor on the file's arrangement where times
+    differ.
 
     Args:
         users, items, ranks, phases: the kept rows, each [n].
@@ -380,7 +415,7 @@ def fingerprint(
         64 hexadecimal digits.
     """
     lines = sorted(
-        f"{user_tokens[user]}\t{item_tokens[item]}\t{rank}\t{PHASES[phase]}".encode()
+        f"{user_tokens[user]}\t{item_tokens[item]}\t{rank}\t{PHASE_NAMES[phase]}".encode()
         for user, item, rank, phase in zip(users.tolist(), items.tolist(), ranks.tolist(), phases.tolist(), strict=True)
     )
     names = sorted(str(item_tokens[item]).encode() for item in np.flatnonzero(candidates).tolist())

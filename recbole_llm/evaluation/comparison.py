@@ -82,8 +82,11 @@ def rows_of(paths: Sequence[str | Path]) -> list[Row]:
 
 def _settings_mark(result: dict[str, Any]) -> str:
     """The settings that make two runs of a model seeds of one row rather than two rows."""
-    settings = {key: value for key, value in result.get("config", {}).items() if key not in NEUTRAL_KEYS}
-    return json.dumps({key: value for key, value in settings.items() if key != "seed"}, sort_keys=True)
+    config = result.get("config", {})
+    settings = {key: value for key, value in config.items() if key not in NEUTRAL_KEYS and key != "seed"}
+    # They reach a stage through the texts it reads, so they are no settings of any stage.
+    settings["texts"] = [config.get(key) or 0.0 for key in ("text_drop", "text_shuffle")]
+    return json.dumps(settings, sort_keys=True)
 
 
 def row_of(name: str, paths: Sequence[str | Path], like: str | Path) -> Row:

@@ -12,6 +12,7 @@ from recbole.evaluator import metrics_dict
 from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metric_information
 
+from recbole_llm import processes
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.progress import progress
@@ -39,7 +40,13 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    model: Any, loader: Any, config: Any, train_data: Any, show: bool = False, what: str = "ranking"
+    model: Any,
+    loader: Any,
+    config: Any,
+    train_data: Any,
+    show: bool = False,
+    what: str = "ranking",
+    shared: bool = False,
 ) -> Measured:
     """Rank and measure one phase.
 
@@ -51,6 +58,7 @@ def measure(
         train_data: the training loader, for metrics that need popularity; ``None`` when none does.
         show: tell progress.
         what: the step's name in progress.
+        shared: each process of the run ranks its share of the rows; all of them get the whole.
 
     Returns:
         The metrics, each user's values, the ranked items.
@@ -67,10 +75,14 @@ def measure(
         raise UserError(f"topk asks for {largest} items, but only {available} can be recommended")
     needs = {need for metric in config["metrics"] for need in metric_information[metric.lower()]}
     found = _Found(largest, "rec.meanrank" in needs)
-    for batch in progress(loader, what, total=len(loader), show=show):
+    shared = shared and processes.count() > 1
+    batches = loader.share(processes.rank(), processes.count()) if shared else loader
+    for batch in progress(batches, what, total=len(batches), show=show):
         interaction, excluded, rows, items = batch
         scores = _scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
+    if shared:
+        found.merge(processes.gathered(found))
     return found.measured(config, needs, train_data)
 
 
@@ -138,6 +150,15 @@ class _Found:
         self.targets.append(counts.cpu())
         if self.ranks:
             self.mean_ranks.append(_mean_ranks(scores, row, item, counts).cpu())
+
+    def merge(self, parts: list[_Found]) -> None:
+        """Take together what the processes found, in the order in which one process would have found it."""
+        counts = [sum(len(users) for users in part.users) for part in parts]
+        places = [torch.arange(count) * len(parts) + rank for rank, count in enumerate(counts)]
+        order = torch.cat(places).argsort()
+        for name in ("users", "items", "hits", "targets", "mean_ranks"):
+            tensors = [tensor for part in parts for tensor in getattr(part, name)]
+            setattr(self, name, [torch.cat(tensors)[order]] if tensors else [])
 
     def measured(self, config: Any, needs: set[str], train_data: Any) -> Measured:
         """Turn what was collected into metrics."""

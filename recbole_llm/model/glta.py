@@ -11,7 +11,6 @@ arXiv 2502.18757. What the paper leaves open is a setting, explained in ``proper
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,42 +20,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
-from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, Stream, token_scale
-from recbole_llm.data import prompts
-from recbole_llm.data.prompts import Prompt, Ragged, soft_ids
+from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream, token_scale
+from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
+from recbole_llm.model.glta_prompts import ALIGN_ITEMS, ALIGN_USERS, PromptBatch, PromptWriter
 from recbole_llm.model.glta_ranking import first_k_scores, lift_picks, pick_best
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
-
-ALIGN_ITEMS = "item_text_alignment"
-ALIGN_USERS = "user_item_alignment"
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """The index tensors of one training step; soft tokens are rows of ``[users ; items]``.
-
-    Attributes:
-        ids: int64 ``[B, T]``, the prompts after the shared prefix, then the slots, filled up on the right.
-        places: int64 ``[B, S]``, where the slots stand.
-        users: int64 ``[U]``, users whose projected embedding is a soft token.
-        items: int64 ``[M]``, items likewise.
-        targets: int64 ``[B, S]``, an item id or -100.
-    """
-
-    ids: Tensor
-    places: Tensor
-    users: Tensor
-    items: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device | str) -> PromptBatch:
-        """The same on a device."""
-        parts = (self.ids, self.places, self.users, self.items, self.targets)
-        return PromptBatch(*(part.to(device, non_blocking=True) for part in parts))
 
 
 class StageBatches:
@@ -129,8 +101,20 @@ class GLTA(SequentialRecommender):
                 f"history_length {config['history_length']} is above MAX_ITEM_LIST_LENGTH {self.max_seq_length}; "
                 f"set MAX_ITEM_LIST_LENGTH to {config['history_length']} as well"
             )
-        targets = config["targets"]
+        targets, positions = config["targets"], config["loss_positions"]
         self.by_time = targets == "next" or (targets == "auto" and _split_by_time(config["eval_args"]))
+        in_order = self.by_time and config["history_input"] == "history" and config["history_order"] == "time"
+        if positions == "all" and not in_order:
+            raise UserError(
+                "loss_positions: all has each shown item name the one after it; it needs targets: next (or a split by "
+                "time), history_input: history and history_order: time"
+            )
+        self.supervise_history = in_order and positions != "slots"
+        self.slot_input: str = config["slot_input"]
+        if self.slot_input == "auto":
+            self.slot_input = "last" if in_order else "user"
+        if config["reader"] == "mean" and config["inference"] == "ar":
+            raise UserError("inference: ar reads items one by one through the language model; it needs reader: llm")
         self.slots: int = config["response_slots"]
         self.items_per_prompt = min(config["alignment_items_per_prompt"], self.n_items - 1)
         self.history_length: int = config["history_length"] if config["history_input"] == "history" else 0
@@ -169,7 +153,6 @@ class GLTA(SequentialRecommender):
         self.register_buffer("item_embeddings", item_embeddings.detach().float(), persistent=False)
         padding = torch.zeros(self.n_items).index_fill_(0, torch.tensor(0), -torch.inf)
         self.register_buffer("padding_logits", padding, persistent=False)
-        table = backbone.embed_tokens.weight
         self._token_scale = token_scale(backbone.embed_tokens)
         self.user_projector = self._projector(self.user_embeddings, width) if config["user_alignment"] else None
         self.item_projector = self._projector(self.item_embeddings, width)
@@ -180,11 +163,21 @@ class GLTA(SequentialRecommender):
         if config["slot_input"] == "learned":
             inputs = max(self.slots, self.items_per_prompt) - 1
             self.slot_inputs = nn.Parameter(torch.randn(inputs, width) * self._token_scale)
-        # Some models keep their padding row at zero, which says nothing to attention or normalisation.
-        self._slot_id = backbone.pad_id if bool(table[backbone.pad_id].any()) else backbone.eos_id
         self.adapter: Adapter | None = adapt(backbone.decoder, config)
         self.to(self.device)
-        self._tokenise(item_texts, profiles, predictions)
+        self._writer = PromptWriter(
+            config,
+            backbone,
+            slots=self.slots,
+            slot_input=self.slot_input,
+            history_length=self.history_length,
+            user_names=self._user_names,
+            item_texts=item_texts if ALIGN_ITEMS in self.stages else None,
+            items_per_prompt=self.items_per_prompt,
+            profiles=profiles,
+            predictions=predictions,
+        )
+        self._readers = self._read_with(self._writer)
 
     def _projector(self, embeddings: Tensor, width: int) -> nn.Linear:
         """Equations 1 and 2: ``Linear(d -> H)``, starting at the size of the language model's own token embeddings.
@@ -197,48 +190,23 @@ class GLTA(SequentialRecommender):
         nn.init.zeros_(projector.bias)
         return projector
 
-    def _tokenise(
-        self, item_texts: Sequence[str], profiles: Sequence[str] | None, predictions: Sequence[str] | None
-    ) -> None:
-        """Tokenise templates and texts, and see that the longest prompt fits."""
-        backbone, config = self.backbone, self.config
-        template = prompts.user_item_template(
-            items=config["history_input"] == "history",
-            profile=profiles is not None,
-            prediction=predictions is not None,
-        )
-        limit = config["text_tokens"]
-        self._fills: dict[str, Ragged] = {}
-        for name, texts in ((prompts.PROFILE, profiles), (prompts.PREDICTION, predictions)):
-            if texts is not None:
-                self._fills[name] = Ragged.from_lists([backbone.encode(text) for text in texts], limit)
-        if not config["user_alignment"]:
-            ids = [backbone.encode(f"user_{token}") for token in self._user_names]
-            self._fills[prompts.USER] = Ragged.from_lists(ids)
-        self._prompts = {ALIGN_USERS: Prompt(template, backbone.encode, backbone.bos_id)}
-        longest = {ALIGN_USERS: self.history_length + 1 + self.slots}
-        for fill in self._fills.values():
-            longest[ALIGN_USERS] += int(fill.lengths.max())
-        if ALIGN_ITEMS in self.stages:
-            cut = config["alignment_description_tokens"]
-            self._descriptions = Ragged.from_lists([backbone.encode(text) for text in item_texts], cut)
-            self._separator = torch.tensor(backbone.encode(prompts.SEPARATOR), dtype=torch.long)
-            self._prompts[ALIGN_ITEMS] = Prompt(prompts.ITEM_TEXT_ALIGNMENT, backbone.encode, backbone.bos_id)
-            each = int(self._descriptions.lengths.max()) + len(self._separator) + 2
-            longest[ALIGN_ITEMS] = self.items_per_prompt * each
-        self._readers = {}
+    def _read_with(self, writer: PromptWriter) -> dict[str, Any]:
+        """What turns each stage's prompts into states; sees first that the longest one fits the language model."""
+        backbone = self.backbone
+        if self.config["reader"] == "mean":
+            return {stage: SoftTokenMean() for stage in writer.prompts}
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
-        for stage, prompt in self._prompts.items():
-            fixed = len(prompt.prefix) + prompt.fixed_length
-            if room is not None and fixed + longest[stage] > room:
+        for stage in writer.prompts:
+            if room is not None and writer.longest(stage) > room:
                 raise UserError(
-                    f"the prompts of {stage} take up to {fixed + longest[stage]} tokens, the language model has "
-                    f"{room}; lower history_length, text_tokens, alignment_items_per_prompt or "
-                    "alignment_description_tokens"
+                    f"the prompts of {stage} take up to {writer.longest(stage)} tokens, the language model has {room}; "
+                    "lower history_length, text_tokens, alignment_items_per_prompt or alignment_description_tokens"
                 )
-            self._readers[stage] = SoftPromptDecoder(
-                backbone.decoder, backbone.embed_tokens, prompt.prefix, trained=self.adapter is not None
-            )
+        trained = self.adapter is not None
+        return {
+            stage: SoftPromptDecoder(backbone.decoder, backbone.embed_tokens, prompt.prefix, trained=trained)
+            for stage, prompt in writer.prompts.items()
+        }
 
     # Training
 
@@ -278,92 +246,30 @@ class GLTA(SequentialRecommender):
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=sampling.IGNORE)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Stage 3's loss for a batch of users, sampled by torch's own generator, which a resumed run restores."""
-        users = interaction[self.USER_ID].cpu()
-        return self.stage_loss(ALIGN_USERS, self.user_batch(users, torch.default_generator))
+        """Stage 3's loss for a batch of users."""
+        return self.stage_loss(ALIGN_USERS, self.training_batch(interaction))
+
+    def training_batch(self, interaction: Any) -> PromptBatch:
+        """Samples for a batch of users, by torch's own generator, which a resumed run restores."""
+        return self.user_batch(interaction[self.USER_ID].cpu(), torch.default_generator)
 
     def alignment_batch(self, items: Tensor, generator: Generator) -> PromptBatch:
         """Template (a) for items int64 ``[B, m]``: their descriptions shuffled, then their soft tokens."""
-        batch, size = items.shape
-        order = torch.rand(batch, size, generator=generator).argsort(1)
-        described = items.gather(1, order)
-        separator = prompts.repeated(self._separator, batch)
-        runs: list[Ragged] = []
-        for column in described.unbind(1):
-            runs += [self._descriptions.take(column), separator]
-        rows = torch.arange(batch * size).view(batch, size)
-        soft = Ragged.from_lengths(soft_ids(rows).flatten(), torch.full((batch,), size))
-        fills = {prompts.DESCRIPTIONS: prompts.join(runs[:-1]), prompts.ITEMS: soft}
-        targets, target_rows = items, rows
-        if self.config["target_order"] == "description":
-            targets, target_rows = described, rows.gather(1, order)
-        suffix = self._prompts[ALIGN_ITEMS].suffix(fills)
-        ids, places = self._with_slots(suffix, self._slot_ids(batch, size, batch * size, named=target_rows), size)
-        return PromptBatch(ids, places, items.new_empty(0), items.flatten(), targets)
+        return self._writer.alignment_batch(items, generator)
 
     def user_batch(self, users: Tensor, generator: Generator) -> PromptBatch:
         """Template (b) for users int64 ``[B]``, with a sampled history and targets out of their train items."""
         own, config = self.histories.take(users), self.config
         if self.by_time:
             window = config["target_window"] or self.slots
-            shown, wanted = sampling.next_sample(own, window, self.history_length, generator)
+            sample = sampling.next_sample(own, window, self.history_length, generator)
         else:
-            shown, wanted = sampling.random_sample(own, self.slots, self.history_length, generator)
-        shown = sampling.drop(shown, config["history_dropout"], generator)
-        targets = sampling.slot_targets(wanted, self.slots, config["target_fill"] == "repeat")
-        suffix, soft_users, soft_items = self._user_prompt(users, shown)
-        soft_rows, named = len(soft_users) + len(soft_items), None
-        if config["slot_input"] == "item":
-            # Teacher forcing: a slot reads the target of the slot before it; what a slot without one reads is idle.
-            named = soft_rows + torch.arange(targets.numel()).view(targets.shape)
-            soft_items = torch.cat([soft_items, targets.clamp_min(0).flatten()])
-        inputs = self._slot_ids(len(users), self.slots, soft_rows, named, users=config["user_alignment"])
-        ids, places = self._with_slots(suffix, inputs, self.slots)
-        return PromptBatch(ids, places, soft_users, soft_items, targets)
-
-    def _user_prompt(self, users: Tensor, history: Ragged) -> tuple[Ragged, Tensor, Tensor]:
-        """Template (b) after its prefix, and the users and items of its soft tokens."""
-        fills = {name: fill.take(users) for name, fill in self._fills.items()}
-        soft_users = users if self.config["user_alignment"] else users.new_empty(0)
-        if self.config["user_alignment"]:
-            one = torch.ones_like(users)
-            fills[prompts.USER] = Ragged.from_lengths(soft_ids(torch.arange(len(users))), one)
-        soft_items = history.values
-        rows = torch.arange(len(soft_items)) + len(soft_users)
-        fills[prompts.ITEMS] = Ragged(soft_ids(rows), history.offsets)
-        return self._prompts[ALIGN_USERS].suffix(fills), soft_users, soft_items
-
-    def _slot_ids(
-        self, rows: int, slots: int, soft_rows: int, named: Tensor | None = None, users: bool = False
-    ) -> Tensor:
-        """What the slots of each prompt read.
-
-        Slot 0 is the prompt's own last token and reads nothing more, but with ``slot_input: user`` all slots are alike.
-
-        Args:
-            rows: prompts.
-            slots: response slots.
-            soft_rows: soft tokens before the learned slot inputs, if there are any.
-            named: int64 ``[rows, slots]``, soft tokens of the items that the slots must name, for ``slot_input: item``.
-            users: whether the first ``rows`` soft tokens are the prompts' users, for ``slot_input: user``.
-
-        Returns:
-            int64 ``[rows, slots - 1]``, or ``[rows, slots]`` where slot 0 reads one as well.
-        """
-        kind = self.config["slot_input"]
-        if kind == "learned":
-            return soft_ids(soft_rows + torch.arange(slots - 1)).expand(rows, -1)
-        if kind == "item" and named is not None:
-            return soft_ids(named[:, : slots - 1])
-        if kind == "user" and users:
-            return soft_ids(torch.arange(rows)).unsqueeze(1).expand(-1, slots)
-        return torch.full((rows, slots - 1), self._slot_id)
-
-    def _with_slots(self, prompt: Ragged, inputs: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """The prompts with the slots' inputs behind them: padded ids ``[B, T]``, and places ``[B, slots]``."""
-        tail = Ragged.from_padded(inputs, torch.ones_like(inputs, dtype=torch.bool))
-        first = prompt.lengths - (slots - inputs.shape[1])
-        return prompts.join([prompt, tail]).padded(self._slot_id), first.unsqueeze(1) + torch.arange(slots)
+            sample = sampling.random_sample(own, self.slots, self.history_length, generator)
+        sample = sample.drop(config["history_dropout"], generator)
+        hidden = None
+        if config["user_dropout"]:
+            hidden = torch.rand(len(users), generator=generator) < config["user_dropout"]
+        return self._writer.user_batch(users, sample, hidden, following=self.supervise_history)
 
     # The forward pass
 
@@ -425,16 +331,15 @@ class GLTA(SequentialRecommender):
 
     def _scores(self, users: Tensor, history: Ragged, allowed: Tensor) -> Tensor:
         """Scores of some users at once, by the mode of inference."""
-        suffix, soft_users, soft_items = self._user_prompt(users, history)
-        soft = self._soft_tokens(soft_users.to(self.device), soft_items.to(self.device))
+        writer = self._writer
+        prompt = writer.user_prompts(users, history)
+        suffix, soft = prompt.suffix, self._soft_tokens(prompt.users.to(self.device), prompt.items.to(self.device))
         reader = self._readers[ALIGN_USERS]
         if self.config["inference"] == "ar":
-            ids = suffix.padded(self._slot_id).to(self.device)
+            ids = suffix.padded(writer.slot_id).to(self.device)
             return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
         slots = 1 if self.config["inference"] == "fl" else self.slots
-        soft_rows = len(soft_users) + len(soft_items)
-        inputs = self._slot_ids(len(users), slots, soft_rows, users=self.config["user_alignment"])
-        ids, slot_places = self._with_slots(suffix, inputs, slots)
+        ids, slot_places = writer.with_slots(suffix, writer.slot_ids(len(users), slots, prompt), slots)
         states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
         log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:

@@ -6,6 +6,8 @@ A target never stands among the items shown: histories hold each item once (:fun
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Generator, Tensor
@@ -14,6 +16,30 @@ from recbole_llm.data.prompts import Ragged
 
 # torch.nn.functional.cross_entropy's own default: a slot without a target adds nothing to the loss.
 IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What some users' prompts show and ask for, one row a prompt.
+
+    Attributes:
+        shown: the items in the prompt, in time order.
+        targets: the items that the slots must name, in random order.
+        following: for each shown item the one that the user had next, in the layout of ``shown``; ``None`` where the
+            order of a user's items is not to be learned.
+    """
+
+    shown: Ragged
+    targets: Ragged
+    following: Ragged | None = None
+
+    def drop(self, share: float, generator: Generator) -> Sample:
+        """Each shown item taken out with probability ``share``; what follows the others stays what it was."""
+        if not share:
+            return self
+        kept = torch.rand(len(self.shown.values), generator=generator) >= share
+        following = None if self.following is None else self.following.keep(kept)
+        return Sample(self.shown.keep(kept), self.targets, following)
 
 
 def unique_histories(offsets: np.ndarray, items: np.ndarray) -> Ragged:
@@ -44,7 +70,7 @@ def shuffled_ranks(rows: Tensor, offsets: Tensor, generator: Generator) -> Tenso
     return ranks
 
 
-def random_sample(histories: Ragged, slots: int, history_length: int, generator: Generator) -> tuple[Ragged, Ragged]:
+def random_sample(histories: Ragged, slots: int, history_length: int, generator: Generator) -> Sample:
     """Targets at random, and others of the user's items to show (GLTA, section 3.3: "randomly shuffled").
 
     At most half of a user's items, and at most ``slots``, become targets, so that something is left to show.
@@ -56,16 +82,16 @@ def random_sample(histories: Ragged, slots: int, history_length: int, generator:
         generator: the source of all randomness.
 
     Returns:
-        The items shown, and the targets in random order; both one row a user.
+        One row a user.
     """
     rows = histories.rows
     ranks = shuffled_ranks(rows, histories.offsets, generator)
     wanted = (histories.lengths // 2).clamp(min=1, max=slots)[rows]
     shown = (ranks >= wanted) & (ranks < wanted + history_length)
-    return histories.keep(shown), shuffle(histories.keep(ranks < wanted), generator)
+    return Sample(histories.keep(shown), shuffle(histories.keep(ranks < wanted), generator))
 
 
-def next_sample(histories: Ragged, window: int, history_length: int, generator: Generator) -> tuple[Ragged, Ragged]:
+def next_sample(histories: Ragged, window: int, history_length: int, generator: Generator) -> Sample:
     """A random moment in each user's time: the items before it are shown, those after it are the targets.
 
     Args:
@@ -75,7 +101,7 @@ def next_sample(histories: Ragged, window: int, history_length: int, generator: 
         generator: the source of all randomness.
 
     Returns:
-        The items shown, in time order, and the targets in random order; both one row a user.
+        One row a user.
     """
     lengths, rows, positions = histories.lengths, histories.rows, histories.positions
     draw = torch.rand(len(histories), generator=generator, dtype=torch.double)
@@ -83,7 +109,9 @@ def next_sample(histories: Ragged, window: int, history_length: int, generator: 
     cuts = ((draw * (lengths - 1)).long() + 1).minimum((lengths - 1).clamp_min(0))[rows]
     shown = (positions < cuts) & (positions >= cuts - history_length)
     targets = (positions >= cuts) & (positions < cuts + window)
-    return histories.keep(shown), shuffle(histories.keep(targets), generator)
+    # A shown item lies before the moment, so that its row goes on behind it.
+    following = Ragged(histories.values[shown.nonzero().squeeze(1) + 1], histories.keep(shown).offsets)
+    return Sample(histories.keep(shown), shuffle(histories.keep(targets), generator), following)
 
 
 def shuffle(ragged: Ragged, generator: Generator) -> Ragged:
@@ -95,11 +123,19 @@ def shuffle(ragged: Ragged, generator: Generator) -> Ragged:
     return Ragged(values, ragged.offsets)
 
 
-def drop(ragged: Ragged, share: float, generator: Generator) -> Ragged:
-    """Each value taken out with probability ``share``."""
-    if not share:
-        return ragged
-    return ragged.keep(torch.rand(len(ragged.values), generator=generator) >= share)
+def scatter(histories: Ragged, users: Tensor) -> Ragged:
+    """Each row in an order that depends on its user and items alone: the control that takes time out of a history.
+
+    Args:
+        histories: one row a prompt.
+        users: int64 ``[B]``, whose row it is.
+    """
+    # Multiplicative hashing; an order that a generator drew would differ between two rankings of one user.
+    rows = histories.rows
+    mixed = (histories.values * 2654435761) ^ (users[rows] * 1540483477)
+    keys = (mixed % (1 << 31)) * 2246822519 % (1 << 31)
+    order = (rows.double() + keys.double() / (1 << 31)).argsort()
+    return Ragged(histories.values[order], histories.offsets)
 
 
 def slot_targets(targets: Ragged, slots: int, repeat: bool) -> Tensor:

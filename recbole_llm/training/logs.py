@@ -19,6 +19,22 @@ class _Plain(logging.Formatter):
         return _COLOUR.sub("", super().format(record))
 
 
+class _RunLog(logging.FileHandler):
+    """A log file that a full disk ends: the run's own files decide whether the run can go on, not its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's own name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        self.close()
+        logging.getLogger("recbole_llm").warning("%s cannot be written any more; the run goes on", self.baseFilename)
+
+    def close(self) -> None:
+        # What is still in memory cannot be written either.
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _ours(record: logging.LogRecord) -> bool:
     """RecBole logs three lines an epoch through the root logger: the file has them, the terminal our lines only."""
     return record.name.startswith("recbole_llm") or record.levelno >= logging.WARNING
@@ -37,7 +53,7 @@ def run_logging(file: Path, level: str) -> Iterator[None]:
     """
     root = logging.getLogger()
     before = root.level
-    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file = _RunLog(file, mode="w", encoding="utf-8")
     to_file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(_Plain("%(message)s"))

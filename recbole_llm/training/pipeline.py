@@ -13,15 +13,16 @@ from typing import Any
 
 from recbole.utils import init_seed
 
-from recbole_llm import compat, registry
+from recbole_llm import compat, processes, registry
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.training.staged import WEIGHTS, StagedTrainer
+from recbole_llm.training.state import RESUME_FILE
 from recbole_llm.training.store import Stage, StageStore
-from recbole_llm.training.trainer import RESUME_FILE, trainer_class
+from recbole_llm.training.trainer import trainer_class
 
 # Raised when a change of ours moves what training a recommender makes.
 TRAIN_VERSION = 1
@@ -140,6 +141,8 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
     if isinstance(trainer, StagedTrainer):
         upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
         stages = list(trainer.stages)
+        # What trains is reported, also where the stage is found rather than trained.
+        model.begin_stage(model.stages[-1])
     name = model.stages[-1] if isinstance(trainer, StagedTrainer) else f"train-{config['model']}"
     stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream)
     trainer.load_best(stage.folder / WEIGHTS)
@@ -167,9 +170,8 @@ def _train(
         trainer.saved_model_file = str(folder / WEIGHTS)
         trainer.resume_file = folder / RESUME_FILE
         trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
-        if not (folder / WEIGHTS).is_file():
+        if processes.is_main() and not (folder / WEIGHTS).is_file():
             raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
-        trainer.resume_file.unlink(missing_ok=True)
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
         return {
@@ -180,7 +182,7 @@ def _train(
         }
 
     trainer._train_data = train_data
-    return store.run(name, TRAIN_VERSION, inputs, make)
+    return store.run(name, TRAIN_VERSION, inputs, make, together=isinstance(trainer, StagedTrainer))
 
 
 def data_mark(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_llm import __version__
+from recbole_llm import __version__, processes
 from recbole_llm.config import Config
+from recbole_llm.disk import full_disk_told, write_whole
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured
 from recbole_llm.training.logs import run_logging
@@ -52,18 +54,25 @@ def run(
 
     Raises:
         UserError: what the user asked for cannot be done; nothing half-written is left.
+        DiskFullError: the disk is full; the same call goes on once there is room.
     """
     config = Config(model, dataset, config_file_list, config_dict, command_line)
+    folder = processes.on_main(lambda: _begin(config))
+    if not processes.is_main():
+        return _run(config, folder)
+    config["tensorboard_dir"] = str(folder / "tensorboard") if config["tensorboard"] else None
+    try:
+        with full_disk_told(folder.parent), run_logging(folder / "run.log", config["state"]):
+            return _run(config, folder)
+    except BaseException as error:
+        _tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
+        raise
+
+
+def _begin(config: Config) -> Path:
     if config["result_file"]:
         writable(Path(config["result_file"]))
-    folder = new_run_folder(config)
-    config["tensorboard_dir"] = str(folder / "tensorboard") if config["tensorboard"] else None
-    with run_logging(folder / "run.log", config["state"]):
-        try:
-            return _run(config, folder)
-        except BaseException as error:
-            _tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
-            raise
+    return new_run_folder(config)
 
 
 def new_run_folder(config: Config) -> Path:
@@ -140,7 +149,6 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
     seconds = time.monotonic() - start
     measured: Measured = trainer.measured if test else Measured()
-    folder.mkdir(parents=True, exist_ok=True)
     split = getattr(fitted.train_data._dataset, "split", None)
     test_users = len(measured.users)
     result = {
@@ -169,11 +177,13 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     text = getattr(trainer, "item_text", None)
     if text is not None:
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
+        result["item_text"] |= {"dropped": text.dropped, "shuffled": text.shuffled}
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
-    _write_result(folder / "result.json", "per_user.npz", result, arrays)
-    if result_file:
+    if processes.is_main():
+        _write_result(folder / "result.json", "per_user.npz", result, arrays)
+    if result_file and processes.is_main():
         copy = Path(result_file)
         _write_result(copy, f"{copy.stem}.per_user.npz", result, arrays)
     return result | {"result_file": str(folder / "result.json")}
@@ -183,17 +193,11 @@ def _write_result(path: Path, arrays_name: str, result: Mapping[str, Any], array
     """A result with its users' values beside it; each copy names its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if arrays:
-        _write(path.with_name(arrays_name), lambda file: np.savez_compressed(file, **arrays))
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        write_whole(path.with_name(arrays_name), lambda part: part.write_bytes(packed.getvalue()))
     content = json.dumps({**result, "per_user": arrays_name if arrays else None}, indent=1).encode()
-    _write(path, lambda file: file.write(content))
-
-
-def _write(path: Path, fill: Any) -> None:
-    """A file in one step: a reader never finds half of it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        fill(file)
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_bytes(content))
 
 
 def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, Any]:

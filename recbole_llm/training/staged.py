@@ -2,7 +2,8 @@
 
 What a staged recommender says of itself: ``parts`` (config keys that name a recommender trained first), ``stages`` (its
 own stages, the last of which is trained like any RecBole model), ``prepare`` (takes what the earlier stages made),
-``begin_stage``, ``stage_batches`` and ``stage_loss``.
+``begin_stage``, ``stage_batches``, ``training_batch`` (the last stage's batches) and ``stage_loss``. Batches tell
+what :class:`~recbole_llm.training.loop.Batch` asks for.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from torch import nn
 
+from recbole_llm import processes
 from recbole_llm.backbone.adapter import check_targets
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.backbone.checkpointing import checkpoint_layers
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
-from recbole_llm.backbone.load import check_options, load_backbone
+from recbole_llm.backbone.load import check_options, load_backbone, load_with_head
+from recbole_llm.backbone.text_projector import cold_item_embeddings, text_features
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
-from recbole_llm.data.keywords import prediction_keywords, profile_keywords
+from recbole_llm.data.text_noise import with_noise
+from recbole_llm.disk import remove
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
-from recbole_llm.training.state import load_state, rng_state, save_state, set_rng_state
+from recbole_llm.training.loop import TrainingLoop, check_settings
+from recbole_llm.training.state import RESUME_FILE, ResumeFile, load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
-from recbole_llm.training.trainer import RESUME_FILE, RESUME_SECONDS, TrainerMixin
+from recbole_llm.training.trainer import RESUME_SECONDS, TrainerMixin, _Watched
+from recbole_llm.training.user_text import Texts, generated_texts, keyword_texts, text_source
 
 logger = logging.getLogger("recbole_llm")
 
@@ -43,12 +51,16 @@ ALIGNMENT_VERSION = 1
 class StagedTrainer(TrainerMixin, Trainer):
     """Trains a staged recommender: :meth:`prepare` runs the stages before the last, ``fit`` the last one."""
 
+    together = True
+    shares_ranking = True
+
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
         self.stages: list[dict[str, Any]] = []
         self.part_fits: dict[str, Any] = {}
         self.item_text: ItemText | None = None
         self._upstream: list[str] | None = None
+        self._loop: TrainingLoop | None = None
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
         """The layers that train exist only once the earlier stages have run."""
@@ -68,6 +80,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         """
         config, dataset = self.config, train_data._dataset
         # What the user may have got wrong comes first: a graph model is minutes of training.
+        check_settings(config)
         self.item_text = read_item_text(config, dataset)
         named = None if config["llm"] == "embedded" else load_backbone(config["llm"], **_backbone_options(config))
         settings = EmbeddedSettings.from_config(config)
@@ -85,7 +98,13 @@ class StagedTrainer(TrainerMixin, Trainer):
             )
         else:
             backbone, backbone_mark = named, fingerprint_of([named.fingerprint(), _backbone_options(config)])
-        profiles, predictions = user_texts(config, dataset, self.item_text.texts, user_embeddings, item_embeddings)
+        if config["cold_items"] == "text":
+            item_embeddings = self._cold_items(dataset, backbone, item_embeddings)
+        profiles, predictions = self._user_texts(
+            dataset, backbone, backbone_mark, store, user_embeddings, item_embeddings
+        )
+        if config["gradient_checkpointing"]:
+            checkpoint_layers(backbone.decoder)
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
             user_embeddings=torch.as_tensor(user_embeddings),
@@ -115,88 +134,139 @@ class StagedTrainer(TrainerMixin, Trainer):
             self.stages.extend({**line, "name": part} for line in fit.stages)
         return graph_embeddings(self.part_fits["graph_model"].model, self.config["graph_model"])
 
+    def _cold_items(self, dataset: Any, backbone: Backbone, item_embeddings: np.ndarray) -> np.ndarray:
+        assert self.item_text is not None
+        seen = np.zeros(len(item_embeddings), dtype=bool)
+        seen[dataset.train_histories.items] = True
+        features = text_features(backbone, self.item_text.texts, self.config["alignment_description_tokens"])
+        logger.info("cold items: %d of %d get an embedding from their text", (~seen[1:]).sum(), len(seen) - 1)
+        return cold_item_embeddings(item_embeddings, features, seen, self.config["cold_items_penalty"])
+
+    def _user_texts(
+        self,
+        dataset: Any,
+        backbone: Backbone,
+        mark: str,
+        store: StageStore,
+        user_embeddings: np.ndarray,
+        item_embeddings: np.ndarray,
+    ) -> Texts:
+        assert self.item_text is not None
+        config, texts = self.config, self.item_text.texts
+        source = text_source(config)
+        if source == "none" or not (config["profile_words"] or config["prediction_words"]):
+            return None, None
+        if source == "keywords":
+            return keyword_texts(config, dataset, texts, user_embeddings, item_embeddings)
+        made, stage = generated_texts(
+            config, dataset, texts, backbone, mark,
+            lambda: load_with_head(backbone.name, **_backbone_options(config)), store,
+        )  # fmt: skip
+        self.stages.append(stage.as_dict())
+        return made
+
     def _alignment(self, stage: str, store: StageStore, upstream: list[str]) -> Stage:
         config = self.config
         keys = {key: value for key, value in config.stage_keys().items() if _shapes_alignment(key)}
         inputs = {"config": keys, "upstream": upstream}
-        made = store.run(stage, ALIGNMENT_VERSION, inputs, lambda folder: self._align(stage, folder))
+        made = store.run(stage, ALIGNMENT_VERSION, inputs, lambda folder: self._align(stage, folder), together=True)
         self.model.load_state_dict(load_state(made.folder / WEIGHTS, self.device))
         return made
 
     def _align(self, stage: str, folder: Path) -> dict[str, Any]:
-        """One alignment stage: a plain loop over its batches for a fixed number of epochs."""
+        """One alignment stage: its batches for a fixed number of epochs."""
         config, model = self.config, self.model
         init_seed(config["seed"], config["reproducibility"])
         generator = torch.Generator().manual_seed(config["seed"])
         optimizer = torch.optim.Adam(model.begin_stage(stage), lr=config["alignment_learning_rate"])
+        epochs, batches = config["alignment_epochs"], len(model.stage_batches(stage, generator))
+        loop = TrainingLoop(config, model, stage, optimizer, batches, epochs)
         losses: list[float] = []
         resume = folder / RESUME_FILE
         if resume.is_file():
-            losses = _resume_alignment(resume, model, optimizer, generator)
-        epochs, last = config["alignment_epochs"], time.monotonic()
-        steps = Steps(stage, (epochs - len(losses)) * len(model.stage_batches(stage, generator)), self._show())
+            losses = _resume_alignment(resume, model, optimizer, loop, generator)
+        last = time.monotonic()
+        steps = Steps(stage, (epochs - len(losses)) * batches, self._show())
         for epoch in range(len(losses), epochs):
-            losses.append(self._align_epoch(stage, epoch, optimizer, generator, steps))
-            if time.monotonic() - last > RESUME_SECONDS:
+            losses.append(self._align_epoch(loop, epoch, generator, steps))
+            if processes.is_main() and time.monotonic() - last > RESUME_SECONDS:
                 state = {
                     "model": dict(model.state_dict()),
                     "optimizer": optimizer.state_dict(),
                     "losses": losses,
+                    "loop": loop.state_dict(),
                     "rng": rng_state(generator),
                 }
                 save_state(resume, state)
                 last = time.monotonic()
         steps.close()
-        save_state(folder / WEIGHTS, dict(model.state_dict()))
-        resume.unlink(missing_ok=True)
+        if processes.is_main():
+            save_state(folder / WEIGHTS, dict(model.state_dict()))
         return {"losses": losses}
 
-    def _align_epoch(
-        self, stage: str, epoch: int, optimizer: torch.optim.Optimizer, generator: torch.Generator, steps: Steps
-    ) -> float:
-        self.model.train()
+    def _align_epoch(self, loop: TrainingLoop, epoch: int, generator: torch.Generator, steps: Steps) -> float:
         total, count = 0.0, 0
-        for number, batch in enumerate(self.model.stage_batches(stage, generator)):
-            loss = self.model.stage_loss(stage, batch)
+
+        def check(loss: torch.Tensor) -> None:
             if not torch.isfinite(loss):
                 raise TrainingStoppedError(
-                    f"{self.config['model']}: the loss of {stage} became {loss.item()} in epoch {epoch + 1}, batch "
-                    f"{number + 1}; try a lower alignment_learning_rate (now {self.config['alignment_learning_rate']})"
+                    f"{self.config['model']}: the loss of {loop.stage} became {loss.item()} in epoch {epoch + 1}, "
+                    f"batch {steps.done - before + 1}; try a lower alignment_learning_rate "
+                    f"(now {self.config['alignment_learning_rate']})"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total, count = total + float(loss.detach()), count + 1
-            steps.advance()
+
+        batches, before = self.model.stage_batches(loop.stage, generator), steps.done
+        for loss in loop.epoch(batches, check):
+            total, count = total + loss, count + 1
+            for _ in range(min(loop.accumulation, before + len(batches) - steps.done)):
+                steps.advance()
         return total / max(count, 1)
 
     # --- the last stage ----------------------------------------------------------------------------------------------
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
         """RecBole's ``fit`` of the last stage; :meth:`prepare` has run."""
-        init_seed(self.config["seed"], self.config["reproducibility"])
-        self.optimizer = self._build_optimizer(params=self.model.begin_stage(self.model.stages[-1]))
+        config, model, stage = self.config, self.model, self.model.stages[-1]
+        init_seed(config["seed"], config["reproducibility"])
+        self.optimizer = self._build_optimizer(params=model.begin_stage(stage))
+        self._loop = TrainingLoop(config, model, stage, self.optimizer, len(train_data), self.epochs)
         return super().fit(train_data, *args, **kwargs)
+
+    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
+        """Replaces trainer.py:208; the sum of the steps' losses."""
+        assert self._loop is not None
+        self._where = (epoch_idx, 0)
+        batches = (self.model.training_batch(interaction) for interaction in _Watched(train_data, self._tick))
+        return sum(self._loop.epoch(batches, self._check_nan), 0.0)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"loop": self._loop.state_dict()} if self._loop else {}
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        if self._loop:
+            self._loop.load_state_dict(state["loop"])
 
 
 def _shapes_alignment(key: str) -> bool:
     """Settings of the alignment stage: the flat training keys belong to the last stage only."""
     last_stage = {
         "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
-        "clip_grad_norm", "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window",
-        "history_dropout", "history_length", "history_input", "valid_metric_bigger", "eval_unit", "exclude_history",
+        "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window", "target_fill",
+        "history_dropout", "history_length", "history_input", "history_order", "user_dropout", "loss_positions",
+        "train_item_projector", "text_tokens", "inference_batch_size", "valid_metric_bigger", "eval_unit",
+        "exclude_history",
     }  # fmt: skip
     return key not in last_stage
 
 
 def _resume_alignment(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loop: TrainingLoop, generator: torch.Generator
 ) -> list[float]:
-    try:
-        state = load_state(file)
-    except UserError:
+    state = ResumeFile(file).take_up()
+    if state is None:
         return []
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    loop.load_state_dict(state["loop"])
     set_rng_state(state["rng"], generator)
     return list(state["losses"])
 
@@ -226,6 +296,8 @@ def graph_embeddings(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if hasattr(model, "GcEncoder"):  # GCMC's forward takes pairs; its encoder makes the tables
+        return model.GcEncoder(model.user_features, model.item_features)
     try:
         output = model.forward()
     except TypeError:
@@ -256,12 +328,13 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
             f"{config['model']} needs item text, but '{name}' has no template; "
             f"set item_text: '{{column}}' with columns of {file}"
         )
+    tokens = dataset.field2id_token[dataset.iid_field].tolist()
     text = load_item_text(
         file,
         id_field=config["ITEM_ID_FIELD"],
         template=template,
         fallback=config["item_text_fallback"],
-        id_tokens=dataset.field2id_token[dataset.iid_field].tolist(),
+        id_tokens=tokens,
         max_words=config["item_text_max_words"],
         separator=config["field_separator"],
         encoding=config["encoding"] or "utf-8",
@@ -272,7 +345,7 @@ def read_item_text(config: Any, dataset: Any) -> ItemText:
         )
     if text.missing:
         logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
-    return text
+    return with_noise(text, tokens, config["text_drop"], config["text_shuffle"], config["text_noise_seed"])
 
 
 def _backbone_options(config: Any) -> dict[str, Any]:
@@ -282,6 +355,7 @@ def _backbone_options(config: Any) -> dict[str, Any]:
         "quantization": config["llm_quantization"],
         "trust_remote_code": config["trust_remote_code"],
         "device": str(config["device"]),
+        "random_init": config["seed"] if config["llm_random_init"] else None,
     }
 
 
@@ -292,28 +366,11 @@ def embedded_stage(
     seen = np.unique(dataset.train_histories.items)
     corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
-    return store.run(
-        "backbone", BACKBONE_VERSION, inputs,
-        lambda folder: train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model"),
-    )  # fmt: skip
 
+    def make(folder: Path) -> dict[str, Any]:
+        # A kill while they are written leaves files of random names among them.
+        remove(folder / "model")
+        resume = ResumeFile(folder / RESUME_FILE)
+        return train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model", resume=resume)
 
-def user_texts(
-    config: Any, dataset: Any, texts: list[str], user_embeddings: np.ndarray, item_embeddings: np.ndarray
-) -> tuple[list[str] | None, list[str] | None]:
-    """Profile tags and predicted interests of every user, from train rows only; ``None`` leaves a prompt's line out."""
-    if config["text_source"] == "none":
-        return None, None
-    histories = dataset.train_histories
-    profiles = profile_keywords(texts, histories, config["profile_words"]) if config["profile_words"] else None
-    predictions = None
-    if config["prediction_words"]:
-        predictions = prediction_keywords(
-            texts,
-            histories,
-            user_embeddings,
-            item_embeddings,
-            config["prediction_words"],
-            config["prediction_neighbours"],
-        )
-    return profiles, predictions
+    return store.run("backbone", BACKBONE_VERSION, inputs, make)

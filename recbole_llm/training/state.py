@@ -6,9 +6,11 @@ RecBole pickles its whole Config into every checkpoint with a protocol that torc
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
+
+logger = logging.getLogger("recbole_llm")
+
+# The state of a stage that is not finished; the stage cache takes it away when the stage is.
+RESUME_FILE = "resume.safetensors"
+# It is written no more often than this.
+RESUME_SECONDS = 20.0
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -31,32 +41,78 @@ def save_state(path: Path, state: Any) -> None:
 
     Raises:
         TypeError: it holds anything else.
+        OSError: it cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = _encode(state, tensors)
-    part = path.with_name(path.name + ".part")
+    tree = json.dumps(_encode(state, tensors))
     # An empty file cannot carry a header's tensors; one dummy keeps the format the same for every state.
-    save_file(tensors or {"none": torch.zeros(1)}, str(part), metadata={"tree": json.dumps(tree)})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    tensors = tensors or {"none": torch.zeros(1)}
+    header = {"tree": tree, "sha256": _digest(tree, tensors)}
+    write_whole(path, lambda part: save_file(tensors, str(part), metadata=header))
 
 
 def load_state(path: Path, device: str | torch.device = "cpu") -> Any:
     """Read what :func:`save_state` wrote.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged; one flipped bit is noticed.
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            tree = json.loads(file.metadata()["tree"])
+        with safe_open(str(path), framework="pt") as file:
+            header = dict(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        # Files of the first release carry no checksum; any other header is a damaged one.
+        if header.keys() != {"tree"} and header != {"tree": header["tree"], "sha256": _digest(header["tree"], tensors)}:
+            raise ValueError("its checksum does not fit")
+        tree = json.loads(header["tree"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error})") from None
-    return _decode(tree, tensors)
+    return _decode(tree, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def _digest(tree: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class ResumeFile:
+    """Where a long stage keeps what it needs to go on after it was cut off.
+
+    Args:
+        path: the file, in the stage's own folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = time.monotonic()
+
+    def take_up(self) -> Any | None:
+        """The state that an earlier attempt left; ``None`` where there is none, or (told in one line) a damaged one."""
+        if not self.path.is_file():
+            return None
+        try:
+            return load_state(self.path)
+        except UserError as error:
+            self.refuse(str(error))
+            return None
+
+    def refuse(self, reason: str) -> None:
+        """Say why the state is of no use; the next one takes its place."""
+        logger.warning("%s; this stage starts over", reason)
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._last >= RESUME_SECONDS
+
+    def save(self, state: Any) -> None:
+        """Keep a state instead of the one before; see :func:`save_state`."""
+        save_state(self.path, state)
+        self._last = time.monotonic()
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,11 +17,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from recbole_llm import processes
+from recbole_llm.disk import PART, remove, sync, write_whole
+from recbole_llm.errors import UserError
 from recbole_llm.progress import clock
+from recbole_llm.training.state import RESUME_FILE
 
 logger = logging.getLogger("recbole_llm")
 
 CARD = "stage.json"
+SECONDS = ".seconds"
 LOCK_NOTE_SECONDS = 2.0
 
 
@@ -64,6 +70,8 @@ class StageStore:
     work folder whose name is its fingerprint, so that an interrupted one goes on from what it saved there, and is moved
     into place in one step.
 
+    Of the processes of one run the main one keeps the cache: it alone holds locks and puts stages in place.
+
     Args:
         root: the cache folder.
         refresh: make every stage again.
@@ -72,7 +80,14 @@ class StageStore:
     def __init__(self, root: Path, refresh: bool = False) -> None:
         self.root, self.refresh = Path(root), refresh
 
-    def run(self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> Stage:
+    def run(
+        self,
+        name: str,
+        version: int,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        together: bool = False,
+    ) -> Stage:
         """Find a stage or make it.
 
         Args:
@@ -81,10 +96,37 @@ class StageStore:
             inputs: everything else that its artefacts depend on, as plain data.
             make: fills the folder it is given and returns facts (plain data). What it finds there is its own, from an
                 attempt that was cut off.
+            together: every process of the run makes it, and the main one alone writes; else the main one makes it
+                while the others wait.
 
         Returns:
             The stage, from the cache when its files are whole.
         """
+        if not together or processes.count() == 1:
+            return processes.on_main(lambda: self._find_or_make(name, version, inputs, make))
+        if not processes.is_main():
+            return _help_to_make(make)
+        begun = False
+
+        def make_together(folder: Path) -> dict[str, Any]:
+            nonlocal begun
+            begun = True
+            processes.from_main(folder)
+            return make(folder)
+
+        try:
+            stage = self._find_or_make(name, version, inputs, make_together)
+        except UserError:
+            if begun:
+                processes.from_main(None)
+            raise
+        if not begun:
+            processes.from_main(None)
+        return processes.from_main(stage)
+
+    def _find_or_make(
+        self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
         mark = fingerprint_of({"stage": name, "version": version, "inputs": inputs})
         entry = f"{name}-{mark[:16]}"
         final, work = self.root / entry, self.root / ".work" / entry
@@ -127,37 +169,90 @@ class StageStore:
         final: Path,
     ) -> Stage:
         work.mkdir(parents=True, exist_ok=True)
+        # A card is the last thing written, so with a whole one nothing but the move is missing.
+        if _damage(work, mark):
+            remove(work / CARD)
+            self._fill(name, version, mark, inputs, make, work)
+        for path in _unfinished(work):
+            remove(path)
+        os.replace(work, final)
+        sync(final.parent)
+        card = json.loads((final / CARD).read_text(encoding="utf-8"))
+        logger.info("%s: done in %s", name, clock(card["seconds"]))
+        return Stage(name, mark, final, card["seconds"], False, card["peak_memory_mb"], card["facts"])
+
+    def _fill(
+        self,
+        name: str,
+        version: int,
+        mark: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        work: Path,
+    ) -> None:
+        """Have the stage made in its work folder, and write the card that says it is whole."""
         before = _spent(work)
         start = time.monotonic()
         reset_peak_memory()
         logger.info("%s: %s", name, "going on where it was cut off" if any(work.iterdir()) else "starting")
+        _note(work, before)
         try:
             facts = make(work)
         finally:
-            if work.exists():
-                (work / ".seconds").write_text(str(before + time.monotonic() - start), encoding="utf-8")
+            _note(work, before + time.monotonic() - start)
         seconds = before + time.monotonic() - start
-        (work / ".seconds").unlink(missing_ok=True)
         peak = peak_memory_mb()
-        files = {str(path.relative_to(work)): _sha256(path) for path in sorted(work.rglob("*")) if path.is_file()}
+        extra = _unfinished(work)
+        files = {}
+        for path in sorted(work.rglob("*")):
+            if path.is_dir():
+                sync(path)
+            elif extra.isdisjoint((path, *path.parents)):
+                sync(path)
+                files[str(path.relative_to(work))] = _sha256(path)
         card = {
             "schema": 1, "name": name, "version": version, "fingerprint": mark, "inputs": inputs, "seconds": seconds,
             "peak_memory_mb": peak, "facts": facts, "files": files,
         }  # fmt: skip
         card = json.loads(json.dumps(card))
         card["seal"] = fingerprint_of(card)
-        with (work / CARD).open("w", encoding="utf-8") as file:
-            json.dump(card, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, final)
-        logger.info("%s: done in %s", name, clock(seconds))
-        return Stage(name, mark, final, seconds, False, peak, facts)
+        text = json.dumps(card, indent=1, sort_keys=True)
+        write_whole(work / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _unfinished(work: Path) -> set[Path]:
+    """What only an attempt that was cut off needs, or has left."""
+    return {work / RESUME_FILE, work / SECONDS, *work.rglob(f"*{PART}")}
+
+
+def _note(work: Path, seconds: float) -> None:
+    # On a full disk the figure is lost; the error that matters is on its way or will come.
+    with contextlib.suppress(OSError):
+        (work / SECONDS).write_text(str(seconds), encoding="utf-8")
+
+
+def _help_to_make(make: Callable[[Path], dict[str, Any]]) -> Stage:
+    """The part of every process but the main one in a stage that is made together."""
+    folder = processes.from_main(None)
+    if folder is not None:
+        try:
+            make(folder)
+        except UserError:
+            # It stops training in every process; the main one is heard out before any leaves.
+            processes.from_main(None)
+            raise
+    stage = processes.from_main(None)
+    if stage is None:
+        raise SystemExit(2)
+    return stage
 
 
 def _spent(work: Path) -> float:
+    """Seconds that earlier attempts took; of a killed one those up to the last file it saved."""
+    note = work / SECONDS
     try:
-        return float((work / ".seconds").read_text(encoding="utf-8"))
+        saved = max(path.stat().st_mtime for path in work.rglob("*"))
+        return float(note.read_text(encoding="utf-8")) + saved - note.stat().st_mtime
     except (OSError, ValueError):
         return 0.0
 

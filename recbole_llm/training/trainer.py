@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,15 +16,19 @@ from recbole.trainer.trainer import AbstractTrainer
 from recbole.utils import get_trainer as recbole_trainer
 from torch import nn
 
-from recbole_llm import compat
+from recbole_llm import compat, processes
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured, measure
 from recbole_llm.progress import Steps
-from recbole_llm.training.state import Generator, load_state, rng_state, save_state, set_rng_state
-
-# A resumable state is written at the first validation this long after the last one.
-RESUME_SECONDS = 20.0
-RESUME_FILE = "resume.safetensors"
+from recbole_llm.training.state import (
+    RESUME_SECONDS,
+    Generator,
+    ResumeFile,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+)
 
 
 class TrainerMixin:
@@ -32,6 +37,9 @@ class TrainerMixin:
     model: Any
     config: Any
     saved_model_file: str
+    # Whether all processes of a run train this model together, and whether they divide its rankings among them.
+    together = False
+    shares_ranking = False
 
     def __init__(self, config: Any, model: Any) -> None:
         folder = config["tensorboard_dir"]
@@ -116,7 +124,7 @@ class TrainerMixin:
         """Replaces trainer.py:289, whose pickled Config no safe loader can read."""
         file = Path(kwargs.pop("saved_model_file", self.saved_model_file))
         self.best_epoch = epoch
-        save_state(file, {
+        state = {
             "model": self.config["model"],
             "epoch": epoch,
             "state_dict": dict(self.model.state_dict()),
@@ -124,7 +132,9 @@ class TrainerMixin:
             "other_parameter": {
                 name: value for name, value in self.model.other_parameter().items() if not isinstance(value, nn.Module)
             },
-        })  # fmt: skip
+        }
+        if processes.is_main():
+            save_state(file, state)
         if self.config["eval_step"] <= 0 or not self._has_valid:
             self._keep(epoch)
 
@@ -156,7 +166,7 @@ class TrainerMixin:
             self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
         if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
             return
-        if not self._resumable():
+        if not self._resumable() or not processes.is_main():
             return
         stopping = self.cur_step > self.stopping_step  # type: ignore[attr-defined]
         save_state(self.resume_file, {
@@ -167,12 +177,26 @@ class TrainerMixin:
             "best_epoch": self.best_epoch,
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
             "stopped": stopping,
-            "state_dict": dict(self.model.state_dict()),
             "counters": self._counters(),
-            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
-            "rng": rng_state(*self._generators()),
+            **self._moving_state(),
         })  # fmt: skip
         self._last_resume = time.monotonic()
+
+    def _moving_state(self) -> dict[str, Any]:
+        """What every step moves."""
+        return {
+            "state_dict": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "rng": rng_state(*self._generators()),
+            **self._own_state(),
+        }
+
+    def _put(self, state: dict[str, Any]) -> None:
+        """Put a :meth:`_moving_state` back."""
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
+        set_rng_state(state["rng"], *self._generators())
+        self._take_state(state)
 
     def _resumable(self) -> bool:
         """Whether a run can go on from weights, one optimizer and random streams.
@@ -182,6 +206,13 @@ class TrainerMixin:
         own = [cls for cls in type(self).__mro__ if "fit" in vars(cls) and cls.__module__.startswith("recbole.")]
         return all(cls in _KNOWN_FITS for cls in own)
 
+    def _own_state(self) -> dict[str, Any]:
+        """What a trainer keeps beyond model, optimizer and random streams."""
+        return {}
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`_own_state`."""
+
     def _counters(self) -> dict[str, float]:
         """Numbers that a model counts in as it trains, e.g. MultiVAE's annealing steps."""
         return {name: value for name, value in vars(self.model).items() if type(value) in (int, float)}
@@ -190,22 +221,25 @@ class TrainerMixin:
         """Take up the state of a run that was cut off.
 
         Returns:
-            Whether there was one; a state that does not fit is left alone and training starts over.
+            Whether there was one; where it is damaged or does not fit, that is told and training starts over.
         """
-        if self.resume_file is None or not self.resume_file.is_file() or not Path(self.saved_model_file).is_file():
+        if self.resume_file is None:
             return False
+        resume = ResumeFile(self.resume_file)
+        # On the CPU: random states live there, and loading copies the rest to where it belongs.
+        state = resume.take_up()
+        if state is None:
+            return False
+        before = copy.deepcopy(self._moving_state())
         try:
-            # On the CPU: random states live there, and loading copies the rest to where it belongs.
-            state = load_state(self.resume_file)
-            self.model.load_state_dict(state["state_dict"])
-            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
-            set_rng_state(state["rng"], *self._generators())
-        except (UserError, ValueError, RuntimeError, KeyError, TypeError):
-            self.resume_file.unlink()
-            raise TrainingStoppedError(
-                f"{self.config['model']}: the interrupted run in {self.resume_file.parent} cannot be taken up and is "
-                "set aside; the same command starts it over"
-            ) from None
+            # The best weights so far end as the result without being looked at again.
+            load_state(Path(self.saved_model_file))
+            self._put(state)
+        except (UserError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            self._put(before)
+            reason = error if isinstance(error, UserError) else f"{resume.path} does not fit {self.config['model']}"
+            resume.refuse(str(reason))
+            return False
         self.start_epoch = state["epoch"] + 1
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
         self.best_valid_result = OrderedDict(state["best_valid_result"])
@@ -239,8 +273,11 @@ class TrainerMixin:
         if not isinstance(eval_data, FullSortEvalDataLoader):
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
         what = f"ranking with {self.config['model']}"
-        self.measured = measure(self.model, eval_data, self.config, self._train_data, bool(show_progress), what)
-        return self.measured.metrics
+        self.measured = measure(
+            self.model, eval_data, self.config, self._train_data, bool(show_progress), what, self.shares_ranking
+        )
+        # Early stopping must be of one mind, to the last bit.
+        return processes.from_main(self.measured.metrics) if self.together else self.measured.metrics
 
 
 # The fits that checkpoints of ours are made for.
