@@ -66,8 +66,8 @@ def test_what_trains_in_which_stage(make: Any, adapter: str) -> None:
         assert moved == expected
 
 
-def test_the_prefix_passes_its_gradients_on_and_is_never_out_of_date() -> None:
-    """The slopes of LoRA's weights are those of the whole prompt in one piece, before and after a step."""
+def test_the_prefix_has_its_share_of_the_gradient_and_is_never_out_of_date() -> None:
+    """States and slopes of LoRA's weights are those of the plain whole prompt, before and after a step."""
     made = model(**LORA)
     reader = made._readers["user_item_alignment"]
     assert len(reader.prefix) > 3
@@ -87,7 +87,10 @@ def test_the_prefix_passes_its_gradients_on_and_is_never_out_of_date() -> None:
         places = (batch.places + len(reader.prefix)).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         wanted = hidden.gather(1, places)
         wanted_slopes = torch.autograd.grad(wanted.square().mean(), weights)
+        with torch.no_grad():
+            ranked = reader.states(batch.ids, soft, batch.places)
         torch.testing.assert_close(states, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ranked, wanted, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(slopes, wanted_slopes, atol=1e-5, rtol=1e-3)
         with torch.no_grad():
             for weight, slope in zip(weights, slopes, strict=True):

@@ -5,8 +5,8 @@ What GLTA needs of its language model is the last layer's state at a few respons
 - soft tokens are written into the input embeddings in one step, whatever their number and places;
 - the tokens before the first soft token are the same for every row: they run with one row, and their keys and values
   are lent to every row of a batch. Behind a frozen model they depend on nothing that is trained, so one run without
-  gradients serves every batch; where the model trains too (an adapter), each batch has its own run, with gradients.
-  Nothing after them is kept: gradients flow through it;
+  gradients serves every batch. Where the model trains too (an adapter), training reads each prompt in one piece, and
+  each batch that is ranked has a run of its own. Nothing after them is kept: gradients flow through it;
 - rows are filled up on the right. Under a causal mask no real position sees the filling, so no padding mask is needed;
 - the decoder has no vocabulary head, so none runs.
 """
@@ -137,7 +137,9 @@ class SoftPromptDecoder:
     def _read(self, embeds: Tensor, places: Tensor) -> Tensor:
         """Last-layer states ``[B, S, H]`` at places of prompts whose embeddings after the prefix are given."""
         past: DynamicCache | None = None
-        if self.prefix and self._lends:
+        # A cache that takes part in the gradient could not be filled a second time, as gradient checkpointing does.
+        whole = not self._lends or (self.trained and torch.is_grad_enabled())
+        if self.prefix and not whole:
             past = self._lend(embeds, _LentLayer)
         elif self.prefix:
             ids = torch.tensor([self.prefix], device=embeds.device)
