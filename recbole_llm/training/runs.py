@@ -220,7 +220,9 @@ def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, 
 def _parameters(model: Any) -> dict[str, int]:
     parameters = list(model.parameters())
     backbone = getattr(model, "backbone", None)
-    frozen = sum(weight.numel() for weight in backbone.decoder.parameters()) if backbone is not None else 0
+    # A weight that DeepSpeed shards is empty between two calls.
+    weights = backbone.decoder.parameters() if backbone is not None else ()
+    frozen = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
     return {
         "total": sum(weight.numel() for weight in parameters) + frozen,
         "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),
