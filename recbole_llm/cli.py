@@ -35,6 +35,7 @@ Exit status: 0 done, 1 a bug of ours, 2 a mistake in what was asked for."""
 
 
 def _run(arguments: list[str]) -> int:
+    processes.start_missing()
     from recbole_llm.training.runs import run, table
 
     result = run(command_line=arguments)

@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, patch_environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
@@ -61,12 +61,14 @@ def new_accelerator(config: Any) -> Accelerator:
     check_settings(config)
     AcceleratorState._reset_state(reset_partial_state=processes.count() == 1)
     GradientState._reset_state()
-    return Accelerator(
-        cpu=config["device"].type == "cpu",
-        mixed_precision=config["mixed_precision"],
-        # One batch is divided among the processes, so a step of the optimizer is one step of the schedule.
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
+    # What is trained is whole in every process, also where the language model is sharded.
+    with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
+        return Accelerator(
+            cpu=config["device"].type == "cpu",
+            mixed_precision=config["mixed_precision"],
+            # One batch is divided among the processes, so a step of the optimizer is one step of the schedule.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
 
 
 def check_settings(config: Any) -> None:
@@ -127,6 +129,8 @@ class TrainingLoop:
     ) -> None:
         self.model, self.stage = model, stage
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(hasattr(parameter, "ds_id") for parameter in self.parameters):
+            raise UserError("an adapter cannot be trained inside weights that DeepSpeed shards; take FSDP")
         self.accelerator = new_accelerator(config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.accumulation: int = config["gradient_accumulation_steps"]

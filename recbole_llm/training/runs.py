@@ -220,7 +220,8 @@ def _parameters(model: Any) -> dict[str, int]:
     backbone = getattr(model, "backbone", None)
     own = {id(weight) for weight in parameters}  # an adapter's stand in the backbone as well
     rest = backbone.decoder.parameters() if backbone is not None else ()
-    frozen = sum(weight.numel() for weight in rest if id(weight) not in own)
+    # A weight that DeepSpeed shards is empty between two calls.
+    frozen = sum(getattr(weight, "ds_numel", weight.numel()) for weight in rest if id(weight) not in own)
     return {
         "total": sum(weight.numel() for weight in parameters) + frozen,
         "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),

@@ -34,6 +34,7 @@ from recbole_llm.disk import remove
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
 from recbole_llm.training.loop import TrainingLoop, check_settings
+from recbole_llm.training.sharding import check_sharding, shard, sharding
 from recbole_llm.training.state import RESUME_FILE, ResumeFile, load_state, rng_state, save_state, set_rng_state
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.trainer import RESUME_SECONDS, TrainerMixin, _Watched
@@ -81,6 +82,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         config, dataset = self.config, train_data._dataset
         # What the user may have got wrong comes first: a graph model is minutes of training.
         check_settings(config)
+        check_sharding(config)
         self.item_text = read_item_text(config, dataset)
         named = None if config["llm"] == "embedded" else load_backbone(config["llm"], **_backbone_options(config))
         settings = EmbeddedSettings.from_config(config)
@@ -114,6 +116,9 @@ class StagedTrainer(TrainerMixin, Trainer):
             profiles=profiles,
             predictions=predictions,
         )
+        shard(config, backbone.decoder)
+        # Gathering weights is done together: every process ranks everything, the same number of passes.
+        self.shares_ranking = sharding() is None
         upstream = [self.part_fits[part].fingerprint for part in self.model.parts]
         upstream.append(backbone_mark)
         upstream.append(fingerprint_of([self.item_text.texts, profiles, predictions]))
@@ -354,7 +359,8 @@ def _backbone_options(config: Any) -> dict[str, Any]:
         "attention": config["llm_attention"],
         "quantization": config["llm_quantization"],
         "trust_remote_code": config["trust_remote_code"],
-        "device": str(config["device"]),
+        # What no single GPU may hold is sharded from the CPU.
+        "device": "cpu" if sharding() else str(config["device"]),
         "random_init": config["seed"] if config["llm_random_init"] else None,
     }
 
