@@ -102,7 +102,7 @@ def finished(settings_of: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
 
 
 def test_a_run_is_found_again_and_shown(finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = finished(alignment_epochs=2)
+    folder = finished(alignment_epochs=2, train_item_projector=False)
     stages = sorted((folder.parent / "cache").iterdir())
     view = alignment.aligned(folder, states=True)
     assert [space.moment for space in view.spaces] == ["before item_text_alignment", "after item_text_alignment"]

@@ -12,7 +12,8 @@ from recbole_llm.config import Config
 from recbole_llm.errors import UserError
 from recbole_llm.schema import Spec, parse_value, read_specs, read_yaml
 
-SHIPPED = sorted((ROOT / "properties").rglob("*.yaml"))
+# properties/accelerate is in accelerate's own format.
+SHIPPED = sorted(file for file in (ROOT / "properties").rglob("*.yaml") if file.parent.name != "accelerate")
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.stem}")

@@ -26,10 +26,9 @@ def config(**settings: Any) -> dict[str, Any]:
 
 
 def loop_of(made: Any, stage: str, epochs: int = 3, **settings: Any) -> tuple[TrainingLoop, torch.optim.Optimizer]:
-    parameters = made.begin_stage(stage)
-    optimizer = torch.optim.Adam(parameters, lr=RATE)
+    optimizer = torch.optim.Adam(made.begin_stage(stage), lr=RATE)
     batches = len(made.stage_batches(stage, generator()))
-    return TrainingLoop(config(**settings), made, stage, parameters, optimizer, batches, epochs), optimizer
+    return TrainingLoop(config(**settings), made, stage, optimizer, batches, epochs), optimizer
 
 
 def no_check(_loss: torch.Tensor) -> None:
