@@ -21,7 +21,7 @@ QUICK: dict[str, Any] = {
     "epochs": 1, "alignment_epochs": 1, "alignment_batch_size": 8, "train_batch_size": 60, "graph_model.epochs": 1,
     "graph_model.embedding_size": 16,
     "show_progress": False, "tensorboard": False, "gpu_id": "", "state": "ERROR", "evaluate_parts": False,
-    "stopping_step": 1, "response_slots": 3,
+    "stopping_step": 1, "response_slots": 3, "train_item_projector": False,
 }  # fmt: skip
 
 

@@ -30,8 +30,8 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Two alignment epochs of 2 steps and six epochs of 4.
 TINY = [
     "--model=GLTA", "--dataset=tiny", "--llm_train_steps=3", "--llm_hidden_size=32", "--llm_heads=2", "--llm_layers=1",
-    "--llm_vocab_size=400", "--alignment_epochs=2", "--graph_model.epochs=1", "--epochs=6", "--eval_step=2",
-    "--state=DEBUG", "--tensorboard=false", "--gpu_id=",
+    "--llm_vocab_size=400", "--train_batch_size=32", "--alignment_epochs=2", "--graph_model.epochs=1",
+    "--epochs=6", "--eval_step=2", "--state=DEBUG", "--tensorboard=false", "--gpu_id=",
 ]  # fmt: skip
 STEP = re.compile(r"DEBUG (\w+): step (\d+), loss (\S+)$", re.MULTILINE)
 
