@@ -144,8 +144,8 @@ def test_several_processes_find_what_one_made(alone: Done, tmp_path: Path) -> No
 def test_a_mistake_is_told_once_and_ends_every_process_with_2(tmp_path: Path) -> None:
     done = run(tmp_path, "--llm=no/such/folder", launcher=["--multi_gpu", "--num_processes", "2"])
     assert done.err.count("recbole-llm: llm 'no/such/folder'") == 1
-    # torchrun's own report of the processes that failed.
-    assert re.findall(r"exitcode  : (-?\d+)", done.err).count("2") == 2
+    # torchrun's own report: the first process that ends with 2 has the other one stopped, if that still runs.
+    assert set(re.findall(r"exitcode  : (-?\d+)", done.err)) in ({"2"}, {"2", "-15"})
     assert not list(tmp_path.glob("GLTA-*")), "a refused run leaves nothing behind"
 
 
