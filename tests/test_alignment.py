@@ -134,8 +134,9 @@ def test_the_projector_after_a_stage_is_the_one_the_stage_kept(finished: Callabl
     assert not np.allclose(view.spaces[1].items, view.spaces[2].items)
 
 
-def test_the_picture_is_drawn(finished: Callable[..., Path]) -> None:
+def test_the_picture_is_drawn(finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="MATPLOTLIB MISSING: the picture is not drawn (pip install '.[test]')")
+    monkeypatch.setattr(alignment, "MAPPED_ITEMS", 100)  # a thousand take t-SNE most of a minute
     folder = finished()
     assert str(folder / "alignment.png") in inspect(["alignment", str(folder)])
     assert (folder / "alignment.png").read_bytes().startswith(b"\x89PNG")
