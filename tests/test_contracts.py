@@ -88,6 +88,26 @@ def test_the_graph_model_behind_glta_is_the_leaderboards_own_row(settings_of: Ca
     assert inside["stages"][0]["fingerprint"] == alone["stages"][0]["fingerprint"]
 
 
+def test_a_refit_keeps_the_schedule(
+    settings_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recbole_llm.training import staged
+
+    ends: list[tuple[str, int]] = []
+
+    class Watched(staged.TrainingLoop):
+        def __init__(self, config: Any, model: Any, stage: str, optimizer: Any, batches: int, epochs: int) -> None:
+            ends.append((stage, epochs))
+            super().__init__(config, model, stage, optimizer, batches, epochs)
+
+    monkeypatch.setattr(staged, "TrainingLoop", Watched)
+    settings = quick(settings_of, "GLTA", epochs=6, eval_step=1, refit_on_valid=True, learning_rate=0.1, seed=3)
+    result = run("GLTA", "small", config_dict=settings)
+    last = [epochs for stage, epochs in ends if stage == "user_item_alignment"]
+    assert result["best_epoch"] < 5, "the case of interest: fewer epochs than the schedule"
+    assert last == [6, 6]
+
+
 def test_refit_on_valid_trains_on_both_for_the_best_epochs(settings_of: Callable[..., dict[str, Any]]) -> None:
     settings = settings_of(epochs=4)
     plain = run("BPR", "small", config_dict=settings)

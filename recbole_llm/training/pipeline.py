@@ -102,32 +102,44 @@ def fit(config: Config, store: StageStore) -> Fit:
     return _fit_once(config, store, first)
 
 
+def _prepared(config: Config) -> tuple[Any, Any, Any, Any]:
+    """The data set and its loaders of train, valid and test rows."""
+    dataset = create_dataset(config)
+    train_data, valid_data, test_data = data_preparation(config, dataset)
+    split = getattr(train_data._dataset, "split", None)
+    if split is not None and max(config["topk"]) > split.candidates.sum():
+        raise UserError(
+            f"topk asks for {max(config['topk'])} items, but only {split.candidates.sum()} can be recommended"
+        )
+    if not len(test_data) and config["eval_args"]["split"] != {"LS": "valid_only"}:
+        raise UserError(
+            "the split leaves no test interaction; look at recbole-llm inspect dataset, eval_args and short_users"
+        )
+    return dataset, train_data, valid_data, test_data
+
+
+def _for_refit(config: Config, before: Fit) -> tuple[Config, Any]:
+    """A Config of as many epochs as were best before, and a loader of train + valid rows."""
+    config = copy.copy(config)
+    config.final_config_dict = {
+        **config.final_config_dict,
+        "epochs": before.facts["best_epoch"] + 1,
+        "eval_step": 0,
+        # The learning rate is to be at each epoch what it was then.
+        "schedule_epochs": config["schedule_epochs"] or config["epochs"],
+    }
+    merged = before.train_data._dataset.split.with_valid_in_train()
+    return config, make_loaders(config, before.dataset.cut(merged))[0]
+
+
 def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
     """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs."""
     init_seed(config["seed"], config["reproducibility"])
     if before is None:
-        dataset = create_dataset(config)
-        train_data, valid_data, test_data = data_preparation(config, dataset)
-        split = getattr(train_data._dataset, "split", None)
-        if split is not None and max(config["topk"]) > split.candidates.sum():
-            raise UserError(
-                f"topk asks for {max(config['topk'])} items, but only {split.candidates.sum()} can be recommended"
-            )
-        if not len(test_data) and config["eval_args"]["split"] != {"LS": "valid_only"}:
-            raise UserError(
-                "the split leaves no test interaction; look at recbole-llm inspect dataset, eval_args and short_users"
-            )
+        dataset, train_data, valid_data, test_data = _prepared(config)
     else:
-        config = copy.copy(config)
-        config.final_config_dict = {
-            **config.final_config_dict,
-            "epochs": before.facts["best_epoch"] + 1,
-            "eval_step": 0,
-        }
-        dataset = before.dataset
-        merged = before.train_data._dataset.split.with_valid_in_train()
-        train_data = make_loaders(config, dataset.cut(merged))[0]
-        valid_data, test_data = before.valid_data, before.test_data
+        config, train_data = _for_refit(config, before)
+        dataset, valid_data, test_data = before.dataset, before.valid_data, before.test_data
     init_seed(config["seed"], config["reproducibility"])
     model = (
         registry.get_model(config["model"], fast=config["fast_baselines"])

@@ -233,7 +233,8 @@ class StagedTrainer(TrainerMixin, Trainer):
         config, model, stage = self.config, self.model, self.model.stages[-1]
         init_seed(config["seed"], config["reproducibility"])
         self.optimizer = self._build_optimizer(params=model.begin_stage(stage))
-        self._loop = TrainingLoop(config, model, stage, self.optimizer, len(train_data), self.epochs)
+        epochs = config["schedule_epochs"] or self.epochs
+        self._loop = TrainingLoop(config, model, stage, self.optimizer, len(train_data), epochs)
         return super().fit(train_data, *args, **kwargs)
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
@@ -258,7 +259,7 @@ def _shapes_alignment(key: str) -> bool:
         "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window", "target_fill",
         "history_dropout", "history_length", "history_input", "history_order", "user_dropout", "loss_positions",
         "train_item_projector", "text_tokens", "inference_batch_size", "valid_metric_bigger", "eval_unit",
-        "exclude_history",
+        "exclude_history", "schedule_epochs",
     }  # fmt: skip
     return key not in last_stage
 
