@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -116,6 +117,16 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def _carry_out(words: list[str]) -> int:
+    if words[0].startswith("--"):
+        raise UserError(f"a verb comes first: recbole-llm run {' '.join(words)}")
+    if words[0] not in VERBS:
+        raise UserError(f"unknown verb '{words[0]}'{did_you_mean(words[0], VERBS) or '; verbs: ' + ', '.join(VERBS)}")
+    status = VERBS[words[0]](words[1:])
+    sys.stdout.flush()
+    return status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -134,13 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        if words[0].startswith("--"):
-            raise UserError(f"a verb comes first: recbole-llm run {' '.join(words)}")
-        if words[0] not in VERBS:
-            raise UserError(
-                f"unknown verb '{words[0]}'{did_you_mean(words[0], VERBS) or '; verbs: ' + ', '.join(VERBS)}"
-            )
-        return VERBS[words[0]](words[1:])
+        return _carry_out(words)
+    except BrokenPipeError:
+        # Whoever read the output has read enough (`| head`); Python would complain again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         if processes.speaks():
             print(f"recbole-llm: {error}", file=sys.stderr)

@@ -197,3 +197,9 @@ def test_the_runner_without_arguments_says_what_is_missing(tmp_path: Path) -> No
         [sys.executable, str(script), "--dataset=tiny"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2 and "no model is named" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_output_that_nobody_reads_on_is_no_error() -> None:
+    command = f"{sys.executable} -m recbole_llm inspect settings GLTA | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
