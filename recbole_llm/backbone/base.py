@@ -84,6 +84,7 @@ class Backbone:
         bos_id: id of the token that begins a text; ``None`` for models that have none.
         eos_id: id of the token that ends a text.
         pad_id: id to fill up batches with; the one of EOS for models that have none of their own.
+        tokens_read: positions, padding included, that the decoder was given so far: what a stage's cost goes by.
 
     Args:
         decoder: a Hugging Face base model.
@@ -114,6 +115,13 @@ class Backbone:
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._encoder = PlainEncoder(tokenizer)
+        self.tokens_read = 0
+        self.decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+        if given is not None:
+            self.tokens_read += given.shape[0] * given.shape[1]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text's pieces: never a special or added token, no BOS, no EOS.

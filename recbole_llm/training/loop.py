@@ -137,8 +137,17 @@ class TrainingLoop:
         self.clip = _clip(config["clip_grad_norm"])
         self.seed: int = config["seed"]
         self.step_count = 0
+        self._tokens_before = -self._tokens_now()
         steps = epochs * -(-batches // self.accumulation)
         self.scheduler = self._schedule(config["lr_schedule"], round(config["warmup_ratio"] * steps), steps)
+
+    def _tokens_now(self) -> int:
+        return getattr(getattr(self.model, "backbone", None), "tokens_read", 0)
+
+    def tokens(self) -> int:
+        """Positions that the language model has read for this stage, in all processes and before any kill."""
+        own = self._tokens_before + self._tokens_now()
+        return sum(processes.gathered(own)) if processes.count() > 1 else own
 
     def _schedule(self, name: str, warmup: int, steps: int) -> Any:
         if name == "constant" and not warmup:
@@ -231,6 +240,7 @@ class TrainingLoop:
         scaler = self.accelerator.scaler
         return {
             "steps": self.step_count,
+            "tokens": self._tokens_before + self._tokens_now(),
             "schedule": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -238,6 +248,7 @@ class TrainingLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
         self.step_count = state["steps"]
+        self._tokens_before = state["tokens"] - self._tokens_now()
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None:

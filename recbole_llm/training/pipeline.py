@@ -190,6 +190,8 @@ def _train(
             "best_epoch": trainer.best_epoch,
             "losses": losses,
             "valid": valid,
+            "valid_curve": trainer.valid_curve,
+            "tokens": trainer.tokens() if isinstance(trainer, StagedTrainer) else 0,
             "train_rows": len(train_data) * train_data.step,
         }
 

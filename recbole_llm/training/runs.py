@@ -23,6 +23,7 @@ from recbole_llm.config import Config
 from recbole_llm.disk import full_disk_told, write_whole
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.ranking import Measured
+from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.pipeline import Fit, fit, store_of
 
@@ -163,7 +164,9 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "valid": dict(valid),
         "test": dict(test),
         "per_user": "per_user.npz" if measured.per_user else None,
+        "rankings": None,
         "best_epoch": fitted.facts["best_epoch"] + 1,
+        "curves": _curves(config, fitted.facts),
         "stages": fitted.stages,
         "parameters": _parameters(fitted.model),
         "throughput": {
@@ -181,23 +184,41 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
+    rankings = Rankings.of(measured, fitted.test_data, fitted.dataset) if split and test_users else None
     if processes.is_main():
-        _write_result(folder / "result.json", "per_user.npz", result, arrays)
+        _write_result(folder / "result.json", "", result, arrays, rankings)
     if result_file and processes.is_main():
         copy = Path(result_file)
-        _write_result(copy, f"{copy.stem}.per_user.npz", result, arrays)
+        _write_result(copy, f"{copy.stem}.", result, arrays, rankings)
     return result | {"result_file": str(folder / "result.json")}
 
 
-def _write_result(path: Path, arrays_name: str, result: Mapping[str, Any], arrays: dict[str, Any]) -> None:
-    """A result with its users' values beside it; each copy names its own."""
+def _write_result(
+    path: Path, prefix: str, result: Mapping[str, Any], arrays: dict[str, Any], rankings: Rankings | None
+) -> None:
+    """A result with its users' values and rankings beside it; each copy names its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {
+        "per_user": f"{prefix}per_user.npz" if arrays else None,
+        "rankings": f"{prefix}rankings.npz" if rankings else None,
+    }
     if arrays:
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
-        write_whole(path.with_name(arrays_name), lambda part: part.write_bytes(packed.getvalue()))
-    content = json.dumps({**result, "per_user": arrays_name if arrays else None}, indent=1).encode()
+        write_whole(path.with_name(f"{prefix}per_user.npz"), lambda part: part.write_bytes(packed.getvalue()))
+    if rankings:
+        rankings.save(path.with_name(f"{prefix}rankings.npz"))
+    content = json.dumps({**result, **beside}, indent=1).encode()
     write_whole(path, lambda part: part.write_bytes(content))
+
+
+def _curves(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How training went: the loss of every epoch, and ``[epoch, value]`` of ``valid_metric`` where it was looked at."""
+    return {
+        "loss": facts.get("losses"),
+        "valid_metric": str(config["valid_metric"]).lower(),
+        "valid": [[epoch + 1, value] for epoch, value in facts.get("valid_curve", ())],
+    }
 
 
 def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         steps.close()
         if processes.is_main():
             save_state(folder / WEIGHTS, dict(model.state_dict()))
-        return {"losses": losses}
+        return {"losses": losses, "tokens": loop.tokens()}
 
     def _align_epoch(self, loop: TrainingLoop, epoch: int, generator: torch.Generator, steps: Steps) -> float:
         total, count = 0.0, 0
@@ -226,6 +226,10 @@ class StagedTrainer(TrainerMixin, Trainer):
             for _ in range(min(loop.accumulation, before + len(batches) - steps.done)):
                 steps.advance()
         return total / max(count, 1)
+
+    def tokens(self) -> int:
+        """Positions that the language model read while the last stage trained."""
+        return self._loop.tokens() if self._loop else 0
 
     # --- the last stage ----------------------------------------------------------------------------------------------
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:

@@ -60,6 +60,8 @@ class Stage:
             "seconds": round(self.seconds, 3),
             "cached": self.cached,
             "peak_memory_mb": round(self.peak_memory_mb, 1),
+            # Read by a language model while the stage was made; None in a cache of before they were counted.
+            "tokens": self.facts.get("tokens", None if "losses" in self.facts else 0),
         }
 
 

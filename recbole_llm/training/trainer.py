@@ -48,6 +48,7 @@ class TrainerMixin:
         self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
         self.resume_file: Path | None = None
         self.best_epoch = -1
+        self.valid_curve: list[tuple[int, float]] = []
         self.measured = Measured()
         self._train_data: Any = None
         self._steps: Steps | None = None
@@ -81,6 +82,7 @@ class TrainerMixin:
         self._steps = Steps(f"training {self.config['model']}", total, bool(show_progress))
 
         def after_validation(epoch: int, score: float) -> None:
+            self.valid_curve.append((epoch, float(score)))
             self._keep(epoch)
             if callback_fn is not None:
                 callback_fn(epoch, score)
@@ -175,6 +177,7 @@ class TrainerMixin:
             "best_valid_score": float(self.best_valid_score),
             "best_valid_result": dict(self.best_valid_result or {}),  # type: ignore[has-type]
             "best_epoch": self.best_epoch,
+            "valid_curve": self.valid_curve,
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
             "stopped": stopping,
             "counters": self._counters(),
@@ -245,6 +248,7 @@ class TrainerMixin:
         self.best_valid_result = OrderedDict(state["best_valid_result"])
         self.best_epoch, self._stopped = state["best_epoch"], state["stopped"]
         self.train_loss_dict = dict(state["losses"])
+        self.valid_curve = [(epoch, score) for epoch, score in state["valid_curve"]]
         for name, value in state["counters"].items():
             setattr(self.model, name, value)
         return True
