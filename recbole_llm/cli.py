@@ -17,13 +17,15 @@ usage: recbole-llm VERB [--key=value ...]
 verbs
   run      train a model and rank the whole catalogue with it
            recbole-llm run --model=GLTA --dataset=ml-100k [--config_files='a.yaml b.yaml'] [--key=value ...]
-  compare  put the results of runs beside each other, with a paired test a user
-           recbole-llm compare RUN RUN [...]
+  leaderboard
+           run every model of a study, as many at once as fit, and put them into tables and one page with tests, cost
+           and examples; goes on where it stood
+           recbole-llm leaderboard --suite=quick | --models=[BPR, GLTA] --dataset=ml-100k [--seeds=[1, 2]]
+                       [--output=DIR] [--cores=2] [--memory=8] [--key=value ...] [--ROW.key=value ...]
+  compare  put the results of runs beside each other, with the same tests
+           recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
-  suite    run every cell of a study (rows x columns x seeds) and put them into one table and picture; goes on where it
-           stood
-           recbole-llm suite FILE --output=DIR [--key=value ...]
   inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
            takes of a GPU
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
@@ -66,10 +68,10 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
-def _suite(arguments: list[str]) -> int:
-    from recbole_llm.evaluation.suite import run_suite
+def _leaderboard(arguments: list[str]) -> int:
+    from recbole_llm.leaderboard.board import leaderboard
 
-    text, failed = run_suite(arguments)
+    text, failed = leaderboard(arguments)
     print(text)
     return 2 if failed else 0
 
@@ -110,8 +112,8 @@ def _inspect(arguments: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
+    "leaderboard": _leaderboard,
     "compare": _compare,
-    "suite": _suite,
     "models": _models,
     "inspect": _inspect,
 }

@@ -41,7 +41,7 @@ def test_a_run_reports_repeats_and_recommends_what_is_allowed(
     first = run(model, "small", config_dict=settings)
     written = json.loads(Path(first["result_file"]).read_text(encoding="utf-8"))
     copy = json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
-    assert set(written) >= SHOWN and written == copy | {"per_user": "per_user.npz"}
+    assert set(written) >= SHOWN and written == copy | {"per_user": "per_user.npz", "rankings": "rankings.npz"}
     assert (tmp_path / copy["per_user"]).is_file()
     assert written["evaluation"]["test_users"] == 60 and written["evaluation"]["ranking"] == "full"
     assert all(0 <= value <= 1 for value in written["test"].values())

@@ -1,4 +1,4 @@
-"""The tables and pictures of a suite, from its cells' results."""
+"""One metric by row and column: what a suite that varies something shows at one look."""
 
 from __future__ import annotations
 

@@ -1,0 +1,373 @@
+"""What ``recbole-llm leaderboard`` does: run what is missing of a suite, and write its tables and its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from recbole_llm import __version__, registry
+from recbole_llm.disk import write_whole
+from recbole_llm.errors import DiskFullError, UserError, did_you_mean
+from recbole_llm.leaderboard import cell as cell_process
+from recbole_llm.leaderboard import grid, tables
+from recbole_llm.leaderboard.assemble import RowRuns, table_of
+from recbole_llm.leaderboard.details import with_details
+from recbole_llm.leaderboard.paper import beside_paper
+from recbole_llm.leaderboard.report import write_page
+from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
+from recbole_llm.leaderboard.suite import Cell, Suite, arguments_of, marked, positive, read_suite, suite_of
+from recbole_llm.progress import clock
+from recbole_llm.schema import parse_value
+
+ALPHA = 0.05
+
+# What a suite sets itself, and what to say instead.
+OWN_PER_CELL = {
+    "seed": "say --seeds=[1, 2, 3]",
+    "model": "say --models=[BPR, EASE], or name a --suite whose rows name models",
+    "result_file": "results are in the cells folder of --output",
+}
+USAGE = (
+    "recbole-llm leaderboard --suite=FILE | --models=[BPR, EASE] --datasets=[ml-100k] [--output=DIR] [--key=value ...]"
+)
+
+
+@dataclass
+class Asked:
+    """What the command line asked for.
+
+    Attributes:
+        suite: the study.
+        folder: where its results go.
+        budget: for its runs.
+        command_line: settings of every cell.
+        of_row: settings of one row, by row.
+        command: the words, for whoever wants the same.
+    """
+
+    suite: Suite
+    folder: Path
+    budget: Budget
+    command_line: list[str]
+    of_row: dict[str, list[str]]
+    command: str
+
+
+@dataclass
+class Study:
+    """A suite's cells, and why some have no result."""
+
+    cells: list[Cell]
+    folder: Path
+    reasons: dict[Cell, str] = field(default_factory=dict)
+
+    def file(self, cell: Cell) -> Path:
+        """Where a cell's result is."""
+        return self.folder / "cells" / cell.file
+
+    def done(self, cell: Cell) -> bool:
+        """Whether it is there; it is written last, after what goes with it."""
+        return self.file(cell).is_file()
+
+
+def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> tuple[str, int]:
+    """Run what is missing, and write ``leaderboard.{md,csv,json,html}``.
+
+    Tables are written after every run, so that a study that is cut off leaves what it has; the same command goes on
+    where it stood.
+
+    Args:
+        arguments: ``--suite=FILE`` (or the name of a shipped one), or ``--models`` and ``--datasets``;
+            ``--output=DIR``; the suite's own keys (``--seeds=[1]``); ``--cores``, ``--threads`` and ``--memory`` (GiB);
+            settings of every run (``--epochs=5``) and of one row (``--BPR.epochs=5``).
+        say: takes a line a run; by default they go to stderr.
+
+    Returns:
+        The tables for the terminal with the files' paths, and how many runs failed.
+
+    Raises:
+        UserError: a file that cannot be read, or a setting that a run's model does not take; before any work.
+        DiskFullError: a run found the disk full.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    asked = asked_for(arguments)
+    study = Study(marked(asked.suite, asked.folder, asked.command_line, asked.of_row), asked.folder)
+    (asked.folder / "cells").mkdir(parents=True, exist_ok=True)
+    _run_missing(study, asked, say)
+    board = write(study, asked, whole=True)
+    lines = [tables.terminal(board, color=sys.stdout.isatty()), ""]
+    lines += [f"{suffix:11} {asked.folder / f'leaderboard.{suffix}'}" for suffix in ("html", "md", "csv", "json")]
+    if len(asked.suite.columns) > 1:
+        lines += [f"grid        {asked.folder / 'grid.md'}"]
+        lines += grid.pictures(asked.suite.metric, str(asked.suite.reference), _grid(study, asked.suite), asked.folder)
+    return "\n".join(lines), len(study.reasons)
+
+
+# --- what was asked for ----------------------------------------------------------------------------------------------
+def asked_for(arguments: Sequence[str]) -> Asked:
+    """Read the command line; see :func:`leaderboard`."""
+    words, own, of_row = _sorted_words(arguments)
+    rest = [f"--{key}={value}" for key, value in words.items() if key not in _HOW]
+    if "suite" in words:
+        for key in ("models", "dataset"):
+            if key in words:
+                raise UserError(f"--{key} and --suite say the same thing twice; take one of them")
+        suite = read_suite(words["suite"], own)
+        name = Path(words["suite"]).stem
+    else:
+        suite = _plain_suite(words, own)
+        name = "+".join([*suite.rows, *suite.datasets])
+    for row, given in of_row.items():
+        if row not in suite.rows:
+            near = did_you_mean(row, suite.rows)
+            raise UserError(f"{given[0]}: '{row}' is neither a row nor a part of a model{near}")
+    folder = Path(words.get("output") or Path("saved") / "leaderboards" / re.sub(r"[^\w.+-]", "_", name)[:80])
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output={folder} is no folder")
+    command = shlex.join(["recbole-llm", "leaderboard", *arguments])
+    return Asked(suite, folder, _budget(words), rest, of_row, command)
+
+
+_HOW = ("suite", "models", "dataset", "output", "cores", "threads", "memory")
+
+
+def _sorted_words(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any], dict[str, list[str]]]:
+    """The words by key; the suite's own keys among them as values; those of one row by row."""
+    words: dict[str, str] = {}
+    own: dict[str, Any] = {}
+    of_row: dict[str, list[str]] = {}
+    parts = {part for entry in registry.entries().values() for part in entry.stages}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals or not argument.startswith("--"):
+            raise UserError(f"{argument!r} is not understood; {USAGE}")
+        if key in OWN_PER_CELL:
+            raise UserError(f"--{key} is each run's own in a leaderboard; {OWN_PER_CELL[key]}")
+        row, dot, rest = key.partition(".")
+        if dot and row not in parts:
+            of_row.setdefault(row, []).append(f"--{rest}={value}")
+        elif key in Suite.__dataclass_fields__ and key != "rows":
+            own[key] = parse_value(value, None)
+        else:
+            words[key] = value
+    return words, own, of_row
+
+
+def _plain_suite(words: Mapping[str, str], own: Mapping[str, Any]) -> Suite:
+    """The suite of ``--models`` and ``--datasets``: a row a model, as shipped."""
+    models = _names(words.get("models", ""))
+    datasets = own.get("datasets") or _names(words.get("dataset", ""))
+    if not models or not datasets:
+        raise UserError(f"a leaderboard needs a --suite, or --models and --datasets: {USAGE}")
+    rows = {model: {"model": model} for model in models}
+    for model in models:
+        registry.get_model(model)
+    return suite_of({"title": ", ".join(datasets), "datasets": datasets, "rows": rows, **own}, "--models")
+
+
+def _names(text: str) -> list[str]:
+    value = parse_value(text, None) if text else []
+    names = value if isinstance(value, list) else str(value).split(",")
+    return list(dict.fromkeys(str(name).strip() for name in names))
+
+
+def _budget(words: Mapping[str, str]) -> Budget:
+    numbers = {"cores": float(os.cpu_count() or 1), "threads": 1.0}
+    # What is free now is what there is to give, less a share for whoever else works here.
+    numbers["memory"] = 0.8 * psutil.virtual_memory().available / 2**30
+    for key in numbers:
+        if key in words:
+            numbers[key] = positive("the command line", f"--{key}", parse_value(words[key], None))
+    return Budget(max(1, int(numbers["cores"])), numbers["memory"], max(1, int(numbers["threads"])))
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None:
+    """Run the cells that have no result yet."""
+    missing = [cell for cell in study.cells if not study.done(cell)]
+    found = len(study.cells) - len(missing)
+    if found:
+        say(f"{found} of {len(study.cells)} runs are found in {study.folder / 'cells'}")
+    by_name = {str(cell): cell for cell in missing}
+    start, count = time.monotonic(), 0
+
+    def ended(job: Job, end: Ended) -> None:
+        nonlocal count
+        cell, count = by_name[job.name], count + 1
+        reason = _reason(cell, study, end, asked)
+        if reason:
+            study.reasons[cell] = reason
+        left = (time.monotonic() - start) / count * (len(missing) - count)
+        rest = f", about {clock(left)} left" if count < len(missing) else ""
+        outcome = f"failed: {reason}" if reason else _value(study.file(cell), asked.suite.metric)
+        say(f"[{found + count}/{len(study.cells)}] {cell}: {outcome} ({clock(end.seconds)}{rest})")
+        write(study, asked, whole=False)
+
+    run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say)
+
+
+def _job(cell: Cell, study: Study, asked: Asked) -> Job:
+    settings = dict(cell.settings)
+    file = study.file(cell)
+    spec = {
+        "model": settings.pop("model"), "dataset": cell.dataset, "settings": settings,
+        "command_line": arguments_of(cell, asked.command_line, asked.of_row),
+        "result": str(file), "reason": str(file.with_suffix(".reason.txt")),
+    }  # fmt: skip
+    spec_file = file.with_suffix(".spec.json")
+    spec_file.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+    # A run whose part is a row of its own would sit and wait for that row's training to end.
+    after = {
+        str(other)
+        for other in study.cells
+        if other.place == cell.place and other.seed == cell.seed and other.settings["model"] in cell.parts
+    }
+    return Job(
+        name=str(cell),
+        command=[sys.executable, "-m", cell_process.__name__, str(spec_file)],
+        memory=_memory(cell, study, asked),
+        log=file.with_suffix(".log"),
+        after=frozenset(after),
+    )
+
+
+def _memory(cell: Cell, study: Study, asked: Asked) -> float:
+    """GiB to expect: the most that another seed of the row has needed, or what the suite says."""
+    seen = [
+        stage["peak_memory_mb"] / 1024
+        for other in study.cells
+        if (other.place, other.row) == (cell.place, cell.row) and study.done(other)
+        for stage in json.loads(study.file(other).read_text(encoding="utf-8"))["stages"]
+    ]
+    return max(seen) if seen else float(asked.suite.rows[cell.row].get("run_memory", asked.suite.run_memory))
+
+
+def _reason(cell: Cell, study: Study, end: Ended, asked: Asked) -> str:
+    """Why a run has no result; empty when it has."""
+    file = study.file(cell)
+    log = file.with_suffix(".log")
+    if end.status == 0:
+        for suffix in (".spec.json", ".reason.txt", ".log"):
+            file.with_suffix(suffix).unlink(missing_ok=True)
+        return ""
+    if end.status == cell_process.FULL_DISK:
+        raise DiskFullError(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+    if end.status is None:
+        return f"it took {end.peak:.1f} GiB, more than the budget of {asked.budget.memory:g}; raise --memory"
+    if file.with_suffix(".reason.txt").is_file():
+        return file.with_suffix(".reason.txt").read_text(encoding="utf-8")
+    if end.status < 0:
+        return f"it was stopped by signal {-end.status} (its log: {log})"
+    return f"it ended with status {end.status} (its log: {log})"
+
+
+def _value(file: Path, metric: str) -> str:
+    return f"{json.loads(file.read_text(encoding='utf-8'))['test'][metric.lower()]:.4f}"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
+    """Write the tables of what there is so far.
+
+    Args:
+        study: the cells.
+        asked: what they are for.
+        whole: with breakdowns, example users and the page.
+
+    Returns:
+        The board, see ``docs/leaderboards.md``.
+    """
+    suite = asked.suite
+    made = []
+    for dataset in suite.datasets:
+        for protocol in suite.protocols:
+            for column in suite.columns:
+                members = [cell for cell in study.cells if cell.place == (dataset, protocol, column)]
+                made.append(_table(members, study, suite, whole))
+    board = {
+        "schema": 1,
+        "title": suite.title,
+        "command": asked.command,
+        "commit": commit(),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"recbole_llm": __version__},
+        "metrics": _metrics(made),
+        "metric": suite.metric.lower(),
+        "alpha": ALPHA,
+        "tables": made,
+    }
+    tables.write(board, asked.folder)
+    if len(suite.columns) > 1:
+        text = grid.markdown(suite.title, suite.metric, str(suite.reference), suite.seeds, _grid(study, suite))
+        write_whole(asked.folder / "grid.md", lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    if whole:
+        write_page(board, asked.folder / "leaderboard.html")
+    return board
+
+
+def _table(members: Sequence[Cell], study: Study, suite: Suite, whole: bool) -> dict[str, Any]:
+    rows = []
+    for row in suite.rows:
+        cells = [cell for cell in members if cell.row == row]
+        failed: dict[int, str] = {cell.seed: study.reasons[cell] for cell in cells if cell in study.reasons}
+        files = [study.file(cell) for cell in cells if study.done(cell)]
+        settings = {key: value for key, value in suite.rows[row].items() if key not in ("model", "run_memory")}
+        rows.append(RowRuns(row, str(suite.rows[row]["model"]), files, failed, settings))
+    place = members[0].place
+    shown = [name if many else "" for name, many in zip(place, (True, *(_many(suite))), strict=True)]
+    table = table_of(
+        rows, dataset=shown[0], protocol=shown[1], column=shown[2], metric=suite.metric.lower(),
+        reference=suite.reference, baselines=suite.baselines, alpha=ALPHA,
+    )  # fmt: skip
+    if suite.paper:
+        table["paper"] = beside_paper(suite.paper, place[0], table)
+    return with_details(table, rows) if whole else table
+
+
+def _many(suite: Suite) -> tuple[bool, bool]:
+    return len(suite.protocols) > 1, len(suite.columns) > 1
+
+
+def _metrics(made: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(metric for table in made for row in table["rows"] for metric in row["metrics"]))
+
+
+def _grid(study: Study, suite: Suite) -> list[dict[str, Any]]:
+    """The suite's metric by row and column, which a table a column does not show at one look."""
+    places: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for cell in study.cells:
+        table = places.setdefault((cell.dataset, cell.protocol), {})
+        place = table.setdefault((cell.row, cell.column), {"files": [], "errors": {}})
+        if study.done(cell):
+            place["files"].append(study.file(cell))
+        if cell in study.reasons:
+            place["errors"].setdefault(study.reasons[cell], []).append(cell.seed)
+    return grid.tables(list(suite.rows), list(suite.columns), str(suite.reference), suite.metric, places)
+
+
+def commit() -> str | None:
+    """The commit of this package's code, marked where it was edited since; ``None`` outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        if not git("ls-files", "--", str(Path(__file__).name)).strip():
+            return None
+        edited = git("status", "--porcelain", "--", str(folder)).strip()
+        return git("rev-parse", "HEAD").strip() + ("+edited" if edited else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,84 @@
+"""A paper's figures beside the rows of a table that stand for its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recbole_llm.errors import UserError, did_you_mean
+
+_KEYS = ("source", "note", "beside", "rows", "gains", "missing", "figures")
+
+
+def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
+    """See that a suite's ``paper`` can be read.
+
+    Args:
+        path: of the suite, for errors.
+        paper: ``source``; ``note``; ``beside``, our data set to the paper's; ``rows``, our row to the paper's;
+            ``gains``, a list of ``[our row, our other row]`` whose relative gains are compared; ``missing``, a row of
+            the paper's to why it is not here; ``figures``, by the paper's data set, row and metric.
+        rows: the suite's.
+
+    Raises:
+        UserError: a key or a row is unknown.
+    """
+    for key in paper:
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key 'paper.{key}'{did_you_mean(key, _KEYS)}")
+    for key in ("source", "beside", "rows", "figures"):
+        if not paper.get(key):
+            raise UserError(f"{path}: paper needs {key}")
+    for row in [*paper["rows"], *(row for pair in paper.get("gains", ()) for row in pair)]:
+        if row not in rows:
+            raise UserError(f"{path}: paper names '{row}', which is no row{did_you_mean(str(row), rows)}")
+    for data in paper["beside"].values():
+        if data not in paper["figures"]:
+            raise UserError(f"{path}: paper.figures has no '{data}'{did_you_mean(str(data), paper['figures'])}")
+
+
+def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The paper's figures, ours, and how far they are apart.
+
+    Args:
+        paper: see :func:`check_paper`.
+        dataset: ours.
+        table: with ``rows``.
+
+    Returns:
+        ``source``, ``note``, ``rows`` (name to metrics with ``paper``, ``ours`` and ``deviation`` = ours / paper - 1),
+        ``gains`` of one row over another in the paper and here, and what is ``missing``; ``None`` where the paper has
+        nothing that this data set stands for.
+    """
+    if dataset not in paper["beside"]:
+        return None
+    figures = paper["figures"][paper["beside"][dataset]]
+    ours = {row["name"]: {metric: cell["mean"] for metric, cell in row["metrics"].items()} for row in table["rows"]}
+    rows = []
+    for name, theirs in paper["rows"].items():
+        cells = {
+            metric: _apart(value, ours.get(name, {}).get(metric)) for metric, value in figures.get(theirs, {}).items()
+        }
+        if cells:
+            rows.append({"name": name if name == theirs else f"{name} (paper: {theirs})", "metrics": cells})
+    gains = []
+    for name, over in paper.get("gains", ()):
+        theirs, base = figures.get(paper["rows"].get(name), {}), figures.get(paper["rows"].get(over), {})
+        for metric in theirs:
+            if metric in base:
+                mine, other = ours.get(name, {}).get(metric), ours.get(over, {}).get(metric)
+                gains.append({
+                    "name": name, "over": over, "metric": metric, "paper": theirs[metric] / base[metric] - 1,
+                    "ours": mine / other - 1 if mine is not None and other else None,
+                })  # fmt: skip
+    return {
+        "source": f"{paper['source']}, {paper['beside'][dataset]}",
+        "note": paper.get("note", ""),
+        "rows": rows,
+        "missing": [{"name": name, "why": why} for name, why in paper.get("missing", {}).items()],
+        "gains": gains,
+    }
+
+
+def _apart(paper: float, ours: float | None) -> dict[str, float | None]:
+    return {"paper": paper, "ours": ours, "deviation": ours / paper - 1 if ours is not None and paper else None}

@@ -1,0 +1,250 @@
+"""A study as data: rows (models with their settings) by columns (what is varied), over seeds, data sets and protocols.
+
+Every cell is an ordinary run, so cells share stages through the cache. A finished cell is found by a mark of all that
+its figures depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recbole_llm import registry
+from recbole_llm.config import NEUTRAL_KEYS, Config
+from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.leaderboard.paper import check_paper
+from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.training.store import fingerprint_of
+
+# What a cell has unless the file or the command line says otherwise.
+QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "evaluate_parts": False}
+
+# They move no stage (their effect is in the texts and rows a stage reads) but they do move a cell.
+MOVING = ("train_share", "text_drop", "text_shuffle", "text_noise_seed", "item_text", "item_text_fallback",
+          "item_text_max_words", "refit_on_valid", "metrics", "topk", "metric_decimal_place")  # fmt: skip
+
+# Code that runs after a cell has its figures.
+_AFTERWARDS = ("leaderboard", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A study.
+
+    Attributes:
+        title: of its tables and page.
+        datasets: names.
+        rows: row name to settings, ``model`` among them; ``run_memory``, where it stands, is the row's own.
+        columns: column name to settings; one without any settings when the file varies nothing.
+        protocols: name to settings, e.g. ``{ratio: {eval_args: {...}}}``.
+        seeds: one run each.
+        metric: what rows are ranked by, e.g. ``NDCG@10``.
+        reference: a row that every other one is tested against, besides the best baseline; ``None`` for none.
+        baselines: rows among which the best is chosen on valid; ``None`` for every row that is no language model.
+        settings: of every cell. Above them stand the protocol's, the column's, the row's, and the command line's.
+        run_memory: GiB that a run is taken to need before one of its row has been measured.
+        paper: figures of a paper to set beside the rows, see :mod:`recbole_llm.leaderboard.paper`.
+    """
+
+    title: str
+    datasets: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, Any]]
+    columns: Mapping[str, Mapping[str, Any]]
+    protocols: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...]
+    metric: str
+    reference: str | None
+    baselines: tuple[str, ...] | None
+    settings: Mapping[str, Any]
+    run_memory: float
+    paper: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a suite.
+
+    Attributes:
+        dataset, protocol, column, row, seed: where it stands.
+        settings: what it is run with, ``model`` among them.
+        parts: models that it trains first, as rows of their own may.
+        mark: hash of all that its figures depend on.
+    """
+
+    dataset: str
+    protocol: str
+    column: str
+    row: str
+    seed: int
+    settings: Mapping[str, Any] = field(hash=False)
+    parts: tuple[str, ...] = ()
+    mark: str = ""
+
+    def __str__(self) -> str:
+        where = (self.dataset, self.protocol, self.column, self.row, f"seed {self.seed}")
+        return ", ".join(part for part in where if part)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """The table it belongs to."""
+        return self.dataset, self.protocol, self.column
+
+    @property
+    def file(self) -> str:
+        """The name of its result."""
+        words = "-".join(filter(None, (self.dataset, self.protocol, self.column, self.row, str(self.seed))))
+        plain = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in words)
+        return f"{plain}-{self.mark[:8]}.json"
+
+
+def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
+    """Read a suite's file.
+
+    Args:
+        name: the file, or the name of a shipped one (``size-by-sparsity``).
+        own: keys that replace the file's.
+
+    Raises:
+        UserError: it is missing or broken, a key is unknown or of the wrong kind, or a row that it names is none.
+    """
+    shipped = properties_dir() / "suite" / f"{name}.yaml"
+    path = shipped if not Path(name).suffix and not Path(name).is_file() else Path(name)
+    return suite_of(read_yaml(path) | dict(own or {}), str(path))
+
+
+def suite_of(content: Mapping[str, Any], path: str) -> Suite:
+    """A suite from plain data; see :func:`read_suite`.
+
+    Args:
+        content: what a suite's file holds.
+        path: what to call it in errors.
+    """
+    for key in content:
+        if key not in Suite.__dataclass_fields__:
+            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, Suite.__dataclass_fields__)}")
+    for key in ("datasets", "rows"):
+        if not content.get(key):
+            raise UserError(f"{path}: a suite needs {key}")
+    rows = _rows(path, content)
+    seeds = content.get("seeds", [2020])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path}: seeds should be a list of whole numbers, but is {seeds!r}")
+    datasets = content["datasets"]
+    reference, baselines = content.get("reference"), content.get("baselines")
+    return Suite(
+        title=str(content.get("title", Path(path).stem)),
+        datasets=tuple([datasets] if isinstance(datasets, str) else map(str, datasets)),
+        rows=rows,
+        columns=_mappings(path, "columns", content.get("columns") or {"": {}}),
+        protocols=_mappings(path, "protocols", content.get("protocols") or {"": {}}),
+        seeds=tuple(dict.fromkeys(seeds)),
+        metric=str(content.get("metric", "NDCG@10")),
+        reference=reference,
+        baselines=tuple([baselines] if isinstance(baselines, str) else baselines) if baselines else None,
+        settings=_mappings(path, "settings", {"": content.get("settings") or {}})[""],
+        run_memory=positive(path, "run_memory", content.get("run_memory", 2.0)),
+        paper=content.get("paper") or {},
+    )
+
+
+def _rows(path: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows, and that whatever names one names one of them."""
+    rows = _mappings(path, "rows", content["rows"])
+    for row, settings in rows.items():
+        if "model" not in settings:
+            raise UserError(f"{path}: row '{row}' names no model")
+        positive(path, f"rows.{row}.run_memory", settings.get("run_memory", 1))
+    reference, baselines = content.get("reference"), content.get("baselines")
+    for key, named in (("reference", [reference] if reference else []), ("baselines", baselines or [])):
+        for row in [named] if isinstance(named, str) else named:
+            if row not in rows:
+                raise UserError(f"{path}: {key} '{row}' is no row{did_you_mean(str(row), rows)}")
+    if content.get("paper"):
+        check_paper(path, content["paper"], rows)
+    return rows
+
+
+def positive(path: str, key: str, value: Any) -> float:
+    """A number above 0, or a plain word about it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"{path}: {key} should be a number above 0, but is {value!r}")
+    return float(value)
+
+
+def _mappings(path: str, key: str, value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not all(isinstance(inner, dict | None) for inner in value.values()):
+        raise UserError(f"{path}: {key} should read `name: {{key: value}}`, but is {value!r}")
+    return {str(name): dict(inner or {}) for name, inner in value.items()}
+
+
+def cells_of(suite: Suite) -> Iterator[Cell]:
+    """The cells in the order they should run: everything with the first seed, then with the next."""
+    for seed in suite.seeds:
+        for dataset in suite.datasets:
+            for protocol, shared in suite.protocols.items():
+                for column, varied in suite.columns.items():
+                    for row, own in suite.rows.items():
+                        own = {key: value for key, value in own.items() if key != "run_memory"}
+                        settings = {**QUIET, **suite.settings, **shared, **varied, **own, "seed": seed}
+                        yield Cell(dataset, protocol, column, row, seed, settings)
+
+
+def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the command line says of a cell: a row's own word above that for all rows."""
+    own = list(of_row.get(cell.row, ()))
+    keys = {argument.partition("=")[0] for argument in own}
+    return [argument for argument in command_line if argument.partition("=")[0] not in keys] + own
+
+
+def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[Cell]:
+    """The cells, every one's settings checked, with the marks that their results are found by.
+
+    A mark is of the settings as they finally stand, the data set's files and this package's code. Where one changes,
+    the cell is measured anew; stages that do not depend on the change still come from the cache.
+
+    Args:
+        suite: the study.
+        folder: where its runs go.
+        command_line: ``--key=value`` settings of every cell.
+        of_row: more of them, by row.
+
+    Raises:
+        UserError: a cell's model does not take a setting, or does not measure the suite's metric; the cell is named.
+    """
+    code = _bytes_of(Path(__file__).parent.parent, "**/*.py", leave_out=_AFTERWARDS)
+    data: dict[Path, str] = {}
+    cells = []
+    for cell in cells_of(suite):
+        settings = {"output_dir": str(folder / "saved"), **cell.settings}
+        model = settings.pop("model")
+        try:
+            given = arguments_of(cell, command_line, of_row)
+            config = Config(model, cell.dataset, config_dict=settings, command_line=given)
+        except UserError as error:
+            raise UserError(f"{cell}: {error}") from None
+        name, _, k = suite.metric.partition("@")
+        measured = [f"{metric}@{cut}".lower() for metric in config["metrics"] for cut in config["topk"]]
+        if f"{name}@{k}".lower() not in measured:
+            raise UserError(f"{cell}: metric {suite.metric} is not among {config['metrics']} at {config['topk']}")
+        source = Path(config["data_path"])
+        if source not in data:
+            data[source] = _bytes_of(source, "*")
+        final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in MOVING}
+        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code])
+        parts = tuple(config[part] for part in registry.parts_of(config.model_class))
+        cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
+    return cells
+
+
+def _bytes_of(folder: Path, pattern: str, leave_out: Sequence[str] = ()) -> str:
+    """SHA-256 of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob(pattern)):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and not name.startswith(tuple(leave_out)):
+            with file.open("rb") as stream:
+                digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

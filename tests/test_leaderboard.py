@@ -1,0 +1,246 @@
+"""Leaderboards by command: runs side by side, found again, failed and refused rows shown, the same after kills."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from recbole_llm.cli import main
+from recbole_llm.errors import UserError
+from recbole_llm.leaderboard.board import leaderboard
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"epochs": 2, "eval_step": 1, "gpu_id": "", "topk": [5, 10]}
+STUDY: dict[str, Any] = {
+    "title": "a study",
+    "datasets": ["tiny"],
+    "seeds": [1, 2],
+    "settings": SMALL,
+    "rows": {"Pop": {"model": "Pop"}, "EASE": {"model": "EASE"}, "BPR": {"model": "BPR", "embedding_size": 8}},
+}
+
+
+def suite(path: Path, **changes: Any) -> str:
+    path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False), encoding="utf-8")
+    return f"--suite={path}"
+
+
+def board_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "leaderboard.json").read_text(encoding="utf-8"))
+
+
+def run(*arguments: str) -> tuple[str, list[str], int]:
+    said: list[str] = []
+    text, failed = leaderboard(arguments, said.append)
+    return text, [line for line in said if line.startswith("[")], failed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run(suite(folder.parent / "study.yaml"), f"--output={folder}")
+    return folder
+
+
+def test_every_row_has_quality_cost_and_what_stands_behind_it(whole: Path) -> None:
+    board = board_of(whole)
+    (table,) = board["tables"]
+    assert [row["seeds"] for row in table["rows"]] == [[1, 2]] * 3
+    means = [row["metrics"]["ndcg@10"]["mean"] for row in table["rows"]]
+    assert means == sorted(means, reverse=True) and {row["name"] for row in table["rows"]} == set(STUDY["rows"])
+    for row in table["rows"]:
+        results = [json.loads(Path(path).read_text(encoding="utf-8")) for path in row["runs"]]
+        mean = np.mean([result["test"]["ndcg@10"] for result in results])
+        assert row["metrics"]["ndcg@10"]["mean"] == pytest.approx(mean)
+        assert (
+            row["cost"]["seconds"] > 0 and row["cost"]["peak_memory_mb"] > 100 and row["cost"]["users_per_second"] > 0
+        )
+        assert row["at_k"]["ndcg"][9] == pytest.approx(mean)
+    assert table["best_baseline"] in STUDY["rows"]
+    assert {block["name"] for block in table["breakdowns"]} >= {"user activity", "item popularity", "history length"}
+    assert table["users"] and all(set(user["top"]) == set(STUDY["rows"]) for user in table["users"])
+    assert any(entry["title"] != entry["item"] for user in table["users"] for entry in user["history"])
+    assert "recbole-llm leaderboard --suite=" in board["command"]
+
+
+def test_each_form_of_it_says_the_same(whole: Path) -> None:
+    (table,) = board_of(whole)["tables"]
+    page, text = ((whole / f"leaderboard.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "md"))
+    with (whole / "leaderboard.csv").open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    for row in table["rows"]:
+        mean = row["metrics"]["ndcg@10"]["mean"]
+        assert f"{mean:.4f}" in text and row["name"] in page
+        assert any(
+            float(value) == pytest.approx(mean, abs=1e-9) for line in lines for value in line.values() if _number(value)
+        )
+
+
+def _number(text: str | None) -> bool:
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True
+
+
+def test_what_is_there_is_not_run_again(whole: Path) -> None:
+    before = board_of(whole)
+    text, ran, failed = run(suite(whole.parent / "study.yaml"), f"--output={whole}")
+    assert not ran and not failed and board_of(whole)["tables"] == before["tables"]
+    assert str(whole / "leaderboard.html") in text
+
+
+def test_another_seed_is_one_more_run_a_row(whole: Path) -> None:
+    rows = {"Pop": STUDY["rows"]["Pop"]}
+    _, ran, _ = run(suite(whole.parent / "more.yaml", rows=rows, seeds=[1, 2, 3]), f"--output={whole}")
+    assert len(ran) == 1 and "Pop, seed 3" in ran[0]
+
+
+def altered_copy(folder: Path) -> Path:
+    """tiny with one user's last item exchanged for another one that he never had."""
+    target = folder / "altered" / "tiny"
+    target.mkdir(parents=True)
+    for file in (ROOT / "dataset" / "tiny").glob("tiny.*"):
+        (target / file.name).write_bytes(file.read_bytes())
+    head, *lines = (target / "tiny.inter").read_text(encoding="utf-8").splitlines()
+    names = [name.partition(":")[0] for name in head.split("\t")]
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    user = rows[0]["user_id"]
+    his = [row for row in rows if row["user_id"] == user]
+    last = max(his, key=lambda row: float(row["timestamp"]))
+    last["item_id"] = next(row["item_id"] for row in rows if row["item_id"] not in {other["item_id"] for other in his})
+    body = ["\t".join(row.values()) for row in rows]
+    (target / "tiny.inter").write_text("\n".join([head, *body]) + "\n", encoding="utf-8")
+    return target.parent
+
+
+def test_a_row_with_one_altered_test_interaction_is_refused_by_name(tmp_path: Path) -> None:
+    rows = STUDY["rows"] | {"BPR, altered": {"model": "BPR", "data_path": str(altered_copy(tmp_path))}}
+    folder = tmp_path / "out"
+    text, _, failed = run(suite(tmp_path / "s.yaml", rows=rows, seeds=[1]), f"--output={folder}")
+    (table,) = board_of(folder)["tables"]
+    bad = next(row for row in table["rows"] if row["name"] == "BPR, altered")
+    assert failed == 0 and not bad["metrics"] and "split" in bad["refused"][0]["reason"]
+    assert all(not row["refused"] and row["metrics"] for row in table["rows"] if row is not bad)
+    assert "BPR, altered" in text and bad["refused"][0]["reason"] in (folder / "leaderboard.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_it_goes_on_when_a_row_fails_and_tries_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "later"
+    rows = {"EASE": {"model": "EASE"}, "broken": {"model": "BPR", "data_path": str(data), "dataset": "x"}}
+    rows["broken"].pop("dataset")
+    broken = data / "tiny"
+    broken.mkdir(parents=True)
+    (broken / "tiny.inter").write_text("user_id:token\titem_id:token\n", encoding="utf-8")
+    folder = tmp_path / "out"
+    words = [suite(tmp_path / "s.yaml", rows=rows, seeds=[1]), f"--output={folder}"]
+    assert main(["leaderboard", *words]) == 2
+    told = capsys.readouterr()
+    assert "broken, seed 1: failed" in told.err and "EASE" in told.out
+    (table,) = board_of(folder)["tables"]
+    row = next(row for row in table["rows"] if row["name"] == "broken")
+    assert row["failed"][0]["seed"] == 1 and row["failed"][0]["reason"] in told.out and not row["metrics"]
+    for file in (ROOT / "dataset" / "tiny").glob("tiny.*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    _, ran, failed = run(*words)
+    assert failed == 0 and len(ran) == 1 and "broken" in ran[0]
+
+
+def test_models_and_data_sets_can_be_named_without_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    words = ["--models=Pop,BPR", "--dataset=tiny", "--epochs=1", "--BPR.epochs=3", "--gpu_id=", f"--output={folder}"]
+    run(*words, "--seeds=[7]", "--reference=Pop")
+    (table,) = board_of(folder)["tables"]
+    rows = {row["name"]: json.loads(Path(row["runs"][0]).read_text(encoding="utf-8")) for row in table["rows"]}
+    assert (rows["Pop"]["config"]["epochs"], rows["BPR"]["config"]["epochs"]) == (1, 3)
+    assert rows["BPR"]["seed"] == 7 and table["reference"] == "Pop"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models=[BPR, BPX]", "--dataset=tiny"], "unknown model 'BPX'; did you mean"),
+        (["--models=BPR"], "--models and --datasets"),
+        (["--suite=quick", "--models=BPR"], "same thing twice"),
+        (["--suite=quik"], "quick.yaml"),
+        (["--models=BPR", "--dataset=tiny", "--seed=1"], "say --seeds"),
+        (["--models=BPR", "--dataset=tiny", "--BRP.epochs=1"], "'BRP' is neither a row nor a part.*mean 'BPR'"),
+        (["--models=BPR", "--dataset=tiny", "--cores=0"], "--cores should be a number above 0"),
+        (["--models=BPR", "--dataset=tiny", "--memory=lots"], "--memory should be a number above 0"),
+        (["--models=BPR", "--dataset=tiny", "--epochs=-1"], "epochs should be int >= 0"),
+        (["--models=BPR", "--dataset=tiny", "--metric=NDCG@7"], "NDCG@7 is not among"),
+        (["--models=BPR", "--dataset=tiny", "--reference=Pop"], "reference 'Pop' is no row"),
+        (["quick"], "is not understood"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        leaderboard(words, lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+def figures(folder: Path) -> Any:
+    """All that a table says of quality; costs are clocks'."""
+    (table,) = board_of(folder)["tables"]
+    rows = [
+        {key: row[key] for key in ("name", "seeds", "metrics", "at_k", "failed", "refused")} for row in table["rows"]
+    ]
+    return table["best_baseline"], table["tests"], rows, table["breakdowns"], table["users"]
+
+
+def killed_and_gone_on(tmp_path: Path, kills: int, draws: random.Random, rows: dict[str, Any]) -> Path:
+    """Start it, kill -9 it at random moments, and let it end."""
+    folder = tmp_path / "killed"
+    words = [suite(tmp_path / "study.yaml", rows=rows), f"--output={folder}", "--cores=2"]
+    command = [sys.executable, "-m", "recbole_llm", "leaderboard", *words]
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        time.sleep(draws.uniform(4.0, 14.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
+    folder = killed_and_gone_on(tmp_path, 2, random.Random(1), STUDY["rows"])
+    expected = tmp_path / "expected"
+    run(suite(tmp_path / "study.yaml"), f"--output={expected}")
+    assert figures(folder) == figures(expected)
+    assert not list((folder / "cells").glob("*.spec.json"))
+
+
+@pytest.mark.slow
+def test_killed_five_times_with_models_in_stages_it_ends_with_the_same_table(tmp_path: Path) -> None:
+    small = {"llm_train_steps": 20, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "alignment_epochs": 1}
+    rows = STUDY["rows"] | {"LightGCN": {"model": "LightGCN"}, "GLTA": {"model": "GLTA", **small}}
+    rows["SASRec"] = {"model": "SASRec", "epochs": 6}
+    folder = killed_and_gone_on(tmp_path, 5, random.Random(time.time_ns()), rows)
+    expected = tmp_path / "expected"
+    run(suite(tmp_path / "study.yaml", rows=rows), f"--output={expected}")
+    assert figures(folder) == figures(expected)
