@@ -62,9 +62,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from recbole_llm.evaluation.comparison import compare_runs
+    from recbole_llm.leaderboard.compare import compare
 
-    print(compare_runs(arguments))
+    print(compare(arguments))
     return 0
 
 

@@ -113,13 +113,13 @@ def test_recboles_habit_of_exclusion_spares_a_repeated_target(settings_of: Setti
 
 
 def test_runs_with_other_settings_are_other_rows(settings_of: Settings) -> None:
-    from recbole_llm.evaluation.comparison import rows_of
+    from recbole_llm.leaderboard.compare import compare, rows_of
 
     one, two = (run("BPR", "small", config_dict=settings_of(epochs=epochs)) for epochs in (1, 2))
-    folders = [Path(result["result_file"]).parent for result in (one, two)]
-    assert len(rows_of(folders)) == 2
-    with pytest.raises(UserError, match="seed stands twice"):
-        rows_of([folders[0], folders[0]])
+    folders = [str(Path(result["result_file"]).parent) for result in (one, two)]
+    assert [row.name for row in rows_of(folders)] == ["BPR (epochs 1)", "BPR (epochs 2)"]
+    with pytest.raises(UserError, match="seed 2020 stands twice"):
+        compare([folders[0], folders[0]])
 
 
 def test_refit_reports_the_metrics_asked_for(settings_of: Settings) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from recbole_llm.config import NEUTRAL_KEYS
 from recbole_llm.errors import UserError, nearest
 
 # What must be the same for two rows to mean the same thing.
@@ -59,34 +58,6 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             return result, {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} or its per_user.npz cannot be read ({error})") from None
-
-
-def rows_of(paths: Sequence[str | Path]) -> list[Row]:
-    """Read runs and average each model's seeds.
-
-    Raises:
-        UserError: fewer than two runs, or two whose data set, split or policy differs; the runs are named.
-    """
-    if len(paths) < 2:
-        raise UserError("compare takes two runs or more: recbole-llm compare RUN RUN")
-    grouped: dict[tuple[str, str], list[str | Path]] = {}
-    for path in paths:
-        result = read_run(path)[0]
-        grouped.setdefault((result["model"], _settings_mark(result)), []).append(path)
-    several = [model for model, _ in grouped]
-    return [
-        row_of(model if several.count(model) == 1 else f"{model} ({Path(members[0]).name})", members, like=paths[0])
-        for (model, _), members in grouped.items()
-    ]
-
-
-def _settings_mark(result: dict[str, Any]) -> str:
-    """The settings that make two runs of a model seeds of one row rather than two rows."""
-    config = result.get("config", {})
-    settings = {key: value for key, value in config.items() if key not in NEUTRAL_KEYS and key != "seed"}
-    # They reach a stage through the texts it reads, so they are no settings of any stage.
-    settings["texts"] = [config.get(key) or 0.0 for key in ("text_drop", "text_shuffle")]
-    return json.dumps(settings, sort_keys=True)
 
 
 def row_of(name: str, paths: Sequence[str | Path], like: str | Path) -> Row:
@@ -147,23 +118,3 @@ def paired_test(row: Row, base: Row, metric: str) -> tuple[float, float]:
     if not np.any(difference):
         return 0.0, 1.0
     return float(difference.mean()), float(stats.ttest_rel(row.values[metric], base.values[metric]).pvalue)
-
-
-def compare_runs(arguments: Sequence[str]) -> str:
-    """The table behind ``recbole-llm compare``: every model against the first one, metric by metric.
-
-    Args:
-        arguments: run folders or ``result.json`` files; runs of one model are seeds of one row.
-    """
-    rows = rows_of(arguments)
-    base = rows[0]
-    lines = [f"{len(base.users)} users; difference to {base.model} and p of a paired t-test over users (no correction)"]
-    for metric in base.values:
-        cells = [f"{metric:14}{base.model} {base.values[metric].mean():.4f}"]
-        for row in rows[1:]:
-            if metric in row.values:
-                gain, p = paired_test(row, base, metric)
-                cells.append(f"{row.model} {row.values[metric].mean():.4f} ({gain:+.4f}, p {p:.2g})")
-        lines.append("   ".join(cells))
-    lines.append("seeds: " + ", ".join(f"{row.model} {row.seeds}" for row in rows))
-    return "\n".join(lines)

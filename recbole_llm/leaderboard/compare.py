@@ -1,0 +1,110 @@
+"""``recbole-llm compare``: runs that are already there beside each other."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.config import NEUTRAL_KEYS
+from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.evaluation.comparison import read_run
+from recbole_llm.leaderboard.assemble import board_of, table_of
+from recbole_llm.leaderboard.rows import RowRuns
+from recbole_llm.leaderboard.tables import terminal, write
+
+ALPHA = 0.05
+USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]"
+OPTIONS = ("reference", "metric", "output")
+# They reach a model through the texts and rows that it reads, so they are no settings of a stage, and yet move it.
+MOVING = ("text_drop", "text_shuffle", "item_text", "item_text_fallback", "item_text_max_words", "refit_on_valid")
+# Settings by which two rows of one model are told apart; with more, the run's folder says more.
+TOLD_APART = 3
+
+
+def compare(arguments: Sequence[str]) -> str:
+    """The table behind ``recbole-llm compare``.
+
+    Args:
+        arguments: run folders or ``result.json`` files (runs of one model and settings are seeds of one row), and
+            ``--reference=NAME`` (by default the first row), ``--metric=NDCG@10``, ``--output=DIR`` (write
+            ``leaderboard.md``, ``.csv`` and ``.json`` there).
+
+    Raises:
+        UserError: fewer than two runs; one that cannot be read or is not judged like the first, which is named.
+    """
+    paths = [argument for argument in arguments if not argument.startswith("--")]
+    options = _options([argument for argument in arguments if argument.startswith("--")])
+    if len(paths) < 2:
+        raise UserError(f"compare takes two runs or more: {USAGE}")
+    results = [read_run(path)[0] for path in paths]
+    rows = rows_of(paths)
+    metrics = [name for name in results[0]["test"] if all(name in result["test"] for result in results)]
+    if not metrics:
+        raise UserError(f"the runs {', '.join(paths)} have no metric in common")
+    metric = options.get("metric", "ndcg@10" if "ndcg@10" in metrics else metrics[0]).lower()
+    if metric not in metrics:
+        near = did_you_mean(metric, metrics) or f"; they have {', '.join(metrics)}"
+        raise UserError(f"--metric={options['metric']} is not among the runs' metrics{near}")
+    reference = options.get("reference", rows[0].name)
+    dataset = str(results[0].get("dataset", ""))
+    table = table_of(rows, dataset, "", "", metric, metrics, reference, None, ALPHA, like=paths[0])
+    for row in table["rows"]:
+        for refused in row["refused"]:
+            raise UserError(f"{refused['run']} ({row['name']}) cannot be compared with {paths[0]}: {refused['reason']}")
+    command = shlex.join(["recbole-llm", "compare", *arguments])
+    board = board_of([table], "Comparison of runs", command, metrics, metric, ALPHA)
+    lines = [terminal(board, sys.stdout.isatty())]
+    if "output" in options:
+        lines += ["", *(f"{path.suffix[1:]:12}{path}" for path in write(board, Path(options["output"])))]
+    return "\n".join(lines)
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if key not in OPTIONS or not equals or not value:
+            raise UserError(f"{argument!r} is not understood here{did_you_mean(key, OPTIONS)}; {USAGE}")
+        options[key] = value
+    return options
+
+
+def rows_of(paths: Sequence[str]) -> list[RowRuns]:
+    """Group runs into rows: those of one model and settings are its seeds.
+
+    Raises:
+        UserError: a run cannot be read.
+    """
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        result = read_run(path)[0]
+        grouped.setdefault((result["model"], json.dumps(_settings(result), sort_keys=True)), []).append(path)
+    rows = []
+    for (model, settings), members in grouped.items():
+        rivals = [json.loads(other) for name, other in grouped if name == model]
+        own = json.loads(settings)
+        apart = {key: own.get(key) for key in sorted(set().union(*rivals)) if _differs(key, rivals)}
+        rows.append(RowRuns(_name(model, apart, members[0]), members, settings=apart))
+    return rows
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make two runs of a model seeds of one row rather than two rows."""
+    config = result.get("config", {})
+    settings = {key: value for key, value in config.items() if key not in NEUTRAL_KEYS and key != "seed"}
+    # A run of before a setting existed is a run without it.
+    return settings | {key: config[key] for key in MOVING if config.get(key)}
+
+
+def _differs(key: str, rivals: Sequence[dict[str, Any]]) -> bool:
+    return len({json.dumps(rival.get(key), sort_keys=True) for rival in rivals}) > 1
+
+
+def _name(model: str, apart: dict[str, Any], path: str) -> str:
+    if len(apart) > TOLD_APART:
+        return f"{model} ({path})"
+    return f"{model} ({', '.join(f'{key} {json.dumps(value)}' for key, value in apart.items())})" if apart else model

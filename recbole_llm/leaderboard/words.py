@@ -1,0 +1,112 @@
+"""Figures and sentences of a leaderboard, the same in every form it is shown in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+UNKNOWN = "-"
+
+
+def value(number: float | None) -> str:
+    """A metric: four decimals."""
+    return UNKNOWN if number is None else f"{number:.4f}"
+
+
+def amount(number: float | None) -> str:
+    """A count or a size in three digits: ``12.9k``."""
+    if number is None:
+        return UNKNOWN
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            short = number / size
+            return f"{short:.0f}{letter}" if short >= 100 else f"{short:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def seconds(number: float | None) -> str:
+    """A duration in seconds, with decimals where it is short."""
+    if number is None:
+        return UNKNOWN
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.2f}"
+
+
+def probability(number: float | None) -> str:
+    """A p-value in two digits."""
+    return UNKNOWN if number is None else f"{number:.2g}"
+
+
+def percent(number: float | None) -> str:
+    """A share with its sign."""
+    return UNKNOWN if number is None else f"{number:+.1%}"
+
+
+def title_of(table: Mapping[str, Any]) -> str:
+    """What a table is of."""
+    return " ".join(filter(None, (table["dataset"], table["protocol"], table["column"])))
+
+
+def comparators(table: Mapping[str, Any]) -> dict[str, str]:
+    """The rows that the others are tested against, with what each is: the best baseline, the reference, or both."""
+    found: dict[str, str] = {}
+    for name, what in ((table["best_baseline"], "best baseline"), (table["reference"], "reference")):
+        if name is not None:
+            found[name] = f"{found[name]} and {what}" if name in found else what
+    return found
+
+
+def reasons(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a run that failed or was refused."""
+    lines = []
+    for run in runs:
+        seed = "" if run["seed"] is None else f"seed {run['seed']}: "
+        lines.append(seed + " ".join(str(run["reason"]).split()))
+    return lines
+
+
+def left_out(table: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Runs that stand in no figure, as (``failed`` or ``refused``, row, reason)."""
+    return [
+        (kind, row["name"], reason)
+        for row in table["rows"]
+        for kind in ("failed", "refused")
+        for reason in reasons(row[kind])
+    ]
+
+
+def judged(table: Mapping[str, Any]) -> str:
+    """The split and the candidate policy."""
+    split, evaluation = table["split"], table["evaluation"]
+    if not split or not evaluation:
+        return "No run of this table counts."
+    counts = ", ".join(f"{split[key]} {key}" for key in ("users", "items", "train", "valid", "test") if key in split)
+    dropped = split.get("dropped_repeats")
+    if dropped:
+        counts += f", {dropped} repeats of earlier items dropped"
+    policy = ", ".join(
+        f"{key} {str(evaluation[key]).lower()}"
+        for key in ("policy", "exclude_history", "eval_unit", "ranking", "test_users")
+        if key in evaluation
+    )
+    return f"Split {split['fingerprint'][:16]} ({counts}); candidates: {policy}."
+
+
+def chosen(board: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+    """How the best baseline came to be it, and how many tests were corrected together."""
+    metric, best = board["metric"], table["best_baseline"]
+    if best is None:
+        text = f"No baseline has {metric} on valid, so none is the best one."
+    else:
+        known = {
+            row["name"]: row["metrics"][metric]["valid"]
+            for row in table["rows"]
+            if row["baseline"] and row["metrics"].get(metric, {}).get("valid") is not None
+        }
+        listed = ", ".join(
+            f"{name} {value(known[name])}" for name in sorted(known, key=known.__getitem__, reverse=True)
+        )
+        text = f"Best baseline: {best}, chosen by {metric} on valid, never on test ({listed})."
+    return (
+        f"{text} Paired t-tests over users, seeds averaged first; Holm's correction over {table['tests']} "
+        f"test{'' if table['tests'] == 1 else 's'} a metric, alpha {board['alpha']:g}."
+    )
