@@ -37,7 +37,7 @@ _PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines", "train_share",
+    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice",
 )  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -61,7 +61,8 @@ NEUTRAL_KEYS = frozenset({
     "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
-    "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing",
+    "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
+    "cold_item_choice",
 })  # fmt: skip
 
 
@@ -254,11 +255,11 @@ class Config(RecBoleConfig):
                 raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
             if self._setting("refit_on_valid"):
                 raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
-            if self._setting("train_share") < 1:
-                raise UserError("train_share below 1 needs policy: unified; RecBole has no such protocol")
-        elif self._setting("train_share") < 1 and self._setting("eval_unit") == "row":
+            if self._withholds():
+                raise UserError(f"{self._withholds()} needs policy: unified; RecBole has no such protocol")
+        elif self._withholds() and self._setting("eval_unit") == "row":
             raise UserError(
-                "train_share below 1 needs eval_unit: user; a ranking by row may have lost all that stood before it"
+                f"{self._withholds()} needs eval_unit: user; a ranking by row may have lost all that stood before it"
             )
         elif model in _UNRANKABLE:
             raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
@@ -267,6 +268,12 @@ class Config(RecBoleConfig):
             kind: Any = registry.get_model(name)
             if kind.type != ModelType.GENERAL:
                 raise UserError(f"{part} should be a general recommender with user and item embeddings, not {name}")
+
+    def _withholds(self) -> str:
+        """The setting that keeps rows from training, for a message; empty where none does."""
+        if self._setting("train_share") < 1:
+            return "train_share below 1"
+        return "cold_item_share above 0" if self._setting("cold_item_share") > 0 else ""
 
     def _check_value(self, key: str) -> None:
         value, spec = self.external_config_dict[key], self._specs.get(key)
@@ -393,10 +400,21 @@ class Config(RecBoleConfig):
             _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
         elif not _is_ratios(value):
             raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
-        if kind == "TS" and final.get("time_scope") == "user":
+        if final.get("time_scope") == "user":
+            self._check_times_between_users(kind)
+
+    def _check_times_between_users(self, kind: str) -> None:
+        """Refuse what compares times of different users; called where they mean nothing."""
+        final = self.final_config_dict
+        wanted = ""
+        if kind == "TS":
+            wanted = "no global time split (TS); use LS or RS"
+        elif final["cold_item_share"] > 0 and final["cold_item_choice"] == "newest":
+            wanted = "no item is newer than another; take cold_item_choice: random"
+        if wanted:
             raise UserError(
                 f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: "
-                "no global time split (TS); use LS or RS, or set time_scope: global if your copy has real times"
+                f"{wanted}, or set time_scope: global if your copy has real times"
             )
 
     # --- use ---------------------------------------------------------------------------------------------------------
@@ -420,6 +438,8 @@ class Config(RecBoleConfig):
             short_users=self.final_config_dict["short_users"],
             drop_repeats=self.final_config_dict["exclude_history"] is True,
             train_share=self.final_config_dict["train_share"],
+            cold_item_share=self.final_config_dict["cold_item_share"],
+            cold_item_choice=self.final_config_dict["cold_item_choice"],
         )
 
     def part(self, name: str) -> Config:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from recbole_llm.data.cold_items import draw_cold_items
 from recbole_llm.errors import UserError
 
 TRAIN, VALID, TEST, DROPPED, WITHHELD = 0, 1, 2, 3, 4
@@ -71,6 +72,8 @@ class SplitProtocol:
         short_users: what becomes of users with too few rows: ``drop``, ``train`` or ``refuse``.
         drop_repeats: drop a valid or test row whose item the user already had.
         train_share: share of every user's train rows that training sees; the others are withheld.
+        cold_item_share: share of the items of which training sees no row; their train and valid rows are withheld.
+        cold_item_choice: which ones: ``random`` or ``newest``.
     """
 
     kind: str
@@ -82,6 +85,8 @@ class SplitProtocol:
     short_users: str = "drop"
     drop_repeats: bool = True
     train_share: float = 1.0
+    cold_item_share: float = 0.0
+    cold_item_choice: str = "random"
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol as it stands in ``result.json``."""
@@ -92,6 +97,9 @@ class SplitProtocol:
         }
         if self.train_share < 1:
             shared |= {"train_share": self.train_share, "split_seed": self.seed}
+        if self.cold_item_share > 0:
+            shared |= {"cold_item_share": self.cold_item_share, "cold_item_choice": self.cold_item_choice}
+            shared |= {"split_seed": self.seed}
         if self.kind == "LS":
             return shared | {"leave_one_mode": self.leave_one_mode}
         shared |= {"ratios": list(self.ratios)}
@@ -108,14 +116,15 @@ class Split:
     Attributes:
         users, items: int64 [n], internal ids, sorted by user, then exact time, then file order.
         ranks: int64 [n], position of a row in its user's exact time order (from 0).
-        phases: int8 [n]: TRAIN, VALID, TEST, DROPPED or WITHHELD (by ``train_share``: in no view of training, but known
-            to whoever excludes a user's history).
+        phases: int8 [n]: TRAIN, VALID, TEST, DROPPED or WITHHELD (by ``train_share`` or ``cold_item_share``: in no view
+            of training, but known to whoever excludes a user's history).
         rows: int64 [n], the row of the filtered interaction table that each entry is.
         n_users, n_items: numbers of internal ids, padding included.
         candidates: bool [n_items], the items with an interaction after filtering.
         protocol: how it was divided.
         fingerprint: SHA-256, see :func:`fingerprint`.
         dropped_repeats, dropped_users: what was left out.
+        cold: bool [n_items], the items that ``cold_item_share`` took from training.
     """
 
     users: np.ndarray
@@ -130,6 +139,7 @@ class Split:
     fingerprint: str = ""
     dropped_repeats: int = 0
     dropped_users: int = 0
+    cold: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     _cache: dict[tuple[int, ...], Histories] = field(default_factory=dict, repr=False, compare=False)
 
     def histories(self, *phases: int) -> Histories:
@@ -152,11 +162,12 @@ class Split:
         phases = np.where(self.phases == VALID, TRAIN, self.phases).astype(np.int8)
         return Split(
             self.users, self.items, self.ranks, phases, self.rows, self.n_users, self.n_items, self.candidates,
-            self.protocol, self.fingerprint, self.dropped_repeats, self.dropped_users,
+            self.protocol, self.fingerprint, self.dropped_repeats, self.dropped_users, self.cold,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """The ``split`` block of ``result.json``."""
+        cold = {"cold_items": int(self.cold.sum())} if self.protocol.cold_item_share > 0 else {}
         return {
             "fingerprint": self.fingerprint,
             "protocol": self.protocol.as_dict(),
@@ -166,6 +177,7 @@ class Split:
             "valid": self.count(VALID),
             "test": self.count(TEST),
             "withheld": self.count(WITHHELD),
+            **cold,
             "dropped_repeats": self.dropped_repeats,
             "dropped_users": self.dropped_users,
         }
@@ -191,11 +203,16 @@ def make_split(
         protocol: how to divide.
 
     Raises:
-        UserError: an order by time without times, or users too short under ``short_users: refuse``.
+        UserError: an order by time without times, users too short under ``short_users: refuse``, or a
+            ``cold_item_share`` that some user would not survive.
     """
     if times is None and (protocol.by_time or protocol.kind == "TS"):
         raise UserError(
             "the split is by time, but the data has no timestamp column; set eval_args.order: RO or TIME_FIELD"
+        )
+    if times is None and protocol.cold_item_share > 0 and protocol.cold_item_choice == "newest":
+        raise UserError(
+            "cold_item_choice: newest needs a timestamp column; load one (TIME_FIELD, load_col), or set it to random"
         )
     # Without times the rank is the file's order, which nothing but the fingerprint and histories reads.
     clock = np.zeros(len(users)) if times is None else times
@@ -216,15 +233,16 @@ def make_split(
     dropped_repeats = 0
     if protocol.drop_repeats:
         phases, dropped_repeats = _drop_repeats(users, items, phases)
-    # Last, so that valid and test rows, users and candidates are the same whatever the share.
-    phases = _withhold(users, ranks, phases, protocol, user_tokens)
     candidates = np.zeros(len(item_tokens), dtype=bool)
     candidates[items] = True
+    # Last, so that test rows, users and candidates are the same whatever the shares.
+    phases, cold = _withhold_items(users, items, clock, phases, candidates, protocol, item_tokens)
+    phases = _withhold(users, ranks, phases, protocol, user_tokens)
     kept = phases != DROPPED
     mark = fingerprint(users[kept], items[kept], ranks[kept], phases[kept], candidates, user_tokens, item_tokens)
     return Split(
         users, items, ranks, phases, rows, len(user_tokens), len(item_tokens), candidates,
-        protocol, mark, dropped_repeats, dropped_users,
+        protocol, mark, dropped_repeats, dropped_users, cold,
     )  # fmt: skip
 
 
@@ -363,6 +381,35 @@ def _drop_repeats(users: np.ndarray, items: np.ndarray, phases: np.ndarray) -> t
     out = phases.copy()
     out[order[repeat]] = DROPPED
     return out, int(repeat.sum())
+
+
+def _withhold_items(
+    users: np.ndarray,
+    items: np.ndarray,
+    clock: np.ndarray,
+    phases: np.ndarray,
+    candidates: np.ndarray,
+    protocol: SplitProtocol,
+    item_tokens: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take the train and valid rows of ``cold_item_share`` of the items out; the items are the second result.
+
+    Valid rows go as well: no epoch can be picked by items that training cannot know, and at test they would stand in
+    the inputs of sequential models.
+    """
+    if protocol.cold_item_share <= 0:
+        return phases, np.zeros(len(candidates), dtype=bool)
+    train = phases == TRAIN
+    first_seen = None
+    if protocol.cold_item_choice == "newest":
+        first_seen = np.full(len(candidates), np.inf)
+        np.minimum.at(first_seen, items, clock)
+    cold = draw_cold_items(
+        users[train], items[train], candidates, protocol.cold_item_share, item_tokens, protocol.seed, first_seen
+    )
+    out = phases.copy()
+    out[np.isin(phases, (TRAIN, VALID)) & cold[items]] = WITHHELD
+    return out, cold
 
 
 def _withhold(
