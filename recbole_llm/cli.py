@@ -19,6 +19,9 @@ verbs
            recbole-llm run --model=GLTA --dataset=ml-100k [--config_files='a.yaml b.yaml'] [--key=value ...]
   compare  put the results of runs beside each other, with a paired test a user
            recbole-llm compare RUN RUN [...]
+  tune     search a model's settings on the valid rows; goes on where it stood, and writes a YAML that `run` takes
+           recbole-llm tune --model=LightGCN --dataset=ml-100k [--space=FILE] [--trials=20] [--seconds=N] [--output=DIR]
+           [--write=FILE.yaml] [--key=value ...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
   suite    run every cell of a study (rows x columns x seeds) and put them into one table and picture; goes on where it
@@ -74,6 +77,13 @@ def _suite(arguments: list[str]) -> int:
     return 2 if failed else 0
 
 
+def _tune(arguments: list[str]) -> int:
+    from recbole_llm.leaderboard.tuning import tune
+
+    print(tune(arguments))
+    return 0
+
+
 def _models(arguments: list[str]) -> int:
     from recbole_llm.registry import entries
 
@@ -112,6 +122,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "compare": _compare,
     "suite": _suite,
+    "tune": _tune,
     "models": _models,
     "inspect": _inspect,
 }
