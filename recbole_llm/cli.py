@@ -24,6 +24,9 @@ verbs
                        [--output=DIR] [--cores=2] [--memory=8] [--key=value ...] [--ROW.key=value ...]
   compare  put the results of runs beside each other, with the same tests
            recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]
+  tune     search a model's settings on the valid rows; goes on where it stood, and writes a YAML that `run` takes
+           recbole-llm tune --model=LightGCN --dataset=ml-100k [--space=FILE] [--trials=20] [--seconds=N] [--output=DIR]
+           [--write=FILE.yaml] [--key=value ...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
   inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
@@ -76,6 +79,13 @@ def _leaderboard(arguments: list[str]) -> int:
     return 2 if failed else 0
 
 
+def _tune(arguments: list[str]) -> int:
+    from recbole_llm.leaderboard.tuning import tune
+
+    print(tune(arguments))
+    return 0
+
+
 def _models(arguments: list[str]) -> int:
     from recbole_llm.registry import entries
 
@@ -114,6 +124,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "leaderboard": _leaderboard,
     "compare": _compare,
+    "tune": _tune,
     "models": _models,
     "inspect": _inspect,
 }

@@ -33,7 +33,7 @@ from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_f
 from recbole_llm.schema import Spec, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
-_PROTOCOL_KEYS = (
+PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
@@ -452,7 +452,7 @@ class Config(RecBoleConfig):
             name: the part's key, e.g. ``graph_model``.
         """
         inner = {
-            key: copy.deepcopy(self.final_config_dict[key]) for key in _PROTOCOL_KEYS if key in self.final_config_dict
+            key: copy.deepcopy(self.final_config_dict[key]) for key in PROTOCOL_KEYS if key in self.final_config_dict
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}

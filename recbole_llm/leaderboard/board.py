@@ -6,26 +6,25 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from recbole_llm import __version__, registry
+from recbole_llm import registry
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import DiskFullError, UserError, did_you_mean
 from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import grid, tables
-from recbole_llm.leaderboard.assemble import RowRuns, table_of
+from recbole_llm.leaderboard.assemble import board_of, table_of
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.report import write_page
+from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
 from recbole_llm.leaderboard.suite import Cell, Suite, arguments_of, marked, positive, read_suite, suite_of
 from recbole_llm.progress import clock
@@ -296,18 +295,7 @@ def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
             for column in suite.columns:
                 members = [cell for cell in study.cells if cell.place == (dataset, protocol, column)]
                 made.append(_table(members, study, suite, whole))
-    board = {
-        "schema": 1,
-        "title": suite.title,
-        "command": asked.command,
-        "commit": commit(),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"recbole_llm": __version__},
-        "metrics": _metrics(made),
-        "metric": suite.metric.lower(),
-        "alpha": ALPHA,
-        "tables": made,
-    }
+    board = board_of(made, suite.title, asked.command, _metrics(study, suite), suite.metric, ALPHA)
     tables.write(board, asked.folder)
     if len(suite.columns) > 1:
         text = grid.markdown(suite.title, suite.metric, str(suite.reference), suite.seeds, _grid(study, suite))
@@ -321,27 +309,37 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, whole: bool) -> 
     rows = []
     for row in suite.rows:
         cells = [cell for cell in members if cell.row == row]
-        failed: dict[int, str] = {cell.seed: study.reasons[cell] for cell in cells if cell in study.reasons}
-        files = [study.file(cell) for cell in cells if study.done(cell)]
-        settings = {key: value for key, value in suite.rows[row].items() if key not in ("model", "run_memory")}
-        rows.append(RowRuns(row, str(suite.rows[row]["model"]), files, failed, settings))
-    place = members[0].place
-    shown = [name if many else "" for name, many in zip(place, (True, *(_many(suite))), strict=True)]
+        rows.append(RowRuns(
+            name=row,
+            files=[study.file(cell) for cell in cells if study.done(cell)],
+            failed=[{"seed": cell.seed, "reason": study.reasons[cell]} for cell in cells if cell in study.reasons],
+            settings={key: value for key, value in suite.rows[row].items() if key not in ("model", "run_memory")},
+            model=str(suite.rows[row]["model"]),
+        ))  # fmt: skip
+    dataset, protocol, column = members[0].place
     table = table_of(
-        rows, dataset=shown[0], protocol=shown[1], column=shown[2], metric=suite.metric.lower(),
-        reference=suite.reference, baselines=suite.baselines, alpha=ALPHA,
-    )  # fmt: skip
+        rows,
+        dataset=dataset,
+        protocol=protocol if len(suite.protocols) > 1 else "",
+        column=column if len(suite.columns) > 1 else "",
+        metric=suite.metric,
+        metrics=_metrics(study, suite),
+        reference=suite.reference,
+        baselines=suite.baselines,
+        alpha=ALPHA,
+    )
     if suite.paper:
-        table["paper"] = beside_paper(suite.paper, place[0], table)
-    return with_details(table, rows) if whole else table
+        table["paper"] = beside_paper(suite.paper, dataset, table)
+    return with_details(table) if whole else table
 
 
-def _many(suite: Suite) -> tuple[bool, bool]:
-    return len(suite.protocols) > 1, len(suite.columns) > 1
-
-
-def _metrics(made: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(metric for table in made for row in table["rows"] for metric in row["metrics"]))
+def _metrics(study: Study, suite: Suite) -> list[str]:
+    """What the runs have measured, in their order, the suite's metric first."""
+    found = [suite.metric.lower()]
+    for cell in study.cells:
+        if study.done(cell):
+            found += json.loads(study.file(cell).read_text(encoding="utf-8"))["test"]
+    return list(dict.fromkeys(found))
 
 
 def _grid(study: Study, suite: Suite) -> list[dict[str, Any]]:
@@ -355,19 +353,3 @@ def _grid(study: Study, suite: Suite) -> list[dict[str, Any]]:
         if cell in study.reasons:
             place["errors"].setdefault(study.reasons[cell], []).append(cell.seed)
     return grid.tables(list(suite.rows), list(suite.columns), str(suite.reference), suite.metric, places)
-
-
-def commit() -> str | None:
-    """The commit of this package's code, marked where it was edited since; ``None`` outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        if not git("ls-files", "--", str(Path(__file__).name)).strip():
-            return None
-        edited = git("status", "--porcelain", "--", str(folder)).strip()
-        return git("rev-parse", "HEAD").strip() + ("+edited" if edited else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -18,6 +18,7 @@ from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
+from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
 from recbole_llm.training.staged import WEIGHTS, StagedTrainer
 from recbole_llm.training.state import RESUME_FILE
@@ -26,6 +27,13 @@ from recbole_llm.training.trainer import trainer_class
 
 # Raised when a change of ours moves what training a recommender makes.
 TRAIN_VERSION = 1
+
+# Told the epoch (from 0) and the score on valid after each validation.
+Watch = Callable[[int, float], None]
+
+
+class PrunedError(Exception):
+    """Raised by a watch: the training is given up, and nobody will go on from what it has left."""
 
 
 @dataclass
@@ -81,20 +89,23 @@ def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool =
     return fit_part
 
 
-def fit(config: Config, store: StageStore) -> Fit:
+def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
     """Train a recommender, stage by stage; every finished stage is kept and found again.
 
     Args:
         config: what to train, on what.
         store: the stage cache.
+        watch: looks on at the last stage where that is trained rather than found, at the epochs that an attempt that
+            was cut off has left first; what it raises ends the training.
 
     Returns:
         The trained recommender with its best weights; after ``refit_on_valid`` the one trained on train + valid.
 
     Raises:
         UserError: see the stages.
+        PrunedError: the watch gave the training up.
     """
-    first = _fit_once(config, store, None)
+    first = _fit_once(config, store, None, watch)
     if not config["refit_on_valid"] or not len(first.valid_data):
         return first
     # Measured here, as the metrics asked for may differ from those that picked the epoch when it was trained.
@@ -102,8 +113,12 @@ def fit(config: Config, store: StageStore) -> Fit:
     return _fit_once(config, store, first)
 
 
-def _prepared(config: Config) -> tuple[Any, Any, Any, Any]:
-    """The data set and its loaders of train, valid and test rows."""
+def prepared(config: Config) -> tuple[Any, Any, Any, Any]:
+    """The data set and its loaders of train, valid and test rows.
+
+    Raises:
+        UserError: there is no such data, or the split leaves nothing to test, or less to recommend than ``topk`` asks.
+    """
     dataset = create_dataset(config)
     train_data, valid_data, test_data = data_preparation(config, dataset)
     split = getattr(train_data._dataset, "split", None)
@@ -132,11 +147,11 @@ def _for_refit(config: Config, before: Fit) -> tuple[Config, Any]:
     return config, make_loaders(config, before.dataset.cut(merged))[0]
 
 
-def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
+def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watch | None = None) -> Fit:
     """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs."""
     init_seed(config["seed"], config["reproducibility"])
     if before is None:
-        dataset, train_data, valid_data, test_data = _prepared(config)
+        dataset, train_data, valid_data, test_data = prepared(config)
     else:
         config, train_data = _for_refit(config, before)
         dataset, valid_data, test_data = before.dataset, before.valid_data, before.test_data
@@ -156,7 +171,7 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
         # What trains is reported, also where the stage is found rather than trained.
         model.begin_stage(model.stages[-1])
     name = model.stages[-1] if isinstance(trainer, StagedTrainer) else f"train-{config['model']}"
-    stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream)
+    stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream, watch)
     trainer.load_best(stage.folder / WEIGHTS)
     return Fit(
         config=config, dataset=dataset, train_data=train_data, valid_data=valid_data, test_data=test_data, model=model,
@@ -167,8 +182,9 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None) -> Fit:
 
 
 def _train(
-    name: str, config: Config, trainer: Any, train_data: Any, valid_data: Any, store: StageStore, upstream: list[str]
-) -> Stage:
+    name: str, config: Config, trainer: Any, train_data: Any, valid_data: Any, store: StageStore, upstream: list[str],
+    watch: Watch | None,
+) -> Stage:  # fmt: skip
     split = getattr(train_data._dataset, "split", None)
     inputs = {
         "config": config.stage_keys(),
@@ -181,7 +197,14 @@ def _train(
     def make(folder: Path) -> dict[str, Any]:
         trainer.saved_model_file = str(folder / WEIGHTS)
         trainer.resume_file = folder / RESUME_FILE
-        trainer.fit(train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"])
+        try:
+            trainer.fit(
+                train_data, valid_data, verbose=True, saved=True, show_progress=config["show_progress"],
+                callback_fn=watch,
+            )  # fmt: skip
+        except PrunedError:
+            remove(folder)
+            raise
         if processes.is_main() and not (folder / WEIGHTS).is_file():
             raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]

@@ -87,8 +87,12 @@ def new_run_folder(config: Config) -> Path:
     return folder
 
 
-def writable(path: Path) -> None:
+def writable(path: Path, key: str = "result_file") -> None:
     """See before any work that a file can be written.
+
+    Args:
+        path: the file.
+        key: what the user gave it as.
 
     Raises:
         UserError: it is a folder, or its folder cannot be made or written to.
@@ -98,7 +102,7 @@ def writable(path: Path) -> None:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise IsADirectoryError(0, "it is a folder" if path.is_dir() else "no permission")
     except OSError as error:
-        raise UserError(f"result_file: {path} cannot be written ({error.strerror})") from None
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror})") from None
 
 
 def _tidy(folder: Path, keep_log: bool) -> None:

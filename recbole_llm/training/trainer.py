@@ -69,6 +69,8 @@ class TrainerMixin:
     ) -> tuple[float, dict[str, float] | None]:
         """RecBole's ``fit``; goes on from :attr:`resume_file` when that exists.
 
+        ``callback_fn`` is told of the validations of the attempt before first: it sees the whole curve.
+
         Returns:
             Best validation score and the metrics at it.
 
@@ -88,6 +90,9 @@ class TrainerMixin:
                 callback_fn(epoch, score)
 
         try:
+            if callback_fn is not None:
+                for epoch, score in self.valid_curve:
+                    callback_fn(epoch, score)
             if finished:
                 return self.best_valid_score, self.best_valid_result  # type: ignore[has-type]
             return super().fit(  # type: ignore[misc]

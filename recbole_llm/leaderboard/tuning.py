@@ -1,0 +1,426 @@
+"""The search for a model's settings: Optuna's TPE over a space file, judged on the valid rows only.
+
+A trial is an ordinary training stage, so that ``run`` with the written YAML finds it in the cache. The first trial has
+the settings as they are without a search: what comes out is never worse than they are on valid. Each trial's sampler is
+seeded by how many trials stand before it, and what was cut off counts for nothing: a search that was killed goes on as
+if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState
+
+from recbole_llm import processes, registry
+from recbole_llm.config import Config
+from recbole_llm.disk import full_disk_told
+from recbole_llm.errors import DiskFullError, UserError
+from recbole_llm.leaderboard.space import Space, find_space, read_space
+from recbole_llm.leaderboard.tuned_file import Outcome, describe, summary, write_settings
+from recbole_llm.progress import clock
+from recbole_llm.training.logs import run_logging
+from recbole_llm.training.pipeline import TRAIN_VERSION, Fit, PrunedError, data_mark, fit, prepared, store_of
+from recbole_llm.training.runs import writable
+from recbole_llm.training.store import StageStore, fingerprint_of
+
+OWN = ("space", "trials", "seconds", "output", "write")
+QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False}
+# Trials drawn at random before TPE has enough to go by.
+TPE_STARTUP = 8
+# A trial is pruned where its best score so far is below the median of the others at the same validation, once so many
+# trials have ended and it was looked at so often: the first epochs tell of the step size more than of the end.
+PRUNER_STARTUP, PRUNER_WARMUP = 4, 8
+# They move no stage by themselves (their effect is in what a stage reads), but they do move what a trial is worth.
+MOVING = ("train_share", "text_drop", "text_shuffle", "text_noise_seed", "item_text", "item_text_fallback",
+          "item_text_max_words")  # fmt: skip
+
+
+class _BudgetSpentError(Exception):
+    """The seconds are spent in the middle of a trial, which a larger budget goes on with."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and where it is kept.
+
+    Attributes:
+        space: what moves.
+        base: the settings as they are without a search.
+        start: their values of what moves, by key.
+        command_line: settings that every trial has.
+        trials, seconds: the budget; ``None`` seconds are no limit.
+        folder: holds study, log and the best settings.
+        write: a second place for the best settings.
+        split: the split's fingerprint; ``None`` under RecBole's own protocol.
+        mark: hash of all that the worth of a trial depends on.
+        command: as the user typed it.
+    """
+
+    space: Space
+    base: Config
+    start: Mapping[str, Any] = field(hash=False)
+    command_line: tuple[str, ...]
+    trials: int
+    seconds: float | None
+    folder: Path
+    write: Path | None
+    split: str | None
+    mark: str
+    command: str
+
+    @property
+    def metric(self) -> str:
+        """What trials are judged by, lower case."""
+        return str(self.base["valid_metric"]).lower()
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The Config of a trial."""
+        config = Config(config_dict={**QUIET, **self.space.settings, **values}, command_line=self.command_line)
+        # Only the settings are looked for here; test rows are none of a search's business.
+        config["refit_on_valid"] = False
+        return config
+
+
+def tune(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> str:
+    """What ``recbole-llm tune`` does.
+
+    Args:
+        arguments: ``--model``, ``--dataset``, ``--space=FILE|NAME``, ``--trials=N``, ``--seconds=N``, ``--output=DIR``,
+            ``--write=FILE`` and settings of every trial; a setting given so is fixed, also where the space has it.
+        say: takes a line a trial; by default they go to stderr.
+
+    Returns:
+        The best setting beside the one without a search, and the path of its YAML.
+
+    Raises:
+        UserError: what was asked for cannot be done, told before any work; or no trial came to an end.
+    """
+    if processes.count() > 1:
+        raise UserError("tune runs in one process; leave accelerate launch out")
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    search = read_arguments(arguments)
+    search.folder.mkdir(parents=True, exist_ok=True)
+    log = search.folder / f"tune-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    with _alone(search), full_disk_told(search.folder), run_logging(log, search.base["state"]):
+        study = _study(search)
+        outcome = _go_on(search, study, say)
+    if outcome is None:
+        reasons = [trial.user_attrs["reason"] for trial in _finished(study)]
+        raise UserError(f"no trial came to an end; the first: {reasons[0] if reasons else 'cut off'}")
+    return summary(search.base, outcome, _best_file(search) if search.write is None else search.write)
+
+
+def read_arguments(arguments: Sequence[str]) -> Search:
+    """What the command line asks for, checked.
+
+    Raises:
+        UserError: see :func:`tune`.
+    """
+    own: dict[str, str] = {}
+    rest = []
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if key in OWN and equals and argument.startswith("--"):
+            own[key] = value
+        else:
+            rest.append(argument)
+    # The model's name decides on the space, and the space on the settings.
+    model = Config(config_dict=QUIET, command_line=rest)["model"]
+    path = find_space(model, own.get("space"))
+    given = {argument.removeprefix("--").partition("=")[0] for argument in rest}
+    space = read_space(path)
+    if space.metric is not None:
+        space = Space(**{**vars(space), "settings": {**space.settings, "valid_metric": space.metric}})
+    space = space.without(given)
+    base = _checked(space, rest)
+    start = {dimension.key: _value(base, dimension.key) for dimension in space.dimensions}
+    space = space.holding(start.__getitem__)
+    if not base["eval_step"]:
+        raise UserError("tune judges by validation: eval_step should be 1 or more, not 0")
+    _, train_data, valid_data, _ = prepared(base)
+    if not len(valid_data):
+        raise UserError("the split leaves no valid interaction to judge by; look at eval_args")
+    split = getattr(train_data._dataset, "split", None)
+    split_mark = split.fingerprint if split else None
+    mark, protocol = _mark(space, base, start, split_mark)
+    name = f"{base['model']}-{base['dataset']}-{protocol[:8]}"
+    write = Path(own["write"]) if "write" in own else None
+    if write is not None:
+        writable(write, "write")
+    folder = Path(own["output"]) if "output" in own else Path(base["output_dir"]) / "tune" / name
+    writable(folder / "search.db", "output")
+    return Search(
+        space=space, base=base, start=start, command_line=tuple(rest),
+        trials=_number(own, "trials", int) or space.trials, seconds=_number(own, "seconds", float),
+        folder=folder, write=write, split=split_mark, mark=mark,
+        command=f"recbole-llm tune {shlex.join(arguments)}",
+    )  # fmt: skip
+
+
+def _number(own: Mapping[str, str], key: str, kind: type) -> Any:
+    if key not in own:
+        return None
+    try:
+        value = kind(own[key])
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise UserError(f"--{key} should be {kind.__name__} > 0, but is {own[key]!r}")
+    return value
+
+
+def _checked(space: Space, command_line: Sequence[str]) -> Config:
+    """The Config without a search, after every value that the space names has been held against its type."""
+
+    def config(values: Mapping[str, Any]) -> Config:
+        try:
+            return Config(config_dict={**QUIET, **space.settings, **values}, command_line=command_line)
+        except UserError as error:
+            raise UserError(f"{space.path}: {error}") from None
+
+    for number in range(max(len(dimension.ends()) for dimension in space.dimensions)):
+        config({dimension.key: dimension.ends()[number % len(dimension.ends())] for dimension in space.dimensions})
+    return config({})
+
+
+def _value(config: Config, key: str) -> Any:
+    """A setting as it is now, also one of a part (``graph_model.epochs``)."""
+    part, dot, rest = key.partition(".")
+    return config.part(part)[rest] if dot else config[key]
+
+
+def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | None) -> tuple[str, str]:
+    """Hashes of all that a trial's worth depends on, and of the protocol alone."""
+    protocol = {
+        "split": split or base["eval_args"],
+        **{key: base[key] for key in ("policy", "exclude_history", "eval_unit")},
+    }
+    keys = {key: value for key, value in base.stage_keys().items() if key not in start}
+    parts = {part: base.part(part).stage_keys() for part in registry.parts_of(base.model_class)}
+    for key in start:
+        part, dot, rest = key.partition(".")
+        if dot:
+            parts[part].pop(rest)
+    inputs = {
+        "space": space.as_plain(), "start": dict(start), "settings": keys, "parts": parts, "protocol": protocol,
+        "moving": {key: base[key] for key in MOVING}, "files": data_mark(base), "version": TRAIN_VERSION,
+    }  # fmt: skip
+    return fingerprint_of(inputs), fingerprint_of(protocol)
+
+
+@contextmanager
+def _alone(search: Search) -> Iterator[None]:
+    """The only search of a study."""
+    lock = FileLock(str(search.folder / f"{search.mark[:12]}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is at this very search (in {search.folder})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _study(search: Search) -> optuna.Study:
+    """The study as the last process left it, or a new one whose first trial is the settings without a search."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=search.mark,
+        storage=f"sqlite:///{(search.folder / f'search-{search.mark[:12]}.db').resolve()}",
+        direction="maximize" if search.base["valid_metric_bigger"] else "minimize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=PRUNER_WARMUP),
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        # Its process was killed. Without a reason it counts for nothing, and the sampler comes to the same setting.
+        study.tell(trial.number, state=TrialState.FAIL)
+    first = [trial for trial in study.get_trials() if trial.user_attrs.get("first")]
+    if not any(trial.state == TrialState.WAITING or trial in _finished(study) for trial in first):
+        study.enqueue_trial(dict(search.start), user_attrs={"first": True})
+    return study
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that count: those that ended, were pruned, or failed with a reason."""
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        or (trial.state == TrialState.FAIL and "reason" in trial.user_attrs)
+    ]
+
+
+def _spent(study: optuna.Study) -> float:
+    """Seconds that all processes of the search have taken, as far as their trials have told."""
+    return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False))
+
+
+def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(n_startup_trials=TPE_STARTUP, multivariate=True, seed=state)
+
+
+def _go_on(search: Search, study: optuna.Study, say: Callable[[str], None]) -> Outcome | None:
+    """Run trials until the budget is spent; the best settings are written after every one."""
+    store = store_of(search.base, search.folder)
+    outcome = _outcome(search, study)
+    while True:
+        finished = _finished(study)
+        if len(finished) >= search.trials or (
+            outcome is not None and search.seconds is not None and _spent(study) >= search.seconds
+        ):
+            break
+        study.sampler = _sampler(search.base["seed"], len(finished))
+        trial = study.ask()
+        try:
+            said = _run_trial(search, study, trial, store)
+        except _BudgetSpentError:
+            study.tell(trial, state=TrialState.FAIL)
+            say(f"[{len(finished) + 1}/{search.trials}] left unfinished: the {search.seconds:g} seconds are spent")
+            break
+        outcome = _outcome(search, study)
+        best = f"; best {outcome.value:.4f}" if outcome else ""
+        say(f"[{len(finished) + 1}/{search.trials}] {said}{best} ({clock(_spent(study))} in all)")
+        _write(search, outcome)
+    _write(search, outcome)
+    return outcome
+
+
+def _run_trial(search: Search, study: optuna.Study, trial: optuna.Trial, store: StageStore) -> str:
+    """Train with a trial's settings and tell the study; returns what to say of it."""
+    watch = _Watch(search, trial, _spent(study))
+    suggested = {dimension.key: dimension.suggest(trial) for dimension in search.space.dimensions}
+    values = dict(search.start) if trial.user_attrs.get("first") else suggested
+    trial.set_user_attr("values", values)
+    shown = describe(values)
+    try:
+        fitted = fit(search.config(values), store, watch)
+        value = _worth(search, fitted)
+    except PrunedError:
+        watch.note()
+        study.tell(trial, state=TrialState.PRUNED)
+        return f"{shown}: pruned after {watch.looks} validations at {watch.best:.4f}, {clock(watch.seconds())}"
+    except (UserError, MemoryError, RuntimeError) as error:
+        reason = _reason(error)
+        watch.note()
+        trial.set_user_attr("reason", reason)
+        study.tell(trial, state=TrialState.FAIL)
+        return f"{shown}: failed, {reason}"
+    watch.note()
+    trial.set_user_attr("stage", fitted.fingerprint)
+    study.tell(trial, value)
+    cached = ", found" if fitted.stages[-1]["cached"] else ""
+    best_epoch = f"epoch {fitted.facts['best_epoch'] + 1}"
+    return f"{shown}: {search.metric} {value:.4f} ({best_epoch}{cached}), {clock(watch.seconds())}"
+
+
+def _worth(search: Search, fitted: Fit) -> float:
+    value = fitted.facts["valid"].get(search.metric)
+    if value is None or not math.isfinite(value):
+        raise UserError(f"{search.metric} on valid is {value}")
+    return float(value)
+
+
+def _reason(error: Exception) -> str:
+    """Why a trial failed, in one line; what is no failure of the settings goes on up."""
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+    if isinstance(error, DiskFullError) or not (memory or isinstance(error, UserError)):
+        raise error
+    if memory and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return "out of memory" if memory else " ".join(str(error).split())
+
+
+class _Watch:
+    """Looks on at a trial's validations: reports them, and ends it where the pruner or the budget says so."""
+
+    def __init__(self, search: Search, trial: optuna.Trial, spent: float) -> None:
+        self.search, self.trial, self.spent = search, trial, spent
+        self.start = time.monotonic()
+        self.scores: list[float] = []
+
+    @property
+    def looks(self) -> int:
+        return len(self.scores)
+
+    @property
+    def best(self) -> float:
+        return max(self.scores) if self.search.base["valid_metric_bigger"] else min(self.scores)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def note(self) -> None:
+        """Keep what the trial has cost so far, in case its process is killed."""
+        self.trial.set_user_attr("seconds", round(self.seconds(), 3))
+
+    def __call__(self, epoch: int, score: float) -> None:
+        self.note()
+        self.trial.report(score, len(self.scores))
+        self.scores.append(score)
+        if self.trial.should_prune():
+            raise PrunedError
+        # The first trial is what the others are held against; it always comes to its end.
+        limit = None if self.trial.user_attrs.get("first") else self.search.seconds
+        if limit is not None and self.spent + self.seconds() >= limit:
+            raise _BudgetSpentError
+
+
+def _outcome(search: Search, study: optuna.Study) -> Outcome | None:
+    """Where the search stands; ``None`` before any trial came to an end."""
+    finished = _finished(study)
+    ended = [trial for trial in finished if trial.state == TrialState.COMPLETE]
+    if not ended:
+        return None
+    sign = 1 if search.base["valid_metric_bigger"] else -1
+    # Of equals the earliest: the settings without a search, where nothing beats them.
+    best = max(ended, key=lambda trial: (sign * float(trial.value or 0.0), -trial.number))
+    first = next((trial for trial in ended if trial.user_attrs.get("first")), None)
+    states = [trial.state for trial in finished]
+    return Outcome(
+        values=dict(best.user_attrs["values"]),
+        value=float(best.value or 0.0),
+        start=dict(search.start),
+        start_value=float(first.value or 0.0) if first else None,
+        metric=search.metric,
+        space=search.space,
+        split=search.split,
+        trials=len(finished),
+        pruned=states.count(TrialState.PRUNED),
+        failed=states.count(TrialState.FAIL),
+        seconds=_spent(study),
+        command=search.command,
+        study=search.mark,
+    )
+
+
+def _best_file(search: Search) -> Path:
+    return search.folder / f"best-{search.mark[:12]}.yaml"
+
+
+def _write(search: Search, outcome: Outcome | None) -> None:
+    if outcome is None:
+        return
+    config = search.config(outcome.values)
+    for path in (_best_file(search), search.write):
+        if path is not None:
+            write_settings(path, config, outcome)
