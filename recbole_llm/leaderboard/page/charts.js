@@ -12,6 +12,7 @@ const ROW_SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "tri
 
 // Pixels: plots narrower than this are a phone's; what axes and titles need around a plot.
 const NARROW = 560;
+const LEGEND = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center" };
 const MARGIN = { l: 62, r: 16, t: 28, b: 48 };
 
 const kindName = (kind) => (kind in KINDS ? kind : "other");
@@ -37,7 +38,7 @@ function draw(plot, traces, layout, description) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 13, color: colour("ink") },
     margin: MARGIN,
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center" },
+    legend: LEGEND,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("quiet"), activecolor: colour("ink") },
     hoverlabel: { align: "left" },
     hovermode: "closest",
@@ -59,6 +60,16 @@ function roomy(values, share) {
   return [low - room, high + room];
 }
 
+/** Marks of a log axis: powers of ten, with 2 and 5 between them where there would be few. */
+function logTicks([low, high]) {
+  const steps = high - low < 2.5 ? [1, 2, 5] : [1];
+  const values = [];
+  for (let power = Math.floor(low); power <= high; power += 1) {
+    values.push(...steps.map((step) => step * 10 ** power).filter((value) => Math.log10(value) >= low && Math.log10(value) <= high));
+  }
+  return { tickvals: values, ticktext: values.map((value) => value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 2 })) };
+}
+
 /**
  * Where each point's name stands, so that it covers no point, no interval and no other name; "" where there is no room.
  * Boxes are [left, top, right, bottom] in pixels.
@@ -75,12 +86,12 @@ function labelPlaces(plot, points, xRange, yRange) {
   return points.map((point) => {
     const x = across(point.x), y = down(point.y), long = point.row.name.length * 7.2;
     const boxes = {
-      "middle right": [x + 9, y - 9, x + 12 + long, y + 9],
-      "middle left": [x - 12 - long, y - 9, x - 9, y + 9],
-      "top right": [x + 5, y - 25, x + 8 + long, y - 8],
-      "bottom right": [x + 5, y + 8, x + 8 + long, y + 25],
-      "top left": [x - 8 - long, y - 25, x - 5, y - 8],
-      "bottom left": [x - 8 - long, y + 8, x - 5, y + 25],
+      "middle right": [x + 9, y - 9, x + 18 + long, y + 9],
+      "middle left": [x - 18 - long, y - 9, x - 9, y + 9],
+      "top right": [x + 5, y - 25, x + 14 + long, y - 8],
+      "bottom right": [x + 5, y + 8, x + 14 + long, y + 25],
+      "top left": [x - 14 - long, y - 25, x - 5, y - 8],
+      "bottom left": [x - 14 - long, y + 8, x - 5, y + 25],
     };
     const free = Object.keys(boxes).find((place) => {
       const box = boxes[place];
@@ -118,7 +129,7 @@ function drawCost(plot, points, labels) {
     };
   });
   draw(plot, traces, {
-    xaxis: { title: { text: plain(labels.x) }, type: "log", dtick: 1, range: xRange },
+    xaxis: { title: { text: plain(labels.x) }, type: "log", range: xRange, ...logTicks(xRange) },
     yaxis: { title: { text: plain(labels.y) }, range: yRange },
   }, `${labels.y} of every model against ${labels.x}`);
 }
@@ -156,6 +167,7 @@ function drawGroups(plot, breakdown, rows, label) {
   draw(plot, traces, {
     barmode: "group",
     bargap: 0.18,
+    legend: { ...LEGEND, x: 0, xanchor: "left" },
     xaxis: { type: "category", showgrid: false, title: { text: plain(`${breakdown.name} (n: ${breakdown.unit})`) } },
     yaxis: { title: { text: plain(label) } },
   }, `${label} of every model by ${breakdown.name}`);

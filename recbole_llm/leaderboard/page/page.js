@@ -50,9 +50,11 @@ function kindSign(kind) { return make("span", { class: `shape ${kindName(kind)}`
 function options(select, entries, chosen) {
   fill(select, entries.map(([value, words]) => make("option", { value, selected: String(value) === String(chosen) ? "" : null }, words)));
 }
-function grid(node, head, lines) {
-  fill(node, make("thead", {}, make("tr", {}, head.map((words) => make("th", { scope: "col" }, words)))),
-    make("tbody", {}, lines.map((line) => make("tr", {}, line.map((cell, place) => make(place ? "td" : "th", place ? {} : { scope: "row" }, cell))))));
+/** A plain table; `kind` is the class of all columns but the first. */
+function grid(node, head, lines, kind = null) {
+  const column = (words, place) => make("th", { scope: "col", class: place ? kind : null }, words);
+  const cell = (words, place) => (place ? make("td", { class: kind }, words) : make("th", { scope: "row" }, words));
+  fill(node, make("thead", {}, make("tr", {}, head.map(column))), make("tbody", {}, lines.map((line) => make("tr", {}, line.map(cell)))));
 }
 
 // --- what is looked at ---------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ function lead(one) {
 function bestWords(one) {
   const best = one.rows.find((row) => row.name === one.best_baseline);
   if (!best) return "none of the rows is a baseline with a figure on valid";
-  return `${best.name}: of the baselines the highest ${title(board.metric)} on valid (${figure(measured(best, board.metric)?.valid)}), so the test data had no say`;
+  return `${best.name}: of the baselines the highest ${title(board.metric)} on valid (${figure(measured(best, board.metric)?.valid)}); chosen without a look at test`;
 }
 function facts(one) {
   const split = one.split ?? {}, sizes = ["train", "valid", "test"].filter((phase) => !unknown(split[phase]));
@@ -113,8 +115,8 @@ function facts(one) {
     ["Seeds", seeds.join(", ") || "none"],
     ["Split's fingerprint", split.fingerprint ? make("code", { title: split.fingerprint }, `${split.fingerprint.slice(0, 16)}…`) : "none"],
     ["Best baseline", bestWords(one), "wide"],
+    one.reference && one.reference !== one.best_baseline ? ["Also compared with", one.reference, "wide"] : null,
     split.protocol ? ["Protocol in full", make("code", {}, JSON.stringify(split.protocol)), "wide"] : null,
-    one.reference && one.reference !== one.best_baseline ? ["Also set against", one.reference, "wide"] : null,
     ["Command", make("code", {}, board.command), "wide"],
     ["Commit and versions", [make("code", {}, board.commit ? board.commit.slice(0, 12) : "no commit"), ` ${Object.entries(board.versions).map(([name, version]) => `${name} ${version}`).join(", ")}`], "wide"],
   ].filter(Boolean);
@@ -158,7 +160,7 @@ function againstCell(row, name) {
   const against = measured(row)?.against?.[name];
   if (!against) return "–";
   const words = `95 % interval of the difference ${signed(against.low)} to ${signed(against.high)}; Cohen's d ${unknown(against.effect) ? "–" : against.effect.toFixed(2)}; Wilcoxon ${probability(against.wilcoxon_p)}`;
-  return [make("span", { title: words }, `${signed(against.difference)} (${percent(against.gain)})`), mark(against, name), make("span", { class: "small" }, `${probability(against.p_adjusted)} adjusted`)];
+  return [make("span", { title: words }, signed(against.difference)), mark(against, name), make("span", { class: "small" }, `${percent(against.gain)}, ${probability(against.p_adjusted)}`)];
 }
 function intervalRange(metric) {
   const values = withFigures().map((row) => measured(row, metric)).filter(Boolean);
@@ -177,7 +179,7 @@ function columns() {
     name,
     { key: "metric", label: `${title(state.metric)} with 95 % interval`, by: (row) => measured(row)?.mean, show: (row) => meanCell(row, state.metric, range) },
     { key: "std", label: "Std over seeds", by: (row) => measured(row)?.std, show: (row) => [figure(measured(row)?.std), make("span", { class: "small" }, several(row.seeds.length, "seed"))] },
-    ...others.map((other) => ({ key: `against ${other}`, label: `Against ${other}`, by: (row) => measured(row)?.against?.[other]?.difference, show: (row) => againstCell(row, other) })),
+    ...others.map((other) => ({ key: `against ${other}`, label: `Against ${other}, adjusted p`, by: (row) => measured(row)?.against?.[other]?.difference, show: (row) => againstCell(row, other) })),
     ...costs.map(([key, cost]) => ({ key, label: cost.label, by: (row) => row.cost?.[key], show: (row) => make("span", { title: exact(row.cost?.[key]) }, cost.show(row.cost?.[key])) })),
   ];
 }
@@ -225,7 +227,7 @@ function renderPaper() {
   const metrics = [...new Set(paper.rows.flatMap((row) => Object.keys(row.metrics)))];
   $("paper-source").textContent = [paper.source, paper.note].filter(Boolean).join(". ");
   grid($("paper-rows"), ["Model", ...metrics.flatMap((metric) => [`${title(metric)}, paper`, "ours", "deviation"])], paper.rows.map((row) =>
-    [row.name, ...metrics.flatMap((metric) => [figure(row.metrics[metric]?.paper), figure(row.metrics[metric]?.ours), percent(row.metrics[metric]?.deviation)])]));
+    [row.name, ...metrics.flatMap((metric) => [figure(row.metrics[metric]?.paper), figure(row.metrics[metric]?.ours), percent(row.metrics[metric]?.deviation)])]), "number");
   const gains = (paper.gains ?? []).map((gain) => make("li", {}, `${gain.name} over ${gain.over}, ${title(gain.metric)}: ${percent(gain.paper)} in the paper, ${percent(gain.ours)} here`));
   const missing = (paper.missing ?? []).map((one) => make("li", {}, `${one.name}: ${one.why}`));
   fill($("paper-more"), gains.length ? [make("h3", {}, "Gains"), make("ul", {}, gains)] : [], missing.length ? [make("h3", {}, "Not run here"), make("ul", {}, missing)] : []);
@@ -238,7 +240,7 @@ function renderCost() {
   const points = placed.map((row) => ({ row, x: row.cost[state.cost], y: measured(row).mean, low: measured(row).low ?? measured(row).mean, high: measured(row).high ?? measured(row).mean, words: `${title(state.metric)} ${figure(measured(row).mean)}, ${cost.label.toLowerCase()} ${cost.show(row.cost[state.cost])}` }));
   drawCost($("cost-plot"), points, { x: cost.axis, y: title(state.metric) });
   const rest = rows.filter((row) => !placed.includes(row)).map((row) => row.name);
-  $("cost-words").textContent = `Up is better; ${state.cost === "users_per_second" ? "right is faster" : "left is cheaper"}. Bars are 95 % intervals.`;
+  $("cost-words").textContent = `Up is better; ${state.cost === "users_per_second" ? "right is faster" : "left is cheaper"}. Bars are 95 % intervals; point at a mark for its figures.`;
   $("cost-note").textContent = rest.length ? `Not on this scale, as the cost is none or unknown: ${rest.join(", ")}.` : "";
 }
 function renderDepth() {
