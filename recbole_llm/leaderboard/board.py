@@ -19,9 +19,10 @@ from recbole_llm import registry
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import DiskFullError, UserError, did_you_mean
 from recbole_llm.leaderboard import cell as cell_process
-from recbole_llm.leaderboard import grid, tables
+from recbole_llm.leaderboard import tables
 from recbole_llm.leaderboard.assemble import board_of, table_of
 from recbole_llm.leaderboard.details import with_details
+from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
@@ -108,9 +109,7 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     board = write(study, asked, whole=True)
     lines = [tables.terminal(board, color=sys.stdout.isatty()), ""]
     lines += [f"{suffix:11} {asked.folder / f'leaderboard.{suffix}'}" for suffix in ("html", "md", "csv", "json")]
-    if len(asked.suite.columns) > 1:
-        lines += [f"grid        {asked.folder / 'grid.md'}"]
-        lines += grid.pictures(asked.suite.metric, str(asked.suite.reference), _grid(study, asked.suite), asked.folder)
+    lines += write_grid(board, list(asked.suite.rows), asked.suite.reference, asked.folder)
     return "\n".join(lines), len(study.reasons)
 
 
@@ -297,9 +296,6 @@ def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
                 made.append(_table(members, study, suite, whole))
     board = board_of(made, suite.title, asked.command, _metrics(study, suite), suite.metric, ALPHA)
     tables.write(board, asked.folder)
-    if len(suite.columns) > 1:
-        text = grid.markdown(suite.title, suite.metric, str(suite.reference), suite.seeds, _grid(study, suite))
-        write_whole(asked.folder / "grid.md", lambda part: part.write_text(text + "\n", encoding="utf-8"))
     if whole:
         write_page(board, asked.folder / "leaderboard.html")
     return board
@@ -340,16 +336,3 @@ def _metrics(study: Study, suite: Suite) -> list[str]:
         if study.done(cell):
             found += json.loads(study.file(cell).read_text(encoding="utf-8"))["test"]
     return list(dict.fromkeys(found))
-
-
-def _grid(study: Study, suite: Suite) -> list[dict[str, Any]]:
-    """The suite's metric by row and column, which a table a column does not show at one look."""
-    places: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
-    for cell in study.cells:
-        table = places.setdefault((cell.dataset, cell.protocol), {})
-        place = table.setdefault((cell.row, cell.column), {"files": [], "errors": {}})
-        if study.done(cell):
-            place["files"].append(study.file(cell))
-        if cell in study.reasons:
-            place["errors"].setdefault(study.reasons[cell], []).append(cell.seed)
-    return grid.tables(list(suite.rows), list(suite.columns), str(suite.reference), suite.metric, places)
