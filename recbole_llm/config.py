@@ -37,7 +37,7 @@ PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice",
+    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned",
 )  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -62,8 +62,14 @@ NEUTRAL_KEYS = frozenset({
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
-    "cold_item_choice",
+    "cold_item_choice", "tuned",
 })  # fmt: skip
+
+# Those of them whose effect is in the rows and texts that a stage reads: no setting of the stage, but they move a result.
+INPUT_KEYS = (
+    "train_share", "cold_item_share", "cold_item_choice", "text_drop", "text_shuffle", "text_noise_seed", "item_text",
+    "item_text_fallback", "item_text_max_words",
+)  # fmt: skip
 
 
 def _command_line() -> list[str]:
@@ -103,6 +109,7 @@ class Config(RecBoleConfig):
     ) -> None:
         self._arguments = list(_command_line() if command_line is None else command_line)
         self._specs: dict[str, Spec] = dict(base_specs())
+        self.tuned_file: Path | None = None
         with compat.recbole_says():
             super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
 
@@ -170,6 +177,7 @@ class Config(RecBoleConfig):
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
+        self._load_tuned(model, dataset)
         self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
         self._check_keys(model, model_class)
         self._check_model(model, model_class)
@@ -204,6 +212,20 @@ class Config(RecBoleConfig):
                     # The name stands for the model that the file names.
                     self.external_config_dict["llm"] = values["llm"]
                 self.internal_config_dict.update(values)
+
+    def _load_tuned(self, model: str, dataset: str) -> None:
+        """What the project's own search found for this model and data set, above all that is shipped otherwise.
+
+        Another ``loss_type`` than the shipped one makes another model to search: it has a file of its own.
+        """
+        tuned = self._setting("tuned")
+        tuned = parse_value(tuned, self._specs["tuned"]) if isinstance(tuned, str) else tuned
+        loss, shipped = self._setting("loss_type"), self.internal_config_dict.get("loss_type")
+        name = model if loss == shipped else f"{model}-{loss}"
+        file = properties_dir() / "tuned" / dataset / f"{name}.yaml"
+        if tuned is True and file.is_file():
+            self.tuned_file = file
+            self.internal_config_dict.update(copy.deepcopy(read_yaml(file)))
 
     def _fit_model_type(self, model: str, model_class: Any) -> None:
         """Defaults that depend on the kind of model, as RecBole's quick_start_config files set them."""
@@ -456,9 +478,10 @@ class Config(RecBoleConfig):
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
+        # Only a tuned file has such keys among what is shipped.
         inner |= {
             key.partition(".")[2]: value
-            for key, value in self.external_config_dict.items()
+            for key, value in (self.internal_config_dict | self.external_config_dict).items()
             if key.startswith(f"{name}.")
         }
         part_specs = model_specs(self[name]) | base_specs() | self._specs
@@ -480,6 +503,15 @@ class Config(RecBoleConfig):
             for key, value in sorted(self.final_config_dict.items())
             if key not in NEUTRAL_KEYS and "." not in key
         }
+
+    def tuned_note(self) -> str:
+        """What ``tuned`` came to, for the log; empty where it is off."""
+        if not self.final_config_dict["tuned"]:
+            return ""
+        name, data = self.final_config_dict["model"], self.final_config_dict["dataset"]
+        if self.tuned_file is None:
+            return f"tuned: no search of {name} on {data} is shipped; it has its usual settings"
+        return f"tuned: {name} has the settings of {self.tuned_file}"
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting as plain data, for ``result.json``."""

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 
 from recbole_llm import registry
-from recbole_llm.disk import write_whole
 from recbole_llm.errors import DiskFullError, UserError, did_you_mean
 from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import tables
@@ -107,7 +106,7 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     (asked.folder / "cells").mkdir(parents=True, exist_ok=True)
     _run_missing(study, asked, say)
     board = write(study, asked, whole=True)
-    lines = [tables.terminal(board, color=sys.stdout.isatty()), ""]
+    lines = [tables.terminal(board, sys.stdout.isatty()), ""]
     lines += [f"{suffix:11} {asked.folder / f'leaderboard.{suffix}'}" for suffix in ("html", "md", "csv", "json")]
     lines += write_grid(board, list(asked.suite.rows), asked.suite.reference, asked.folder)
     return "\n".join(lines), len(study.reasons)

@@ -10,7 +10,9 @@ from typing import Any
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
 
-KEYS = ("trials", "metric", "settings", "space")
+KEYS = ("trials", "warmup", "metric", "settings", "space")
+# Key, value where a file is silent, least value.
+COUNTS = (("trials", 20, 1), ("warmup", 10, 0))
 RANGE_KEYS = ("low", "high", "log", "type")
 # Suggested numbers are trained with so many significant digits, so that a written file holds the very setting.
 DIGITS = 4
@@ -70,6 +72,7 @@ class Space:
         name: e.g. ``LightGCN``.
         path: its file.
         trials: settings that are tried unless the command line says otherwise.
+        warmup: validations that a trial has before it may be pruned.
         metric: ``valid_metric`` of the search; ``None`` leaves the run's own.
         settings: what every trial has; they end in the written file.
         dimensions: what moves.
@@ -78,6 +81,7 @@ class Space:
     name: str
     path: Path
     trials: int
+    warmup: int
     metric: str | None
     settings: Mapping[str, Any]
     dimensions: tuple[Dimension, ...]
@@ -115,6 +119,7 @@ class Space:
     def as_plain(self) -> dict[str, Any]:
         """What a study's identity depends on."""
         return {
+            "warmup": self.warmup,
             "settings": dict(self.settings),
             "space": {dimension.key: dimension.as_plain() for dimension in self.dimensions},
         }
@@ -154,9 +159,8 @@ def read_space(path: Path) -> Space:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS) or '; keys: ' + ', '.join(KEYS)}")
     settings, moved = content.get("settings") or {}, content.get("space")
-    trials, metric = content.get("trials", 20), content.get("metric")
-    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
-        raise UserError(f"{path}: trials should be int >= 1, but is {trials!r}")
+    metric = content.get("metric")
+    trials, warmup = (_whole(path, key, content.get(key, default), low) for key, default, low in COUNTS)
     if metric is not None and not isinstance(metric, str):
         raise UserError(f"{path}: metric should be a metric's name, e.g. NDCG@10, but is {metric!r}")
     if not isinstance(settings, dict):
@@ -167,7 +171,13 @@ def read_space(path: Path) -> Space:
     if both:
         raise UserError(f"{path}: '{both[0]}' stands in settings and in space")
     dimensions = tuple(_dimension(path, str(key), value) for key, value in moved.items())
-    return Space(path.stem, path, trials, metric, settings, dimensions)
+    return Space(path.stem, path, trials, warmup, metric, settings, dimensions)
+
+
+def _whole(path: Path, key: str, value: Any, low: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{path}: {key} should be int >= {low}, but is {value!r}")
+    return value
 
 
 def _dimension(path: Path, key: str, value: Any) -> Dimension:

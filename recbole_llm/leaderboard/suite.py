@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import registry
-from recbole_llm.config import NEUTRAL_KEYS, Config
+from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.paper import check_paper
 from recbole_llm.schema import properties_dir, read_yaml
@@ -22,9 +22,8 @@ from recbole_llm.training.store import fingerprint_of
 # What a cell has unless the file or the command line says otherwise.
 QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "evaluate_parts": False}
 
-# They move no stage (their effect is in the texts and rows a stage reads) but they do move a cell.
-MOVING = ("train_share", "text_drop", "text_shuffle", "text_noise_seed", "item_text", "item_text_fallback",
-          "item_text_max_words", "refit_on_valid", "metrics", "topk", "metric_decimal_place")  # fmt: skip
+# What moves a cell beside the settings of its stages.
+_MOVING = (*INPUT_KEYS, "refit_on_valid", "metrics", "topk", "metric_decimal_place")
 
 # Code that runs after a cell has its figures.
 _AFTERWARDS = ("leaderboard", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
@@ -232,7 +231,7 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         source = Path(config["data_path"])
         if source not in data:
             data[source] = _bytes_of(source, "*")
-        final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in MOVING}
+        final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
         mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code])
         parts = tuple(config[part] for part in registry.parts_of(config.model_class))
         cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))

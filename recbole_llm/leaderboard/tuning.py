@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from recbole_llm import processes, registry
-from recbole_llm.config import Config
+from recbole_llm.config import INPUT_KEYS, Config
 from recbole_llm.disk import full_disk_told
 from recbole_llm.errors import DiskFullError, UserError
 from recbole_llm.leaderboard.space import Space, find_space, read_space
@@ -42,11 +42,8 @@ QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False}
 # Trials drawn at random before TPE has enough to go by.
 TPE_STARTUP = 8
 # A trial is pruned where its best score so far is below the median of the others at the same validation, once so many
-# trials have ended and it was looked at so often: the first epochs tell of the step size more than of the end.
-PRUNER_STARTUP, PRUNER_WARMUP = 4, 8
-# They move no stage by themselves (their effect is in what a stage reads), but they do move what a trial is worth.
-MOVING = ("train_share", "text_drop", "text_shuffle", "text_noise_seed", "item_text", "item_text_fallback",
-          "item_text_max_words")  # fmt: skip
+# trials have ended and it has had the space's `warmup`: the first epochs tell of the step size more than of the end.
+PRUNER_STARTUP = 4
 
 
 class _BudgetSpentError(Exception):
@@ -217,7 +214,7 @@ def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | Non
             parts[part].pop(rest)
     inputs = {
         "space": space.as_plain(), "start": dict(start), "settings": keys, "parts": parts, "protocol": protocol,
-        "moving": {key: base[key] for key in MOVING}, "files": data_mark(base), "version": TRAIN_VERSION,
+        "moving": {key: base[key] for key in INPUT_KEYS}, "files": data_mark(base), "version": TRAIN_VERSION,
     }  # fmt: skip
     return fingerprint_of(inputs), fingerprint_of(protocol)
 
@@ -243,7 +240,7 @@ def _study(search: Search) -> optuna.Study:
         study_name=search.mark,
         storage=f"sqlite:///{(search.folder / f'search-{search.mark[:12]}.db').resolve()}",
         direction="maximize" if search.base["valid_metric_bigger"] else "minimize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=PRUNER_WARMUP),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=search.space.warmup),
         load_if_exists=True,
     )
     for trial in study.get_trials(states=(TrialState.RUNNING,)):

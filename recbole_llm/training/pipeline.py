@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from recbole_llm.training.staged import WEIGHTS, StagedTrainer
 from recbole_llm.training.state import RESUME_FILE
 from recbole_llm.training.store import Stage, StageStore
 from recbole_llm.training.trainer import trainer_class
+
+logger = logging.getLogger("recbole_llm")
 
 # Raised when a change of ours moves what training a recommender makes.
 TRAIN_VERSION = 1
@@ -105,6 +108,9 @@ def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
         UserError: see the stages.
         PrunedError: the watch gave the training up.
     """
+    note = config.tuned_note()
+    if note:
+        logger.info("%s", note)
     first = _fit_once(config, store, None, watch)
     if not config["refit_on_valid"] or not len(first.valid_data):
         return first
