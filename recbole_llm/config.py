@@ -65,7 +65,7 @@ NEUTRAL_KEYS = frozenset({
     "cold_item_choice", "tuned",
 })  # fmt: skip
 
-# Those of them whose effect is in the rows and texts that a stage reads: no setting of the stage, but they move a result.
+# Those whose effect is in the rows and texts that a stage reads: no settings of the stage, but they move a result.
 INPUT_KEYS = (
     "train_share", "cold_item_share", "cold_item_choice", "text_drop", "text_shuffle", "text_noise_seed", "item_text",
     "item_text_fallback", "item_text_max_words",

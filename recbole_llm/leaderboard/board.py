@@ -255,7 +255,7 @@ def _reason(cell: Cell, study: Study, end: Ended, asked: Asked) -> str:
     """Why a run has no result; empty when it has."""
     file = study.file(cell)
     log = file.with_suffix(".log")
-    if end.status == 0:
+    if study.done(cell):
         for suffix in (".spec.json", ".reason.txt", ".log"):
             file.with_suffix(suffix).unlink(missing_ok=True)
         return ""

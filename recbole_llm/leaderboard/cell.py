@@ -55,7 +55,9 @@ def main(spec_file: str) -> int:
 
 def _end_with_parent() -> None:
     """Whoever started this run holds its input open; a parent that is killed cannot stop it in any other way."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock this thread would still hold when the interpreter ends.
+    while os.read(0, 1):
+        pass
     os._exit(FAILED)
 
 
