@@ -95,7 +95,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    for folder, pattern in (("recbole_llm", "*.py"), ("properties", "*.yaml")):
+    for folder, pattern in (("recbole_llm", "*.py"), ("recbole_llm/leaderboard/page", "*"), ("properties", "*.yaml")):
         for path in (ROOT / folder).rglob(pattern):
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,9 @@ def test_wheel_holds_code_and_settings_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "recbole_llm").rglob("*.py")}
     settings = {f"recbole_llm/{path.relative_to(ROOT)}" for path in (ROOT / "properties").rglob("*.yaml")}
-    assert names == code | settings
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "recbole_llm" / "leaderboard" / "page").iterdir()}
+    assert {Path(name).suffix for name in page} == {".html", ".css", ".js"}
+    assert names == code | settings | page
     assert "recbole_llm/properties/dataset/tiny.yaml" in names
 
 
