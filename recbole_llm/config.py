@@ -235,7 +235,8 @@ class Config(RecBoleConfig):
             # configurator.py:427 demands it; which items are masked is exclude_history's business here.
             self.internal_config_dict["repeatable"] = True
             # configurator.py:345 refuses negatives with a softmax over all items, at every such model's own defaults.
-            softmax = self._setting("loss_type") == "CE"
+            # A model that reads windows draws its own at every position.
+            softmax = self._setting("loss_type") == "CE" or getattr(model_class, "train_view", "") == "windows"
             negatives = read_yaml(properties_dir() / "overall.yaml")["train_neg_sample_args"]
             self.internal_config_dict["train_neg_sample_args"] = None if softmax else copy.deepcopy(negatives)
 
@@ -285,6 +286,11 @@ class Config(RecBoleConfig):
             )
         elif model in _UNRANKABLE:
             raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
+        given = self.external_config_dict.get("train_neg_sample_args")
+        if getattr(model_class, "train_view", "") == "windows" and given is not None:
+            raise UserError(
+                f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
+            )
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
@@ -21,6 +22,7 @@ from torch import nn
 
 from recbole_llm import compat
 from recbole_llm.data.dataset import windows
+from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.model.bert4rec import BERT4Rec, RecBoleBERT4Rec
 from recbole_llm.model.graph import MeanOfPowers, SymmetricProduct, csr_tensor, normalised_adjacency
@@ -432,5 +434,94 @@ class TestSASRecAllPositions:
         assert loss.item() == 0
 
     def test_refuses_pairwise_loss(self) -> None:
-        with pytest.raises(UserError, match="loss_type CE only, not BPR"):
+        with pytest.raises(UserError, match="loss_type CE or BCE, not BPR"):
             SASRecAllPositions({**FIELDS, **SEQUENCE, "loss_type": "BPR"}, dataset())
+
+    def binary(self, negatives: int, unused: int = 7, **more: Any) -> Any:
+        """With binary cross entropy; user u has had the items of :func:`pairs`, one item is no candidate."""
+        data = dataset()
+        data.train_histories = Histories.from_rows(*pairs(), N_USERS)
+        data.split = SimpleNamespace(candidates=np.arange(N_ITEMS) != unused)
+        settings = {**FIELDS, **SEQUENCE, "loss_type": "BCE", "negatives": negatives, "seed": 3, **more}
+        return seeded(lambda: SASRecAllPositions(settings, data))
+
+    @pytest.mark.parametrize("negatives", [1, 3])
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    def test_binary_cross_entropy_is_a_plain_loop(
+        self, lengths: list[int], negatives: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, batch = self.binary(negatives), self.batch(lengths)
+        without_dropout(model)
+        batch["user_id"] = torch.arange(1, len(lengths) + 1)
+        # Negatives that tell their user, so that a mix-up of positions between users shows.
+        monkeypatch.setattr(
+            model, "draw", lambda users: (users[:, None] * 5 + torch.arange(negatives)) % (N_ITEMS - 1) + 1
+        )
+        loss = model.calculate_loss(batch)
+        total, count = 0.0, 0
+        table = model.item_embedding.weight
+        for row, length in enumerate(lengths):
+            for end in range(1, length + 1):
+                prefix = F.pad(batch["item_id_list"][row, :end], (0, LENGTH - end))
+                state = RecBoleSASRec.forward(model, prefix[None], torch.tensor([end]))[0]
+                total = total - torch.sigmoid(state @ table[batch["target_list"][row, end - 1]]).log()
+                for number in range(negatives):
+                    refused = ((row + 1) * 5 + number) % (N_ITEMS - 1) + 1
+                    total = total - (1 - torch.sigmoid(state @ table[refused])).log()
+                count += 1
+        torch.testing.assert_close(loss, total / count, atol=1e-5, rtol=1e-5)
+        grads = [torch.autograd.grad(value, table)[0] for value in (loss, total / count)]
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+    def test_negatives_are_even_over_what_the_user_has_not_had(self) -> None:
+        model = self.binary(3)
+        draws = model.draw(torch.full((20000,), 4))
+        assert draws.shape == (20000, 3) and draws.dtype == torch.int64
+        users, items = pairs()
+        allowed = np.setdiff1d(np.arange(1, N_ITEMS), [7, *items[users == 4]])
+        counts = np.bincount(draws.flatten().numpy(), minlength=N_ITEMS)
+        assert counts[np.setdiff1d(np.arange(N_ITEMS), allowed)].sum() == 0
+        assert scipy.stats.chisquare(counts[allowed]).pvalue > 1e-4
+        # Neither a user's positions nor the negatives of one position share their draws.
+        assert (draws[:, 0] == draws[:, 1]).float().mean() < 2 / len(allowed)
+
+    def test_negatives_follow_the_seed_and_nothing_else(self) -> None:
+        first = self.binary(2)
+        torch.manual_seed(99)
+        np.random.seed(99)
+        again = self.binary(2)
+        torch.rand(5)
+        assert torch.equal(first.draw(torch.arange(1, 20)), again.draw(torch.arange(1, 20)))
+        # A resumed training puts the model's generator back.
+        state = first.generator.bit_generator.state
+        after = first.draw(torch.arange(1, 20))
+        first.generator.bit_generator.state = state
+        assert torch.equal(first.draw(torch.arange(1, 20)), after)
+
+    def test_binary_learns_a_cycle(self) -> None:
+        model = self.binary(
+            4, unused=0, hidden_size=32, initializer_range=0.02, hidden_dropout_prob=0.1, attn_dropout_prob=0.1
+        )
+        starts = torch.randint(0, N_ITEMS - 1, (64, 1))
+        walk = (starts + torch.arange(LENGTH + 1)) % (N_ITEMS - 1) + 1
+        batch = Interaction({
+            "item_id_list": walk[:, :-1], "target_list": walk[:, 1:], "item_length": torch.full((64,), LENGTH),
+            "user_id": torch.randint(1, N_USERS - 1, (64,)),
+        })  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        model.train()
+        for _ in range(300):
+            optimizer.zero_grad()
+            model.calculate_loss(batch).backward()
+            optimizer.step()
+        model.eval()
+        scores = model.full_sort_predict(batch)
+        assert (scores.argmax(dim=1) == walk[:, -1]).float().mean() > 0.9
+
+    def test_binary_without_a_target(self) -> None:
+        model, batch = self.binary(1), self.batch([2, 3])
+        batch["user_id"] = torch.tensor([1, 2])
+        batch["target_list"].zero_()
+        loss = model.calculate_loss(batch)
+        loss.backward()
+        assert loss.item() == 0

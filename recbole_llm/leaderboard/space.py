@@ -125,11 +125,12 @@ class Space:
         }
 
 
-def find_space(model: str, named: str | None) -> Path:
+def find_space(model: str, loss_type: str | None, named: str | None) -> Path:
     """The file of a space.
 
     Args:
         model: whose own space is taken where none is named.
+        loss_type: with a space of its own (``SASRecAllPositions-BCE``) that one.
         named: a file, or the name of a shipped space.
 
     Raises:
@@ -138,7 +139,8 @@ def find_space(model: str, named: str | None) -> Path:
     folder = properties_dir() / "space"
     if named and (named.endswith((".yaml", ".yml")) or Path(named).is_file()):
         return Path(named)
-    path = folder / f"{named or model}.yaml"
+    own = model if not (folder / f"{model}-{loss_type}.yaml").is_file() else f"{model}-{loss_type}"
+    path = folder / f"{named or own}.yaml"
     if path.is_file():
         return path
     known = sorted(file.stem for file in folder.glob("*.yaml"))

@@ -136,8 +136,8 @@ def read_arguments(arguments: Sequence[str]) -> Search:
         else:
             rest.append(argument)
     # The model's name decides on the space, and the space on the settings.
-    model = Config(config_dict=QUIET, command_line=rest)["model"]
-    path = find_space(model, own.get("space"))
+    plain = Config(config_dict=QUIET, command_line=rest)
+    path = find_space(plain["model"], plain["loss_type"], own.get("space"))
     given = {argument.removeprefix("--").partition("=")[0] for argument in rest}
     space = read_space(path)
     if space.metric is not None:
