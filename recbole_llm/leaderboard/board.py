@@ -325,7 +325,7 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, whole: bool) -> 
     )
     if suite.paper:
         table["paper"] = beside_paper(suite.paper, dataset, table)
-    return with_details(table) if whole else table
+    return with_details(table, suite.metric) if whole else table
 
 
 def _metrics(study: Study, suite: Suite) -> list[str]:
