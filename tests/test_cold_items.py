@@ -210,15 +210,16 @@ def test_models_run_and_rank_items_they_never_saw(row: str, small_data: Path, tm
 
 
 def write_with_cold(source: Path, target: Path, move: bool) -> None:
-    """The data set again, train rows at ``cold_item_share: 0.3`` first and with ranks for times; the items of the
-    withheld rows exchanged, or not, for other cold ones that their users do not have."""
+    """The data set again, train rows at ``cold_item_share: 0.3`` first and with ranks for times; in the rows before
+    the test, cold items exchanged, or not, for other cold ones that their users do not have."""
     config = Config("BPR", "small", config_dict=settings_of(source, target / "saved", cold_item_share=0.3))
     dataset = create_dataset(config)
     split = dataset.make_split(config.split_protocol())
     users, names = (dataset.field2id_token[field] for field in ("user_id", "item_id"))
     items, cold = split.items.copy(), np.flatnonzero(split.cold)
     rng = np.random.default_rng(0)
-    for row in np.flatnonzero(split.phases == WITHHELD) if move else ():
+    hidden = split.cold[split.items] & np.isin(split.phases, (TRAIN, VALID, WITHHELD))
+    for row in np.flatnonzero(hidden) if move else ():
         own = split.users == split.users[row]
         taken = np.concatenate([items[own], split.items[own]])
         free = np.setdiff1d(cold, taken)

@@ -211,7 +211,7 @@ class RankingLoader(FullSortEvalDataLoader):
             usable = np.isin(split.phases, (TRAIN,) if self.phase == VALID else (TRAIN, VALID))
             starts = np.searchsorted(split.users[usable], self.users, side="left")
             ends = np.searchsorted(split.users[usable], self.users, side="right")
-        self.ends, self.lengths = ends, np.minimum(ends - starts, width)
+        self.starts, self.ends, self.lengths = starts, ends, np.minimum(ends - starts, width)
         self.source = take(dataset.rows, split.rows[usable])
         self.width = width
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from recbole_llm.evaluation.ranking import Measured
 # Items of a user's history that are kept, for whoever reads them beside his recommendations.
 RECENT = 20
 
+# What NumPy raises, depending on where a file is cut or altered; a file with a lone array is no archive (TypeError).
+_DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Rankings:
@@ -34,7 +40,8 @@ class Rankings:
         target_offsets: int64 [U + 1]; user ``u`` should have got ``targets[target_offsets[u]:target_offsets[u + 1]]``.
         item_count: int64 [I], train interactions of each item; 0 for one that training never saw.
         user_count: int64 [U], train interactions of each user.
-        history_length: int64 [U], items that a sequential input at test is cut from: train and valid ones.
+        history_length: int64 [U], items that a sequential input at test is cut from: train and valid ones; under
+            ``eval_unit: row`` a sequential model's are all before the row.
         recent: int32 [U, RECENT], the last of them, newest last, -1 in front where there are fewer.
     """
 
@@ -58,12 +65,16 @@ class Rankings:
             dataset: translates ids.
         """
         tokens = dataset.field2id_token
-        shown = loader.split.histories(TRAIN, VALID)
-        starts, ends = shown.offsets[measured.users], shown.offsets[measured.users + 1]
+        if loader.by_row:
+            shown, starts, ends = loader.source[loader.iid_field].numpy(), loader.starts, loader.ends
+        else:
+            histories = loader.split.histories(TRAIN, VALID)
+            shown, bounds = histories.items, histories.offsets
+            starts, ends = bounds[measured.users], bounds[measured.users + 1]
         back = ends[:, None] - np.arange(RECENT, 0, -1)[None, :]
         inside = back >= starts[:, None]
         recent = np.full(back.shape, -1, dtype=np.int32)
-        recent[inside] = shown.items[back[inside]]
+        recent[inside] = shown[back[inside]]
         return cls(
             user_id=tokens[dataset.uid_field][measured.users].astype(str),
             item_id=tokens[dataset.iid_field].astype(str),
@@ -100,5 +111,5 @@ class Rankings:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise UserError(f"{path} cannot be read ({error})") from None

@@ -117,8 +117,8 @@ def _popularity(counts: np.ndarray, item_count: np.ndarray) -> Groups:
     """
     levels, sizes = np.unique(item_count[item_count > 0], return_counts=True)
     taken = (levels * sizes)[::-1]
-    above = (np.cumsum(taken) - taken)[::-1] / max(int(taken.sum()), 1)
-    third = np.floor(above * 3).astype(np.int64)
+    above = (np.cumsum(taken) - taken)[::-1]
+    third = 3 * above // max(int(taken.sum()), 1)
     group = np.full(len(counts), 3)
     seen = counts > 0
     group[seen] = third[np.searchsorted(levels, counts[seen])]
