@@ -29,7 +29,8 @@ class Entry:
         stages: what it trains, in order.
         needs: what the data must have beyond interactions.
         base: RecBole's model whose settings lie below its own, for a named variant.
-        fast_of: ``True`` where the class computes RecBole's own model faster, with the same numbers.
+        fast_of: ``True`` where the class computes RecBole's own model faster, with the same numbers (Pop: with the
+            right ones).
     """
 
     name: str
@@ -49,6 +50,7 @@ _OURS = (
     Entry("SASRecAllPositions", "recbole_llm.model.sasrec_all_positions", "sequential", needs=("time",), base="SASRec"),
 )  # fmt: skip
 _FAST = (
+    Entry("Pop", "recbole_llm.model.pop", "general", fast_of=True),
     Entry("LightGCN", "recbole_llm.model.lightgcn", "general", fast_of=True),
     Entry("NGCF", "recbole_llm.model.ngcf", "general", fast_of=True),
     Entry("SGL", "recbole_llm.model.sgl", "general", fast_of=True),
