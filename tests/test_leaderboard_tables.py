@@ -228,11 +228,14 @@ def test_a_row_that_saw_one_other_test_interaction_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def of(model: str, seed: int, **more: Any) -> str:
+        """A run, by the copy of its result that a suite would read."""
+        file = tmp_path / "cells" / f"{model}-{seed}.json"
         settings = {
             "epochs": 2, "seed": seed, "output_dir": str(tmp_path / "saved"), "show_progress": False, "gpu_id": "",
-            "tensorboard": False, "state": "WARNING", "topk": [5, 10],
+            "tensorboard": False, "state": "WARNING", "topk": [5, 10], "result_file": str(file),
         }  # fmt: skip
-        return str(Path(run(model, "tiny", config_dict=settings | more)["result_file"]).parent)
+        run(model, "tiny", config_dict=settings | more)
+        return str(file)
 
     files = {model: [of(model, seed) for seed in (1, 2)] for model in ("Pop", "BPR")}
     odd = of("EASE", 1, data_path=str(altered(tmp_path / "data")))
@@ -240,7 +243,7 @@ def test_a_row_that_saw_one_other_test_interaction_is_refused(
     made = table_of(rows, "tiny", "", "", "ndcg@10", ["ndcg@10", "recall@5"], None, None, 0.05)
     ease = made["rows"][-1]
     assert (ease["name"], ease["metrics"], ease["runs"]) == ("EASE", {}, [])
-    own = json.loads((Path(odd) / "result.json").read_text(encoding="utf-8"))["split"]
+    own = json.loads(Path(odd).read_text(encoding="utf-8"))["split"]
     assert own["test"] == made["split"]["test"], "the same sizes: only the fingerprint tells them apart"
     assert own["fingerprint"][:16] in ease["refused"][0]["reason"]
     assert made["split"]["fingerprint"][:16] in ease["refused"][0]["reason"]
@@ -250,6 +253,7 @@ def test_a_row_that_saw_one_other_test_interaction_is_refused(
         assert row["cost"]["tokens"] == 0 and row["cost"]["seconds"] > 0
     board = board_of([made], "real", "test", ["ndcg@10", "recall@5"], "ndcg@10", 0.05)
     assert "**refused**: EASE, seed 1: judged on another split" in markdown(board)
+    assert board["versions"]["recbole"] == "1.2.1"
 
     assert main(["compare", *files["Pop"], odd]) == 2
     assert f"{odd} (EASE) cannot be compared" in capsys.readouterr().err
