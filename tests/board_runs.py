@@ -56,10 +56,13 @@ def write_run(
     return folder
 
 
-def rankings(top: list[list[int]], targets: list[list[int]], items: int) -> Rankings:
-    """The rankings of users ``u0``, ``u1``, ...: items recommended and wanted, each a number from 0."""
-    return Rankings(
-        user_id=np.array([f"u{number}" for number in range(len(top))]),
+def write_rankings(run: Path, lists: list[list[int]], wanted: list[list[int]], items: int) -> None:
+    """Write the rankings of users ``u0``, ``u1``, ...: items recommended and wanted, each a number from 0."""
+    with np.load(run / "per_user.npz") as arrays:
+        users = [user for user in arrays["user_id"] if int(user[1:]) < len(lists)]
+    top, targets = ([own[int(user[1:])] for user in users] for own in (lists, wanted))
+    Rankings(
+        user_id=np.array(users),
         item_id=np.array([f"i{number}" for number in range(items)]),
         top=np.array(top, dtype=np.int32),
         targets=np.array([item for own in targets for item in own], dtype=np.int32),
@@ -68,4 +71,4 @@ def rankings(top: list[list[int]], targets: list[list[int]], items: int) -> Rank
         user_count=np.ones(len(top), dtype=np.int64),
         history_length=np.ones(len(top), dtype=np.int64),
         recent=np.full((len(top), RECENT), -1, dtype=np.int32),
-    )
+    ).save(run / "rankings.npz")

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from board_runs import STAGE, rankings, write_run
+from board_runs import STAGE, write_rankings, write_run
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.assemble import table_of
 from recbole_llm.leaderboard.rows import RowRuns
+from recbole_llm.leaderboard.words import unshared
 
 METRIC = "ndcg@10"
 
@@ -125,6 +126,12 @@ def damage_result(run: Path) -> None:
     (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
+def damage_keys(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    del result["evaluation"]
+    (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
 def damage_archive(run: Path) -> None:
     (run / "per_user.npz").write_bytes(b"PK")
 
@@ -143,6 +150,7 @@ def damage_archive(run: Path) -> None:
         ({}, damage_users, "per_user.npz of .* does not agree"),
         ({}, damage_result, "does not agree"),
         ({}, damage_archive, "cannot be read"),
+        ({}, damage_keys, "says nothing of evaluation"),
     ],
 )
 def test_what_was_not_judged_alike_is_refused_by_name_and_counts_nowhere(
@@ -241,12 +249,15 @@ def test_metrics_at_every_k_come_from_the_rankings(tmp_path: Path) -> None:
     ndcg = (1 + (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3)) + 0) / 3
     values = {"recall@2": np.array([1, 0.5, 0])}
     run = write_run(tmp_path / "run", "BPR", 1, values, rankings="rankings.npz")
-    rankings(lists, wanted, 4).save(run / "rankings.npz")
+    write_rankings(run, lists, wanted, 4)
     found = table([RowRuns("BPR", [run])], metric="recall@2", metrics=[])["rows"][0]
     assert found["at_k"]["recall"] == pytest.approx(list(recall.values()))
     assert found["at_k"]["ndcg"][2] == pytest.approx(ndcg)
 
-    rankings(lists[::-1], wanted, 4).save(run / "rankings.npz")
+    write_rankings(run, lists[:2], wanted[:2], 4)
+    (refused,) = table([RowRuns("BPR", [run])], metric="recall@2")["rows"][0]["refused"]
+    assert "of different users" in refused["reason"]
+    write_rankings(run, lists[::-1], wanted, 4)
     (refused,) = table([RowRuns("BPR", [run])], metric="recall@2")["rows"][0]["refused"]
     assert "rankings.npz of" in refused["reason"] and "does not agree" in refused["reason"]
 
@@ -263,6 +274,21 @@ def test_a_metric_that_is_no_mean_over_users_is_shown_without_tests(tmp_path: Pa
     assert figure == {
         "mean": 0.7, "low": None, "high": None, "std": None, "valid": None, "bold": False, "against": {}
     }  # fmt: skip
+
+
+def test_what_rows_do_not_share_stands_with_each(tmp_path: Path) -> None:
+    rows = []
+    for name, sees in (("BPR", False), ("SASRec", True)):
+        run = write_run(tmp_path / name, name, 1, around(0.2, len(name)))
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result["evaluation"]["valid_rows_in_test_input"] = sees
+        (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        rows.append(RowRuns(name, [run]))
+    made = table(rows)
+    assert "valid_rows_in_test_input" not in made["evaluation"] and made["evaluation"]["topk"] == [2]
+    assert named(made, "SASRec")["evaluation"] == {"valid_rows_in_test_input": True}
+    assert unshared(made) == ["valid_rows_in_test_input: true for SASRec; false for BPR."]
+    assert unshared(table(rows[:1])) == []
 
 
 def test_a_papers_figures_stand_beside_ours(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def table_of(
         like: a run whose split and policy the table is for; by default those of the most runs.
 
     Returns:
-        The table as plain data; runs that are not judged like it stand in their row's ``refused`` and in no figure.
+        The table as plain data. What the rows' evaluation blocks do not share (whether a model reads valid rows as
+        input at test, ...) stands in each row's own. Runs that are not judged like the table stand in their row's
+        ``refused`` and in no figure.
 
     Raises:
         UserError: ``reference`` or ``baselines`` names no row, or ``like`` cannot be read.
@@ -117,13 +119,21 @@ def table_of(
     tests = _test(made, lines, best, reference, metrics, alpha)
     for name in metrics:
         _embolden(made, best or reference, name)
+    shared = _shared([run.result["evaluation"] for line in lines for run in line.runs])
+    for row, line in zip(made, lines, strict=True):
+        row["evaluation"] = {
+            key: value
+            for run in line.runs[:1]
+            for key, value in run.result["evaluation"].items()
+            if key not in (shared or {})
+        }
     made.sort(key=lambda row: -row["metrics"][metric]["mean"] if metric in row["metrics"] else np.inf)
     return {
         "dataset": dataset,
         "protocol": protocol,
         "column": column,
         "split": standard.result["split"] if standard else None,
-        "evaluation": _shared([run.result["evaluation"] for line in lines for run in line.runs]),
+        "evaluation": shared,
         "best_baseline": best,
         "reference": reference,
         "tests": tests[metric],

@@ -16,6 +16,7 @@ from recbole_llm.leaderboard.words import (
     probability,
     seconds,
     title_of,
+    unshared,
     value,
 )
 
@@ -86,7 +87,7 @@ def _quality(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
-    lines = [f"- {judged(table)}", f"- {chosen(board, table)}"]
+    lines = [f"- {_plain(line)}" for line in (judged(table), *unshared(table), chosen(board, table))]
     for kind, name, reason in left_out(table):
         lines.append(f"- **{kind}**: {_plain(name)}, {_plain(reason)}")
     return lines

@@ -18,6 +18,7 @@ from recbole_llm.evaluation.rankings import Rankings
 
 # What, beside the split, must be the same for two rows to mean the same thing.
 JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking")
+NEEDED = ("model", "seed", "split", "evaluation", "valid", "test", "stages", "parameters", "throughput")
 # A file's own rounding; more than that between the users' values and the metrics means that one was altered.
 AGREE = 1e-9
 
@@ -70,6 +71,9 @@ class Run:
         """
         file = Path(path) if Path(path).suffix == ".json" else Path(path) / "result.json"
         result, arrays = read_run(path)
+        for key in NEEDED:
+            if key not in result:
+                raise UserError(f"{file} says nothing of {key}; it is damaged, or no run of this package wrote it")
         order = np.argsort(arrays["user_id"], kind="stable")
         values = {name: array[order] for name, array in arrays.items() if name != "user_id"}
         for name, array in values.items():
@@ -78,7 +82,7 @@ class Run:
                     f"{result['per_user']} of {path} does not agree with its result: {name} is {array.mean():.6f} over "
                     f"its users and {result['test'].get(name)} in the result; one of the files was altered or damaged"
                 )
-        return cls(Path(path), result, arrays["user_id"][order], values, _at_k(file, result))
+        return cls(Path(path), result, arrays["user_id"][order], values, _at_k(file, result, arrays["user_id"]))
 
     @property
     def seed(self) -> int:
@@ -88,13 +92,16 @@ class Run:
     def judged(self) -> dict[str, Any]:
         """What its figures depend on beside the model: the split's fingerprint and the policy."""
         evaluation = self.result["evaluation"]
-        return {"split": self.result["split"]["fingerprint"], **{key: evaluation.get(key) for key in JUDGED_BY}}
+        return {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
 
 
-def _at_k(file: Path, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _at_k(file: Path, result: Mapping[str, Any], users: np.ndarray) -> dict[str, np.ndarray]:
     if not result.get("rankings") or not (file.parent / result["rankings"]).is_file():
         return {}
-    hits, targets = Rankings.read(file.parent / result["rankings"]).hits()
+    rankings = Rankings.read(file.parent / result["rankings"])
+    if not np.array_equal(rankings.user_id, users):
+        raise UserError(f"{result['rankings']} and {result['per_user']} of {file.parent} are of different users")
+    hits, targets = rankings.hits()
     means = {name: metric(hits, targets).mean(axis=0) for name, metric in USER_METRICS.items()}
     for name, value in result["test"].items():
         metric, _, k = name.partition("@")
@@ -175,7 +182,7 @@ def _seed(path: str | Path) -> int | None:
 
 def _standard(runs: Sequence[Run]) -> Run | None:
     """A run of the split, policy and users that the most runs have; the first such."""
-    known = [run for run in runs if run.result["split"]["fingerprint"] is not None]
+    known = [run for run in runs if run.result["split"].get("fingerprint") is not None]
     for mark in (lambda run: json.dumps(run.judged()), lambda run: run.users.tobytes()):
         marks = [mark(run) for run in known]
         ((most, _),) = Counter(marks).most_common(1) or ((None, 0),)
@@ -185,7 +192,7 @@ def _standard(runs: Sequence[Run]) -> Run | None:
 
 def _unlike(run: Run, standard: Run | None) -> str:
     """Why a run is not comparable; empty where it is."""
-    if run.result["split"]["fingerprint"] is None:
+    if run.result["split"].get("fingerprint") is None:
         return (
             f"its split has no fingerprint (policy {run.result['evaluation'].get('policy')}), so nothing shows that it "
             "was judged on the same one"

@@ -168,9 +168,11 @@ def _legend(board: Mapping[str, Any], table: Mapping[str, Any], unseen: Sequence
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Names cut to the column's width where that leaves them different."""
-    short = [name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…" for name in names]
-    return [cut if short.count(cut) == 1 else name for cut, name in zip(short, names, strict=True)]
+    """Names cut to the column's width, at the end or, where that makes two alike, at the front."""
+    room = NAME_WIDTH - 1
+    heads = [name if len(name) <= NAME_WIDTH else f"{name[:room]}…" for name in names]
+    tails = [name if len(name) <= NAME_WIDTH else f"…{name[-room:]}" for name in names]
+    return [head if heads.count(head) == 1 else tail for head, tail in zip(heads, tails, strict=True)]
 
 
 def _starred(figure: Mapping[str, Any] | None) -> str:

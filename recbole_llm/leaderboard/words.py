@@ -91,11 +91,25 @@ def judged(table: Mapping[str, Any]) -> str:
     return f"Split {split['fingerprint'][:16]} ({counts}); candidates: {policy}."
 
 
+def unshared(table: Mapping[str, Any]) -> list[str]:
+    """What is not the same in the evaluation of all rows, though it leaves them comparable."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in table["rows"]:
+        for key, content in row["evaluation"].items():
+            found.setdefault(key, {}).setdefault(str(content).lower(), []).append(row["name"])
+    lines = []
+    for key, by_value in found.items():
+        said = [f"{content} for {', '.join(names)}" for content, names in by_value.items()]
+        lines.append(f"{key}: {'; '.join(said)}.")
+    return lines
+
+
 def chosen(board: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """How the best baseline came to be it, and how many tests were corrected together."""
     metric, best = board["metric"], table["best_baseline"]
     if best is None:
-        text = f"No baseline has {metric} on valid, so none is the best one."
+        instead = f"; {table['reference']} stands in its place" if table["reference"] else ""
+        text = f"No baseline has {metric} on valid, so none is the best one{instead}."
     else:
         known = {
             row["name"]: row["metrics"][metric]["valid"]
