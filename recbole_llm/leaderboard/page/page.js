@@ -206,7 +206,8 @@ function renderRows() {
     ? make("th", { scope: "row" }, one.show(row)) : make("td", { class: "number" }, one.show(row)))));
   fill($("rows"), make("thead", {}, make("tr", {}, all.map(headerCell))), make("tbody", {}, lines));
   if (focused) [...$("rows").querySelectorAll("button")].find((button) => button.dataset.key === focused)?.focus();
-  $("status").textContent = `${lines.length} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${state.down ? "highest" : "lowest"} first.`;
+  if (!withFigures().length) $("status").textContent = "No row has figures; the reasons stand below.";
+  else $("status").textContent = `${lines.length} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${state.down ? "highest" : "lowest"} first.`;
   $("legend").textContent = table().best_baseline ? `Bold: significant. ▲ better, ▼ worse than ${table().best_baseline} at ${board.alpha} after Holm's correction over ${several(table().tests, "test")}; the rest may be chance.` : "No baseline to test against, so nothing is bold.";
 }
 function renderWithout() {
@@ -361,10 +362,10 @@ function restore() {
   if (kept.has("down")) state.down = kept.get("down") === "1";
   open(Number(kept.get("table")) || 0);
 }
-const on = (id, change) => $(id).addEventListener("input", (event) => change(event.target.value));
+const on = (id, act, event = "change") => $(id).addEventListener(event, (happened) => act(happened.target.value));
 on("table", (value) => { open(Number(value)); update({ sort: "metric", down: true }); });
 on("metric", (metric) => update({ metric, sort: "metric", down: true }));
-on("text", (text) => update({ text }));
+on("text", (text) => update({ text }), "input");
 on("cost-choice", (cost) => { state.cost = cost; renderCost(); });
 on("depth-choice", (depth) => { state.depth = depth; renderDepth(); });
 on("training-choice", (training) => { state.training = training; renderTraining(); });
