@@ -71,7 +71,8 @@ function logTicks([low, high]) {
 }
 
 /**
- * Where each point's name stands, so that it covers no point, no interval and no other name; "" where there is no room.
+ * Where each point's name stands, so that it covers as few points, intervals and names as can be; "" where a phone has
+ * no room for it.
  * Boxes are [left, top, right, bottom] in pixels.
  */
 function labelPlaces(plot, points, xRange, yRange) {
@@ -93,12 +94,12 @@ function labelPlaces(plot, points, xRange, yRange) {
       "top left": [x - 14 - long, y - 25, x - 5, y - 8],
       "bottom left": [x - 14 - long, y + 8, x - 5, y + 25],
     };
-    const free = Object.keys(boxes).find((place) => {
-      const box = boxes[place];
-      return box[0] > 0 && box[2] < width + MARGIN.r && !taken.some((other) => clash(box, other));
-    });
-    if (free) taken.push(boxes[free]);
-    return free ?? "";
+    const outside = (box) => (box[0] <= 0 || box[2] >= width + MARGIN.r ? 9 : 0);
+    const clashes = (box) => taken.filter((other) => clash(box, other)).length + outside(box);
+    const best = Object.keys(boxes).reduce((one, other) => (clashes(boxes[other]) < clashes(boxes[one]) ? other : one));
+    if (clashes(boxes[best]) && plot.clientWidth < NARROW) return "";
+    taken.push(boxes[best]);
+    return best;
   });
 }
 
@@ -155,6 +156,8 @@ function drawDepth(plot, rows, measure, label) {
 }
 
 function drawGroups(plot, breakdown, rows, label) {
+  // So many bars need this much; on a narrow screen the figure scrolls.
+  plot.style.minWidth = `${100 + 13 * rows.length * breakdown.groups.length}px`;
   const names = breakdown.groups.map((group) => `${plain(group.label)}<br>n = ${group.count.toLocaleString("en")}`);
   const traces = rows.filter((row) => breakdown.rows[row.name]).map((row) => ({
     type: "bar",
@@ -168,7 +171,7 @@ function drawGroups(plot, breakdown, rows, label) {
     barmode: "group",
     bargap: 0.18,
     legend: { ...LEGEND, x: 0, xanchor: "left" },
-    xaxis: { type: "category", showgrid: false, title: { text: plain(`${breakdown.name} (n: ${breakdown.unit})`) } },
+    xaxis: { type: "category", showgrid: false },
     yaxis: { title: { text: plain(label) } },
   }, `${label} of every model by ${breakdown.name}`);
 }

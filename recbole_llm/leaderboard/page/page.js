@@ -252,7 +252,7 @@ function renderDepth() {
   drawDepth($("depth-plot"), shown(), chosen, `${title(chosen)}@K`);
 }
 function renderGroups() {
-  fill($("groups-plots"), table().breakdowns.map((breakdown) => make("figure", {}, make("h3", {}, `By ${breakdown.name}`), make("div", { class: "wide-plot" }, make("div", { class: "plot", role: "img" })))));
+  fill($("groups-plots"), table().breakdowns.map((breakdown) => make("figure", {}, make("h3", {}, `By ${breakdown.name}`, make("span", { class: "small" }, `n: ${breakdown.unit} in the group`)), make("div", { class: "wide-plot", tabindex: 0, role: "region", "aria-label": `By ${breakdown.name}, scrolls sideways` }, make("div", { class: "plot", role: "img" })))));
   [...$("groups-plots").querySelectorAll(".plot")].forEach((plot, place) => {
     const breakdown = table().breakdowns[place];
     drawGroups(plot, breakdown, shown(), title(breakdown.metric));
@@ -349,12 +349,16 @@ function open(place) {
   render();
 }
 /** The address keeps what is looked at, so that it can be sent to somebody. */
-function update(change) {
+function update(change, pause = 0) {
   Object.assign(state, change);
   const kept = { table: state.table, metric: state.metric, sort: state.sort, down: state.down ? 1 : 0, view: state.view };
   history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
-  render();
+  renderRows();
+  // The charts take longer than the next letter.
+  clearTimeout(waiting);
+  waiting = setTimeout(renderSections, pause);
 }
+let waiting = 0;
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const key of ["metric", "sort"]) if (kept.get(key)) state[key] = kept.get(key);
@@ -365,7 +369,7 @@ function restore() {
 const on = (id, act, event = "change") => $(id).addEventListener(event, (happened) => act(happened.target.value));
 on("table", (value) => { open(Number(value)); update({ sort: "metric", down: true }); });
 on("metric", (metric) => update({ metric, sort: "metric", down: true }));
-on("text", (text) => update({ text }), "input");
+on("text", (text) => update({ text }, 250), "input");
 on("cost-choice", (cost) => { state.cost = cost; renderCost(); });
 on("depth-choice", (depth) => { state.depth = depth; renderDepth(); });
 on("training-choice", (training) => { state.training = training; renderTraining(); });
