@@ -69,7 +69,7 @@ def test_the_file_names_no_source_elsewhere(made: str) -> None:
 
 def test_the_file_holds_the_board_and_no_script_of_its_titles(made: str) -> None:
     seen = Seen(made)
-    assert len(seen.scripts) == 4
+    assert len(seen.scripts) == 5
     assert json.loads(seen.scripts[1]) == board()
     assert "<" not in seen.scripts[1]
 
@@ -77,7 +77,7 @@ def test_the_file_holds_the_board_and_no_script_of_its_titles(made: str) -> None
 def test_a_title_cannot_stand_for_a_part_of_the_page() -> None:
     hostile = board() | {"title": "{{board}} </title><script>window.hacked = 4</script>"}
     seen = Seen(page(hostile))
-    assert len(seen.scripts) == 4
+    assert len(seen.scripts) == 5
     assert json.loads(seen.scripts[1])["title"] == hostile["title"]
 
 
