@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from recbole_llm.disk import write_whole
 
-_SCRIPTS = ("charts", "page")
+_SCRIPTS = ("tools", "charts", "page")
 
 
 def page(board: Mapping[str, Any]) -> str:

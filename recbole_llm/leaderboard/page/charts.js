@@ -10,8 +10,9 @@ const KINDS = {
 const ROW_COLOURS = 8;
 const ROW_SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "star"];
 
-// Pixels: plots narrower than this are a phone's; what axes and titles need around a plot.
+// Pixels: plots narrower than this are a phone's; a printed page's width; what axes and titles need around a plot.
 const NARROW = 560;
+const PAPER = 960;
 const LEGEND = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center" };
 const MARGIN = { l: 62, r: 16, t: 28, b: 48 };
 
@@ -23,9 +24,11 @@ const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"
 
 /** How a row's line looks; its place in the whole table decides, so a filter changes nobody's colour. */
 function rowStyle(row) {
+  const round = Math.floor(row.place / ROW_COLOURS);
   return {
     color: colour(`row-${row.place % ROW_COLOURS}`),
-    symbol: ROW_SYMBOLS[(row.place + Math.floor(row.place / ROW_COLOURS)) % ROW_SYMBOLS.length],
+    symbol: ROW_SYMBOLS[(row.place + round) % ROW_SYMBOLS.length],
+    pattern: ["", ".", "x", "-"][round % 4],
     dash: KINDS[kindName(row.kind)].dash,
   };
 }
@@ -54,6 +57,13 @@ function draw(plot, traces, layout, description) {
   Plotly.react(plot, traces, base, { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]] });
 }
 
+/** As wide as a printed page, as a drawn chart does not shrink; drawing anew undoes it. */
+function fitPaper(plots) {
+  for (const plot of plots) {
+    if (plot.data) Plotly.relayout(plot, { width: plot.closest(".pair") ? PAPER / 2 - 10 : PAPER });
+  }
+}
+
 /** A range somewhat wider than its values. */
 function roomy(values, share) {
   const low = Math.min(...values), high = Math.max(...values), room = (high - low || 1) * share;
@@ -65,13 +75,16 @@ function logTicks([low, high]) {
   const steps = high - low < 2.5 ? [1, 2, 5] : [1];
   const values = [];
   for (let power = Math.floor(low); power <= high; power += 1) {
-    values.push(...steps.map((step) => step * 10 ** power).filter((value) => Math.log10(value) >= low && Math.log10(value) <= high));
+    const marks = steps.map((step) => step * 10 ** power);
+    values.push(...marks.filter((value) => Math.log10(value) >= low && Math.log10(value) <= high));
   }
-  return { tickvals: values, ticktext: values.map((value) => value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 2 })) };
+  const words = (value) => value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 2 });
+  return { tickvals: values, ticktext: values.map(words) };
 }
 
 /**
- * Where each point's name stands, so that it covers no point, no interval and no other name; "" where there is no room.
+ * Where each point's name stands, so that it covers as few points, intervals and names as can be; "" where a phone has
+ * no room for it.
  * Boxes are [left, top, right, bottom] in pixels.
  */
 function labelPlaces(plot, points, xRange, yRange) {
@@ -93,12 +106,12 @@ function labelPlaces(plot, points, xRange, yRange) {
       "top left": [x - 14 - long, y - 25, x - 5, y - 8],
       "bottom left": [x - 14 - long, y + 8, x - 5, y + 25],
     };
-    const free = Object.keys(boxes).find((place) => {
-      const box = boxes[place];
-      return box[0] > 0 && box[2] < width + MARGIN.r && !taken.some((other) => clash(box, other));
-    });
-    if (free) taken.push(boxes[free]);
-    return free ?? "";
+    const outside = (box) => (box[0] <= 0 || box[2] >= width + MARGIN.r ? 9 : 0);
+    const clashes = (box) => taken.filter((other) => clash(box, other)).length + outside(box);
+    const best = Object.keys(boxes).reduce((one, other) => (clashes(boxes[other]) < clashes(boxes[one]) ? other : one));
+    if (clashes(boxes[best]) && plot.clientWidth < NARROW) return "";
+    taken.push(boxes[best]);
+    return best;
   });
 }
 
@@ -108,7 +121,8 @@ function drawCost(plot, points, labels) {
   const yRange = roomy(points.flatMap((point) => [point.low, point.high]), 0.06);
   const places = labelPlaces(plot, points, xRange, yRange);
   const traces = [...new Set(points.map((point) => kindName(point.row.kind)))].map((kind) => {
-    const at = points.map((point, place) => ({ ...point, place: places[place] })).filter((point) => kindName(point.row.kind) === kind);
+    const placed = points.map((point, place) => ({ ...point, place: places[place] }));
+    const at = placed.filter((point) => kindName(point.row.kind) === kind);
     return {
       type: "scatter",
       mode: "markers+text",
@@ -155,20 +169,28 @@ function drawDepth(plot, rows, measure, label) {
 }
 
 function drawGroups(plot, breakdown, rows, label) {
+  // So many bars need this much; on a narrow screen the figure scrolls.
+  plot.style.minWidth = `${100 + 13 * rows.length * breakdown.groups.length}px`;
   const names = breakdown.groups.map((group) => `${plain(group.label)}<br>n = ${group.count.toLocaleString("en")}`);
   const traces = rows.filter((row) => breakdown.rows[row.name]).map((row) => ({
     type: "bar",
     name: plain(row.name),
     x: names,
     y: breakdown.rows[row.name],
-    marker: { color: rowStyle(row).color, pattern: { shape: row.kind === "language" ? "/" : "", fgcolor: colour("paper"), bgcolor: rowStyle(row).color, size: 7, solidity: 0.22 } },
+    marker: {
+      color: rowStyle(row).color,
+      pattern: {
+        shape: row.kind === "language" ? "/" : rowStyle(row).pattern, size: 7, solidity: 0.22,
+        fgcolor: colour("paper"), bgcolor: rowStyle(row).color,
+      },
+    },
     hovertemplate: `<b>${plain(row.name)}</b><br>%{x}<br>%{y:.4f}<extra></extra>`,
   }));
   draw(plot, traces, {
     barmode: "group",
     bargap: 0.18,
     legend: { ...LEGEND, x: 0, xanchor: "left" },
-    xaxis: { type: "category", showgrid: false, title: { text: plain(`${breakdown.name} (n: ${breakdown.unit})`) } },
+    xaxis: { type: "category", showgrid: false },
     yaxis: { title: { text: plain(label) } },
   }, `${label} of every model by ${breakdown.name}`);
 }

@@ -2,8 +2,11 @@
 // From the board's plain data to the page. What comes out of the data becomes text nodes only, never markup.
 
 const board = JSON.parse(document.getElementById("board").textContent);
-const $ = (id) => document.getElementById(id);
-const state = { table: 0, metric: board.metric, sort: "metric", down: true, view: "one", text: "", hidden: new Set(), cost: "seconds", depth: null, training: "", user: 0 };
+const state = {
+  table: 0, user: 0, metric: board.metric, sort: "metric", down: true, view: "one", // the table
+  text: "", hidden: new Set(), // filters: wanted names, kinds left out
+  cost: "seconds", depth: null, training: "", // what the charts show
+};
 const COSTS = {
   seconds: { label: "Time to train", axis: "time to train, seconds", show: duration },
   peak_memory_mb: { label: "Peak memory", axis: "peak memory, MB", show: memory },
@@ -12,50 +15,6 @@ const COSTS = {
   users_per_second: { label: "Users per second", axis: "users per second at inference", show: count },
 };
 const VIEWS = { one: "One metric in detail, with cost", all: "Every metric" };
-
-// --- small tools ---------------------------------------------------------------------------------------------------
-/** An element; strings among the children become text. */
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "onclick") node.addEventListener("click", value);
-    else if (value !== null && value !== false) node.setAttribute(name, value);
-  }
-  node.append(...children.flat().filter((child) => child !== null && child !== ""));
-  return node;
-}
-const fill = (node, ...children) => node.replaceChildren(...children.flat().filter((child) => child !== null && child !== ""));
-const unknown = (value) => value === null || value === undefined;
-function figure(value) { return unknown(value) ? "–" : value.toFixed(4); }
-function signed(value) { return unknown(value) ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4); }
-function percent(value) { return unknown(value) ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value * 100).toFixed(1)} %`; }
-function probability(value) { return unknown(value) ? "p –" : value < 0.001 ? "p < 0.001" : `p = ${value.toFixed(3)}`; }
-function count(value) { return unknown(value) ? "–" : value.toLocaleString("en", value < 10000 ? { maximumFractionDigits: 0 } : { notation: "compact", maximumSignificantDigits: 3 }); }
-function exact(value) { return unknown(value) ? "unknown" : value.toLocaleString("en"); }
-function memory(value) { return unknown(value) ? "–" : value < 1024 ? `${value.toFixed(0)} MB` : `${(value / 1024).toFixed(1)} GB`; }
-function duration(value) {
-  if (unknown(value)) return "–";
-  if (value < 60) return `${value < 10 ? value.toFixed(1) : value.toFixed(0)} s`;
-  const minutes = Math.floor(value / 60);
-  return minutes < 60 ? `${minutes} min ${Math.round(value % 60)} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
-}
-/** A metric's name as the field writes it. */
-function title(metric) {
-  const [stem, k] = metric.split("@");
-  const written = ["ndcg", "mrr", "map", "auc"].includes(stem) ? stem.toUpperCase() : stem[0].toUpperCase() + stem.slice(1);
-  return k ? `${written}@${k}` : written;
-}
-const several = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
-function kindSign(kind) { return make("span", { class: `shape ${kindName(kind)}`, "aria-hidden": "true" }, KINDS[kindName(kind)].sign); }
-function options(select, entries, chosen) {
-  fill(select, entries.map(([value, words]) => make("option", { value, selected: String(value) === String(chosen) ? "" : null }, words)));
-}
-/** A plain table; `kind` is the class of all columns but the first. */
-function grid(node, head, lines, kind = null) {
-  const column = (words, place) => make("th", { scope: "col", class: place ? kind : null }, words);
-  const cell = (words, place) => (place ? make("td", { class: kind }, words) : make("th", { scope: "row" }, words));
-  fill(node, make("thead", {}, make("tr", {}, head.map(column))), make("tbody", {}, lines.map((line) => make("tr", {}, line.map(cell)))));
-}
 
 // --- what is looked at ---------------------------------------------------------------------------------------------
 const table = () => board.tables[state.table];
@@ -80,7 +39,8 @@ function protocolWords(split) {
   if (protocol.kind === "LS") return protocol.order === "random"
     ? `leave-one-out at random (${protocol.leave_one_mode})`
     : `leave-one-out by time: each user's last interactions are held out (${protocol.leave_one_mode.replaceAll("_", " ")})`;
-  if (protocol.kind === "RS") return `${shares} percent of ${protocol.group_by === "user" ? "each user's" : "all"} interactions to train, valid and test, ${order}`;
+  const whose = protocol.group_by === "user" ? "each user's" : "all";
+  if (protocol.kind === "RS") return `${shares} percent of ${whose} interactions to train, valid and test, ${order}`;
   if (protocol.kind === "TS") return `${shares} percent of all interactions to train, valid and test, cut at two moments for everybody`;
   return JSON.stringify(protocol);
 }
@@ -89,7 +49,13 @@ function candidateWords(one) {
   const items = one.split?.items ? `all ${exact(one.split.items)} items` : "all items";
   const excluded = one.evaluation.exclude_history;
   if (excluded === "recbole") return `${items}; what a user had already is excluded for general models only (RecBole's habit)`;
-  return excluded ? `${items} but those that the user had already, the same for every model` : `${items}, also those that the user had already`;
+  if (!excluded) return `${items}, also those that the user had already`;
+  return `${items} but those that the user had already, the same for every model`;
+}
+function inputWords(evaluation) {
+  if (unknown(evaluation?.valid_rows_in_test_input)) return "unknown";
+  const phases = evaluation.valid_rows_in_test_input ? "train and valid" : "train";
+  return `${phases} interactions${evaluation.refit_on_valid ? ", refitted on both" : ""}`;
 }
 function lead(one) {
   const unit = one.evaluation?.eval_unit === "row" ? "test interactions" : "test users";
@@ -100,10 +66,13 @@ function lead(one) {
 function bestWords(one) {
   const best = one.rows.find((row) => row.name === one.best_baseline);
   if (!best) return "none of the rows is a baseline with a figure on valid";
-  return `${best.name}: of the baselines the highest ${title(board.metric)} on valid (${figure(measured(best, board.metric)?.valid)}); chosen without a look at test`;
+  const valid = figure(measured(best, board.metric)?.valid);
+  return `${best.name}: of the baselines the highest ${title(board.metric)} on valid (${valid}); chosen without a look at test`;
 }
 function facts(one) {
-  const split = one.split ?? {}, sizes = ["train", "valid", "test"].filter((phase) => !unknown(split[phase]));
+  const split = one.split ?? {}, mark = split.fingerprint;
+  const sizes = ["train", "valid", "test"].filter((phase) => !unknown(split[phase]));
+  const versions = Object.entries(board.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", ");
   const seeds = [...new Set(one.rows.flatMap((row) => row.seeds))].sort((a, b) => a - b);
   return [
     ["Data set", tableName(one)],
@@ -111,33 +80,37 @@ function facts(one) {
     ["Interactions", sizes.map((phase) => `${exact(split[phase])} ${phase}`).join(", ") || "unknown"],
     ["Repeats left out of valid and test", exact(split.dropped_repeats)],
     ["Candidates", candidateWords(one)],
-    ["Inputs at test", unknown(one.evaluation?.valid_rows_in_test_input) ? "unknown" : `${one.evaluation.valid_rows_in_test_input ? "train and valid" : "train"} interactions${one.evaluation.refit_on_valid ? ", refitted on both" : ""}`],
+    ["Inputs at test", inputWords(one.evaluation)],
     ["Seeds", seeds.join(", ") || "none"],
-    ["Split's fingerprint", split.fingerprint ? make("code", { title: split.fingerprint }, `${split.fingerprint.slice(0, 16)}…`) : "none"],
+    ["Split's fingerprint", mark ? make("code", { title: mark }, `${mark.slice(0, 16)}…`) : "none"],
     ["Best baseline", bestWords(one), "wide"],
     one.reference && one.reference !== one.best_baseline ? ["Also compared with", one.reference, "wide"] : null,
     split.protocol ? ["Protocol in full", make("code", {}, JSON.stringify(split.protocol)), "wide"] : null,
     ["Command", make("code", {}, board.command), "wide"],
-    ["Commit and versions", [make("code", {}, board.commit ? board.commit.slice(0, 12) : "no commit"), ` ${Object.entries(board.versions).map(([name, version]) => `${name} ${version}`).join(", ")}`], "wide"],
+    ["Commit and versions", [make("code", {}, board.commit?.slice(0, 12) ?? "no commit"), ` ${versions}`], "wide"],
   ].filter(Boolean);
 }
 function renderMeasured() {
   const one = table();
   $("lead").textContent = lead(one);
-  fill($("facts"), facts(one).map(([term, words, wide]) => make("div", { class: wide ?? null }, make("dt", {}, term), make("dd", {}, words))));
+  fill($("facts"), facts(one).map(([term, words, wide]) =>
+    make("div", { class: wide ?? null }, make("dt", {}, term), make("dd", {}, words))));
 }
 
 // --- the table -----------------------------------------------------------------------------------------------------
 function nameCell(row) {
   const one = table();
-  const tags = [row.name === one.best_baseline ? "best baseline" : null, row.name === one.reference ? "reference" : null].filter(Boolean);
-  return [row.name, make("span", { class: "small kind" }, kindSign(row.kind), ` ${row.kind} `, tags.map((tag) => make("span", { class: "tag" }, tag)))];
+  const tag = (words, there) => (there ? make("span", { class: "tag" }, words) : null);
+  return [row.name, make("span", { class: "small kind" }, kindSign(row.kind), ` ${row.kind} `,
+    tag("best baseline", row.name === one.best_baseline), tag("reference", row.name === one.reference))];
 }
 function mark(against, name) {
   if (!against?.mark) return make("span", { class: "mark" });
   const up = against.mark === "+";
-  const words = `${up ? "better" : "worse"} than ${name}: ${probability(against.p_adjusted)} after Holm's correction, ${probability(against.p)} before, Wilcoxon ${probability(against.wilcoxon_p)}`;
-  return make("span", { class: `mark ${up ? "up" : "down"}`, role: "img", "aria-label": words, title: words }, up ? "▲" : "▼");
+  const words = `${up ? "better" : "worse"} than ${name}: ${probability(against.p_adjusted)} after Holm's correction, `
+    + `${probability(against.p)} before, Wilcoxon ${probability(against.wilcoxon_p)}`;
+  const shown = { class: `mark ${up ? "up" : "down"}`, role: "img", "aria-label": words, title: words };
+  return make("span", shown, up ? "▲" : "▼");
 }
 function whisker(value, range, kind) {
   if (unknown(value.low) || unknown(value.high)) return null;
@@ -151,37 +124,65 @@ function whisker(value, range, kind) {
 function meanCell(row, metric, range) {
   const value = measured(row, metric), best = table().best_baseline;
   if (!value) return "–";
-  const cell = [make("span", { class: value.bold ? "value bold" : "value" }, figure(value.mean)), mark(value.against?.[best], best)];
+  const mean = make("span", { class: value.bold ? "value bold" : "value" }, figure(value.mean));
+  const cell = [mean, mark(value.against?.[best], best)];
   if (!range) return cell;
-  return [...cell, make("span", { class: "small" }, `${figure(value.low)} to ${figure(value.high)}`), whisker(value, range, row.kind)];
+  return [...cell, small(`${figure(value.low)} to ${figure(value.high)}`), whisker(value, range, row.kind)];
 }
 function againstCell(row, name) {
-  if (row.name === name) return make("span", { class: "small" }, "itself");
+  if (row.name === name) return small("itself");
   const against = measured(row)?.against?.[name];
   if (!against) return "–";
-  const words = `95 % interval of the difference ${signed(against.low)} to ${signed(against.high)}; Cohen's d ${unknown(against.effect) ? "–" : against.effect.toFixed(2)}; Wilcoxon ${probability(against.wilcoxon_p)}`;
-  return [make("span", { title: words }, signed(against.difference)), mark(against, name), make("span", { class: "small" }, `${percent(against.gain)}, ${probability(against.p_adjusted)}`)];
+  const effect = unknown(against.effect) ? "–" : against.effect.toFixed(2);
+  const words = `95 % interval of the difference ${signed(against.low)} to ${signed(against.high)}; Cohen's d ${effect}; `
+    + `Wilcoxon ${probability(against.wilcoxon_p)}`;
+  return [make("span", { title: words }, signed(against.difference)), mark(against, name),
+    small(`${percent(against.gain)}, ${probability(against.p_adjusted)}`)];
 }
 function intervalRange(metric) {
   const values = withFigures().map((row) => measured(row, metric)).filter(Boolean);
-  return { low: Math.min(...values.map((value) => value.low ?? value.mean)), high: Math.max(...values.map((value) => value.high ?? value.mean)) };
+  return {
+    low: Math.min(...values.map((value) => value.low ?? value.mean)),
+    high: Math.max(...values.map((value) => value.high ?? value.mean)),
+  };
 }
 /** Columns: key, label, what to sort by, what to show. */
 function columns() {
   const name = { key: "name", label: "Model", by: (row) => row.name, show: nameCell };
-  if (state.view === "all") {
-    return [name, ...metricsOf().map((metric) => ({ key: metric === state.metric ? "metric" : metric, label: title(metric), by: (row) => measured(row, metric)?.mean, show: (row) => meanCell(row, metric) }))];
-  }
-  const one = table(), range = intervalRange(state.metric);
-  const others = [...new Set([one.best_baseline, one.reference])].filter(Boolean);
-  const costs = Object.entries(COSTS).filter(([key]) => withFigures().some((row) => !unknown(row.cost?.[key])));
-  return [
-    name,
-    { key: "metric", label: `${title(state.metric)} with 95 % interval`, by: (row) => measured(row)?.mean, show: (row) => meanCell(row, state.metric, range) },
-    { key: "std", label: "Std over seeds", by: (row) => measured(row)?.std, show: (row) => [figure(measured(row)?.std), make("span", { class: "small" }, several(row.seeds.length, "seed"))] },
-    ...others.map((other) => ({ key: `against ${other}`, label: `Against ${other}, adjusted p`, by: (row) => measured(row)?.against?.[other]?.difference, show: (row) => againstCell(row, other) })),
-    ...costs.map(([key, cost]) => ({ key, label: cost.label, by: (row) => row.cost?.[key], show: (row) => make("span", { title: exact(row.cost?.[key]) }, cost.show(row.cost?.[key])) })),
-  ];
+  return [name, ...(state.view === "all" ? metricsOf().map(metricColumn) : detailColumns())];
+}
+function metricColumn(metric) {
+  return {
+    key: metric === state.metric ? "metric" : metric,
+    label: title(metric),
+    by: (row) => measured(row, metric)?.mean,
+    show: (row) => meanCell(row, metric),
+  };
+}
+function detailColumns() {
+  const range = intervalRange(state.metric);
+  const mean = metricColumn(state.metric);
+  const std = {
+    key: "std",
+    label: "Std over seeds",
+    by: (row) => measured(row)?.std,
+    show: (row) => [figure(measured(row)?.std), small(several(row.seeds.length, "seed"))],
+  };
+  const against = [...new Set([table().best_baseline, table().reference])].filter(Boolean).map((other) => ({
+    key: `against ${other}`,
+    label: `Against ${other}, adjusted p`,
+    by: (row) => measured(row)?.against?.[other]?.difference,
+    show: (row) => againstCell(row, other),
+  }));
+  const told = Object.keys(COSTS).filter((key) => withFigures().some((row) => !unknown(row.cost?.[key])));
+  const costs = told.map((key) => ({
+    key,
+    label: COSTS[key].label,
+    by: (row) => row.cost?.[key],
+    show: (row) => make("span", { title: exact(row.cost?.[key]) }, COSTS[key].show(row.cost?.[key])),
+  }));
+  const wide = { label: `${title(state.metric)} with 95 % interval`, show: (row) => meanCell(row, state.metric, range) };
+  return [{ ...mean, ...wide }, std, ...against, ...costs];
 }
 /** What is unknown stands last, either way. */
 function sorted(rows, column) {
@@ -196,8 +197,10 @@ function headerCell(column) {
   const active = column.key === state.sort;
   const arrow = make("span", { class: "arrow", "aria-hidden": "true" }, active ? (state.down ? "↓" : "↑") : "");
   const press = () => update({ sort: column.key, down: active ? !state.down : column.key !== "name" });
-  return make("th", { scope: "col", class: column.key === "name" ? null : "number", "aria-sort": active ? (state.down ? "descending" : "ascending") : "none" },
-    make("button", { type: "button", "data-key": column.key, onclick: press }, column.key === "name" ? [column.label, arrow] : [arrow, column.label]));
+  const button = make("button", { type: "button", "data-key": column.key, onclick: press },
+    column.key === "name" ? [column.label, arrow] : [arrow, column.label]);
+  const order = active ? (state.down ? "descending" : "ascending") : "none";
+  return make("th", { scope: "col", class: column.key === "name" ? null : "number", "aria-sort": order }, button);
 }
 function renderRows() {
   const all = columns(), column = all.find((one) => one.key === state.sort) ?? all.find((one) => one.key === "metric") ?? all[0];
@@ -206,41 +209,68 @@ function renderRows() {
     ? make("th", { scope: "row" }, one.show(row)) : make("td", { class: "number" }, one.show(row)))));
   fill($("rows"), make("thead", {}, make("tr", {}, all.map(headerCell))), make("tbody", {}, lines));
   if (focused) [...$("rows").querySelectorAll("button")].find((button) => button.dataset.key === focused)?.focus();
-  $("status").textContent = `${lines.length} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${state.down ? "highest" : "lowest"} first.`;
-  $("legend").textContent = table().best_baseline ? `Bold: significant. ▲ better, ▼ worse than ${table().best_baseline} at ${board.alpha} after Holm's correction over ${several(table().tests, "test")}; the rest may be chance.` : "No baseline to test against, so nothing is bold.";
+  $("status").textContent = statusWords(lines.length, column);
+  $("legend").textContent = legendWords(table());
+}
+function statusWords(shownRows, column) {
+  if (!withFigures().length) return "No row has figures; the reasons stand below.";
+  const order = column.key === "name" ? (state.down ? "from Z to A" : "from A to Z") : `${state.down ? "highest" : "lowest"} first`;
+  return `${shownRows} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${order}.`;
+}
+function legendWords(one) {
+  if (!one.best_baseline) return "No baseline to test against, so nothing is bold.";
+  return `Bold: significant. ▲ better, ▼ worse than ${one.best_baseline} at ${board.alpha} after Holm's correction over `
+    + `${several(one.tests, "test")}; the rest may be chance.`;
+}
+/** A line a reason: the seeds that failed of it stand together. */
+function reasonLines(row, key) {
+  return [...new Set(row[key].map((one) => one.reason))].map((reason) => {
+    const seeds = row[key].filter((one) => one.reason === reason && !unknown(one.seed)).map((one) => one.seed);
+    const which = seeds.length ? `, seed${seeds.length > 1 ? "s" : ""} ${seeds.join(", ")}` : "";
+    return make("li", {}, make("strong", {}, row.name), ` ${key}${which}: ${reason}`);
+  });
 }
 function renderWithout() {
-  const lines = ["failed", "refused"].flatMap((key) => table().rows.flatMap((row) => [...new Set(row[key].map((one) => one.reason))].map((reason) => {
-    const seeds = row[key].filter((one) => one.reason === reason && !unknown(one.seed)).map((one) => one.seed);
-    return make("li", {}, make("strong", {}, row.name), ` ${key}${seeds.length ? `, seed${seeds.length > 1 ? "s" : ""} ${seeds.join(", ")}` : ""}: ${reason}`);
-  })));
+  const lines = ["failed", "refused"].flatMap((key) => table().rows.flatMap((row) => reasonLines(row, key)));
   fill($("without"), lines.length ? [make("h3", {}, "Failed and refused"), make("ul", { class: "without" }, lines)] : []);
 }
 function renderSettings() {
-  const pairs = (row) => Object.entries(row.settings ?? {}).map(([key, value]) => `${key} = ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
-  grid($("settings"), ["Row", "Model", "Seeds", "Parameters", "Settings given", "Runs"], table().rows.map((row) =>
-    [row.name, row.model, row.seeds.join(", ") || "–", exact(row.cost?.parameters), pairs(row) || "the shipped ones", row.runs.map((run) => make("code", { class: "small" }, run))]));
+  const written = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const given = (row) => Object.entries(row.settings ?? {}).map(([key, value]) => `${key} = ${written(value)}`).join(", ");
+  grid($("settings"), ["Row", "Model", "Seeds", "Parameters", "Settings given", "Runs"], table().rows.map((row) => [
+    row.name, row.model, row.seeds.join(", ") || "–", exact(row.cost?.parameters), given(row) || "none, as shipped",
+    row.runs.map((run) => make("code", { class: "small" }, run)),
+  ]));
 }
 function renderPaper() {
   const paper = table().paper;
   if (!paper) return;
   const metrics = [...new Set(paper.rows.flatMap((row) => Object.keys(row.metrics)))];
+  const cells = (value) => [figure(value?.paper), figure(value?.ours), percent(value?.deviation)];
+  const list = (lines) => make("ul", {}, lines.map((line) => make("li", {}, line)));
+  const headed = (words, lines) => (lines.length ? [make("h3", {}, words), list(lines)] : []);
   $("paper-source").textContent = [paper.source, paper.note].filter(Boolean).join(". ");
-  grid($("paper-rows"), ["Model", ...metrics.flatMap((metric) => [`${title(metric)}, paper`, "ours", "deviation"])], paper.rows.map((row) =>
-    [row.name, ...metrics.flatMap((metric) => [figure(row.metrics[metric]?.paper), figure(row.metrics[metric]?.ours), percent(row.metrics[metric]?.deviation)])]), "number");
-  const gains = (paper.gains ?? []).map((gain) => make("li", {}, `${gain.name} over ${gain.over}, ${title(gain.metric)}: ${percent(gain.paper)} in the paper, ${percent(gain.ours)} here`));
-  const missing = (paper.missing ?? []).map((one) => make("li", {}, `${one.name}: ${one.why}`));
-  fill($("paper-more"), gains.length ? [make("h3", {}, "Gains"), make("ul", {}, gains)] : [], missing.length ? [make("h3", {}, "Not run here"), make("ul", {}, missing)] : []);
+  grid($("paper-rows"), ["Model", ...metrics.flatMap((metric) => [`${title(metric)}, paper`, "ours", "deviation"])],
+    paper.rows.map((row) => [row.name, ...metrics.flatMap((metric) => cells(row.metrics[metric]))]), "number");
+  const gains = (paper.gains ?? []).map((gain) =>
+    `${gain.name} over ${gain.over}, ${title(gain.metric)}: ${percent(gain.paper)} in the paper, ${percent(gain.ours)} here`);
+  const missing = (paper.missing ?? []).map((one) => `${one.name}: ${one.why}`);
+  fill($("paper-more"), headed("Gains", gains), headed("Not run here", missing));
 }
 
 // --- charts --------------------------------------------------------------------------------------------------------
 function renderCost() {
   const cost = COSTS[state.cost], rows = shown().filter((row) => measured(row));
   const placed = rows.filter((row) => row.cost?.[state.cost] > 0);
-  const points = placed.map((row) => ({ row, x: row.cost[state.cost], y: measured(row).mean, low: measured(row).low ?? measured(row).mean, high: measured(row).high ?? measured(row).mean, words: `${title(state.metric)} ${figure(measured(row).mean)}, ${cost.label.toLowerCase()} ${cost.show(row.cost[state.cost])}` }));
+  const points = placed.map((row) => {
+    const value = measured(row), x = row.cost[state.cost];
+    const words = `${title(state.metric)} ${figure(value.mean)}, ${cost.label.toLowerCase()} ${cost.show(x)}`;
+    return { row, x, y: value.mean, low: value.low ?? value.mean, high: value.high ?? value.mean, words };
+  });
   drawCost($("cost-plot"), points, { x: cost.axis, y: title(state.metric) });
   const rest = rows.filter((row) => !placed.includes(row)).map((row) => row.name);
-  $("cost-words").textContent = `Up is better; ${state.cost === "users_per_second" ? "right is faster" : "left is cheaper"}. Bars are 95 % intervals; point at a mark for its figures.`;
+  const side = state.cost === "users_per_second" ? "right is faster" : "left is cheaper";
+  $("cost-words").textContent = `Up is better; ${side}. Bars are 95 % intervals; point at a mark for its figures.`;
   $("cost-note").textContent = rest.length ? `Not on this scale, as the cost is none or unknown: ${rest.join(", ")}.` : "";
 }
 function renderDepth() {
@@ -251,10 +281,15 @@ function renderDepth() {
   drawDepth($("depth-plot"), shown(), chosen, `${title(chosen)}@K`);
 }
 function renderGroups() {
-  fill($("groups-plots"), table().breakdowns.map((breakdown) => make("figure", {}, make("h3", {}, `By ${breakdown.name}`), make("div", { class: "wide-plot" }, make("div", { class: "plot", role: "img" })))));
-  [...$("groups-plots").querySelectorAll(".plot")].forEach((plot, place) => {
+  const figures = table().breakdowns.map((breakdown) => {
+    const scrolls = { class: "wide-plot", tabindex: 0, role: "region", "aria-label": `By ${breakdown.name}, scrolls sideways` };
+    return make("figure", {}, make("h3", {}, `By ${breakdown.name}`, small(`n: ${breakdown.unit} in the group`)),
+      make("div", scrolls, make("div", { class: "plot", role: "img" })));
+  });
+  fill($("groups-plots"), figures);
+  figures.forEach((one, place) => {
     const breakdown = table().breakdowns[place];
-    drawGroups(plot, breakdown, shown(), title(breakdown.metric));
+    drawGroups(one.querySelector(".plot"), breakdown, shown(), title(breakdown.metric));
   });
 }
 function renderTraining() {
@@ -263,32 +298,36 @@ function renderTraining() {
   const rows = state.training ? trained.filter((row) => row.name === state.training) : shown().filter((row) => row.curves.length);
   const judged = [...new Set(rows.flatMap((row) => row.curves.map((curve) => curve.valid_metric)))];
   drawTraining($("loss-plot"), rows, "loss", "training loss", !state.training);
-  drawTraining($("valid-plot"), rows, "valid", judged.length === 1 ? `${title(judged[0])} on valid` : "each model's metric on valid", false);
+  const label = judged.length === 1 ? `${title(judged[0])} on valid` : "each model's metric on valid";
+  drawTraining($("valid-plot"), rows, "valid", label, false);
 }
 
 // --- example users -------------------------------------------------------------------------------------------------
 const itemName = (item) => item.title || `item ${item.item}`;
 function items(list, marked) {
-  return make("ol", {}, list.map((item) => make("li", { class: marked(item) ? "target" : null, title: `item ${item.item}` }, itemName(item))));
+  const line = (item) => make("li", { class: marked(item) ? "target" : null, title: `item ${item.item}` }, itemName(item));
+  return make("ol", {}, list.map(line));
 }
 function ranks(list) {
   const places = list.flatMap((item, place) => (item.hit ? [place + 1] : []));
   return places.length ? `target at rank ${places.join(", ")}` : `no target in the first ${list.length}`;
 }
+const panel = (heading, list, marked) => make("div", { class: "panel" }, make("h3", {}, heading), items(list, marked));
 function renderUser() {
   const user = table().users[state.user];
-  const lists = shown().filter((row) => user.top[row.name]).map((row) => make("div", { class: "panel" },
-    make("h3", {}, kindSign(row.kind), ` ${row.name}`, make("span", { class: "small" }, ranks(user.top[row.name]))), items(user.top[row.name], (item) => item.hit)));
-  fill($("person"), make("div", { class: "person" },
-    make("div", {},
-      make("div", { class: "panel" }, make("h3", {}, "Took next"), items(user.targets, () => true)),
-      make("div", { class: "panel" }, make("h3", {}, "Had before", make("span", { class: "small" }, "oldest first")), items(user.history, () => false))),
-    make("div", { class: "lists" }, lists)));
+  const lists = shown().filter((row) => user.top[row.name]).map((row) => {
+    const list = user.top[row.name];
+    return panel([kindSign(row.kind), ` ${row.name}`, small(ranks(list))], list, (item) => item.hit);
+  });
+  const own = make("div", {}, panel("Took next", user.targets, () => true),
+    panel(["Had before", small("oldest first")], user.history, () => false));
+  fill($("person"), make("div", { class: "person" }, own, make("div", { class: "lists" }, lists)));
 }
 function renderUsers() {
   const users = table().users;
-  const hits = (user) => Object.values(user.top).filter((list) => list.some((item) => item.hit)).length;
-  options($("user"), users.map((user, place) => [place, `${user.user} (found by ${hits(user)} of ${Object.keys(user.top).length})`]), state.user);
+  const found = ({ top }) => Object.values(top).filter((list) => list.some((item) => item.hit)).length;
+  const words = (user) => `${user.user} (found by ${found(user)} of ${Object.keys(user.top).length})`;
+  options($("user"), users.map((user, place) => [place, words(user)]), state.user);
   renderUser();
 }
 
@@ -348,12 +387,16 @@ function open(place) {
   render();
 }
 /** The address keeps what is looked at, so that it can be sent to somebody. */
-function update(change) {
+function update(change, pause = 0) {
   Object.assign(state, change);
   const kept = { table: state.table, metric: state.metric, sort: state.sort, down: state.down ? 1 : 0, view: state.view };
   history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
-  render();
+  renderRows();
+  // The charts take longer than the next letter.
+  clearTimeout(waiting);
+  waiting = setTimeout(renderSections, pause);
 }
+let waiting = 0;
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const key of ["metric", "sort"]) if (kept.get(key)) state[key] = kept.get(key);
@@ -361,20 +404,25 @@ function restore() {
   if (kept.has("down")) state.down = kept.get("down") === "1";
   open(Number(kept.get("table")) || 0);
 }
-const on = (id, change) => $(id).addEventListener("input", (event) => change(event.target.value));
+const on = (id, act, event = "change") => $(id).addEventListener(event, (happened) => act(happened.target.value));
 on("table", (value) => { open(Number(value)); update({ sort: "metric", down: true }); });
 on("metric", (metric) => update({ metric, sort: "metric", down: true }));
-on("text", (text) => update({ text }));
+on("text", (text) => update({ text }, 250), "input");
 on("cost-choice", (cost) => { state.cost = cost; renderCost(); });
 on("depth-choice", (depth) => { state.depth = depth; renderDepth(); });
 on("training-choice", (training) => { state.training = training; renderTraining(); });
 on("user", (user) => { state.user = Number(user); renderUser(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
+addEventListener("beforeprint", () => fitPaper(document.querySelectorAll(".plot")));
+addEventListener("afterprint", render);
+
 $("made").textContent = `Made ${board.made.slice(0, 16).replace("T", " ")} UTC`;
-$("how").textContent = `The interval beside a figure is the 95 % confidence interval of its mean over users, and the deviation over seeds says how far training alone moves it. `
-  + `Rows are compared user by user (seeds averaged first) by a paired test, and the p-values of one metric are adjusted together by Holm's method, so that a long table brings no more false finds than a short one: only what stays below ${board.alpha} is marked, and bold. `
-  + `A small p-value says that a difference is there, not that it is large: for that read the difference itself, its interval and Cohen's d (point at the difference).`;
+$("how").textContent = "The interval beside a figure is the 95 % confidence interval of its mean over users, and the deviation "
+  + "over seeds says how far training alone moves it. Rows are compared user by user (seeds averaged first) by a paired test, and "
+  + "the p-values of one metric are adjusted together by Holm's method, so that a long table brings no more false finds than a "
+  + `short one: only what stays below ${board.alpha} is marked, and bold. A small p-value says that a difference is there, not that `
+  + "it is large: for that read the difference itself, its interval and Cohen's d (point at the difference).";
 // A phone shows the table first.
 $("facts-fold").open = matchMedia("(min-width: 48rem)").matches;
 restore();
