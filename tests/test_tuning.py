@@ -403,6 +403,27 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
     assert read_yaml.__wrapped__(best[0]) == read_yaml.__wrapped__(best[1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = ["tune", *words(trials=2)]
+    full = survival.run(command, tmp_path / "log", survival.torn_at(100_000, deadly=False))
+    assert full.status == 2 and "cannot be written" in full.said and "Traceback" not in full.said, full.said
+    survival.finish(command, tmp_path / "log")
+    straight = words(trials=2, output=tmp_path / "straight", output_dir=tmp_path / "elsewhere")
+    tuning.tune(straight, quiet)
+    assert told(tmp_path / "tune") == told(tmp_path / "straight")
+
+
+def test_a_broken_study_is_told(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    tuning.tune(words(trials=1), quiet)
+    (file,) = (tmp_path / "tune").glob("search-*.db")
+    whole = file.read_bytes()
+    for broken in (b"nothing of SQLite's" * 400, whole[: len(whole) // 2]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"search-.*db is damaged; move it away"):
+            tuning.tune(words(trials=1), quiet)
+
+
 def test_a_watch_sees_the_epochs_of_the_attempt_before(
     settings_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
