@@ -26,6 +26,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.leaderboard import tuned_file, tuning
 from recbole_llm.leaderboard.space import find_space, read_space
 from recbole_llm.schema import read_yaml
+from recbole_llm.training import trainer
 from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run
 
@@ -424,13 +425,14 @@ def test_a_broken_study_is_told(words: Callable[..., list[str]], tmp_path: Path)
             tuning.tune(words(trials=1), quiet)
 
 
+@pytest.mark.parametrize(("model", "more"), [("BPR", {}), ("SASRecAllPositions", {"loss_type": "BCE"})])
 def test_a_watch_sees_the_epochs_of_the_attempt_before(
-    settings_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recbole_llm.training import trainer
-
+    model: str, more: dict[str, Any], settings_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
-    config = Config("BPR", "small", config_dict=settings_of(epochs=5, stopping_step=99))
+    settings = settings_of(epochs=5, stopping_step=99) | more
+    config = Config(model, "small", config_dict=settings)
 
     class CutError(Exception):
         pass
@@ -447,4 +449,8 @@ def test_a_watch_sees_the_epochs_of_the_attempt_before(
         fit(config, store_of(config), cut)
     fitted = fit(config, store_of(config), lambda epoch, score: second.append((epoch, score)))
     assert second[:3] == first and [epoch for epoch, _ in second] == list(range(5))
-    assert [list(pair) for pair in second] == [list(pair) for pair in fitted.facts["valid_curve"]]
+    straight = Config(model, "small", config_dict=settings | {"output_dir": str(tmp_path / "straight")})
+    whole = fit(straight, store_of(straight))
+    assert fitted.facts == whole.facts and second == [tuple(pair) for pair in whole.facts["valid_curve"]]
+    weights = fitted.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in whole.model.state_dict().items())
