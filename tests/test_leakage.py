@@ -102,7 +102,7 @@ def three_worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def fitted_state(model: str, folder: Path, saved: Path, **more: Any) -> dict[str, Any]:
-    config = Config(model, "small", config_dict=settings_of(folder, saved, **SMALL.get(model, {}), **more))
+    config = Config(model, "small", config_dict=settings_of(folder, saved, **SMALL.get(model, {}) | more))
     trained = fit(config, store_of(config))
     state = dict(trained.model.state_dict())
     for part, inner in trained.parts.items():
@@ -140,6 +140,15 @@ def test_exchanged_test_and_valid_items_move_no_fitted_state(
     model: str, three_worlds: list[Path], tmp_path: Path
 ) -> None:
     check(model, three_worlds, tmp_path)
+
+
+def test_negatives_at_every_position_know_train_rows_only(three_worlds: list[Path], tmp_path: Path) -> None:
+    plain, *swapped = (
+        fitted_state("SASRecAllPositions", world, tmp_path / str(number), loss_type="BCE")
+        for number, world in enumerate(three_worlds)
+    )
+    for other in swapped:
+        assert_same(dict(plain), other)
 
 
 def write_with_withheld(source: Path, target: Path, swap: bool) -> None:

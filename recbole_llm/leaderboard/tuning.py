@@ -8,7 +8,9 @@ if it had not been.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shlex
 import sys
 import time
@@ -24,6 +26,7 @@ import optuna
 import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
 from recbole_llm import processes, registry
 from recbole_llm.config import INPUT_KEYS, Config
@@ -112,7 +115,12 @@ def tune(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> 
     search = read_arguments(arguments)
     search.folder.mkdir(parents=True, exist_ok=True)
     log = search.folder / f"tune-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    with _alone(search), full_disk_told(search.folder), run_logging(log, search.base["state"]):
+    with (
+        _alone(search),
+        full_disk_told(search.folder),
+        run_logging(log, search.base["state"]),
+        _storage_told(_file(search)),
+    ):
         study = _study(search)
         outcome = _go_on(search, study, say)
     if outcome is None:
@@ -233,12 +241,32 @@ def _alone(search: Search) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _storage_told(file: Path) -> Iterator[None]:
+    """Say in the words of the rest of the house what SQLite says of a full disk or a broken file."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, DatabaseError) as error:
+        said = str(error.__cause__ or error)
+        if "disk is full" in said or "disk I/O" in said:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
+        if "malformed" in said or "not a database" in said:
+            raise UserError(
+                f"{file} is damaged; move it away and search again: trials that came to an end are still in the cache"
+            ) from None
+        raise
+
+
+def _file(search: Search) -> Path:
+    return search.folder / f"search-{search.mark[:12]}.db"
+
+
 def _study(search: Search) -> optuna.Study:
     """The study as the last process left it, or a new one whose first trial is the settings without a search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=search.mark,
-        storage=f"sqlite:///{(search.folder / f'search-{search.mark[:12]}.db').resolve()}",
+        storage=f"sqlite:///{_file(search).resolve()}",
         direction="maximize" if search.base["valid_metric_bigger"] else "minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=search.space.warmup),
         load_if_exists=True,
