@@ -50,7 +50,7 @@ def board(tmp_path: Path) -> dict[str, Any]:
         {"name": "user activity", "unit": "users", "metric": "ndcg@10", "rows": {"BPR": [0.25, None]},
          "groups": [{"label": "6-19", "count": 60}, {"label": "20-", "count": 40}]}
     ]  # fmt: skip
-    return board_of([table], "A board", "recbole-llm leaderboard", METRICS, "ndcg@10", 0.05)
+    return board_of([table], "A board", "recbole-llm leaderboard", METRICS, "ndcg@10", 0.05) | {"commit": "abc123"}
 
 
 def test_markdown_is_bold_only_where_significant_and_says_all(board: dict[str, Any]) -> None:
@@ -67,9 +67,10 @@ def test_markdown_is_bold_only_where_significant_and_says_all(board: dict[str, A
     for words in (
         "ffffffffffffffff (100 users, 9 items, 50 train", "policy unified", "20- (40)",
         "Best baseline: BPR, chosen by ndcg@10 on valid, never on test (BPR 1.3000, Pop 0.3000)",
-        "| BPR | 0.2500 | - |", f"commit `{board['commit']}`", "`recbole-llm leaderboard`", "| ndcg@10 | 0.6000 |",
+        "| BPR | 0.2500 | - |", "commit `abc123`", "`recbole-llm leaderboard`", "| ndcg@10 | 0.6000 |",
     ):  # fmt: skip
         assert words in text, words
+    assert "commit" not in markdown(board | {"commit": None}), "used from an installed package, there is none"
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         bars = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(bars) == 1, f"a table whose lines differ in their cells:\n{block}"
