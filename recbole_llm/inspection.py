@@ -64,7 +64,7 @@ def _text_lines(config: Any, dataset: Any) -> list[str]:
 
 
 def _run(path: str, arguments: list[str]) -> str:
-    from recbole_llm.evaluation.comparison import read_run
+    from recbole_llm.evaluation.results import read_run
     from recbole_llm.training.runs import table
 
     if arguments:

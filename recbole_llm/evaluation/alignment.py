@@ -20,8 +20,8 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.spatial import procrustes
 
 from recbole_llm.errors import UserError
-from recbole_llm.evaluation.comparison import read_run
 from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_maps
+from recbole_llm.evaluation.results import read_run
 from recbole_llm.training.store import Stage, StageStore
 
 RECALL_AT = (1, 10)

@@ -23,7 +23,7 @@ from recbole_llm.evaluation.ranking import Measured
 RECENT = 20
 
 # What NumPy raises, depending on where a file is cut or altered; a file with a lone array is no archive (TypeError).
-_DAMAGED = (
+DAMAGED = (
     OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
@@ -111,5 +111,5 @@ class Rankings:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise UserError(f"{path} cannot be read ({error})") from None

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.config import NEUTRAL_KEYS
+from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.evaluation.comparison import read_run
+from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard.assemble import board_of, table_of
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.tables import terminal, write
@@ -19,8 +19,8 @@ from recbole_llm.leaderboard.tables import terminal, write
 ALPHA = 0.05
 USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]"
 OPTIONS = ("reference", "metric", "output")
-# They reach a model through the texts and rows that it reads, so they are no settings of a stage, and yet move it.
-MOVING = ("text_drop", "text_shuffle", "item_text", "item_text_fallback", "item_text_max_words", "refit_on_valid")
+# What moves a run beside the settings of its stages.
+MOVING = (*INPUT_KEYS, "refit_on_valid")
 # Settings by which two rows of one model are told apart; with more, the run's folder says more.
 TOLD_APART = 3
 

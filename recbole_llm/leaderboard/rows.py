@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.errors import UserError
-from recbole_llm.evaluation.comparison import read_run
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.evaluation.rankings import Rankings
+from recbole_llm.evaluation.results import read_run
 
 # What, beside the split, must be the same for two rows to mean the same thing.
 JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking")
