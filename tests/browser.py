@@ -87,24 +87,23 @@ def install() -> None:
 
 def need() -> Browser:
     """The browser, installed if need be; fails the test under CI, skips it elsewhere, where there is none."""
+    try:
+        return find() or _brought()
+    except NotThereError as error:
+        told = f"NO BROWSER: {error}; the page was not opened. To have it tested: {COMMAND}"
+    if os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(told, pytrace=False)
+    pytest.skip(told)
+
+
+def _brought() -> Browser:
+    # Every process of pytest-xdist comes here at once; the first installs, the others find it there.
+    with FileLock(Path(tempfile.gettempdir()) / f"recbole-llm-browser-{os.getuid()}.lock", timeout=2 * SECONDS):
+        if find() is None:
+            install()
     found = find()
     if found is None:
-        try:
-            # Every process of pytest-xdist comes here at once; the first installs, the others find it there.
-            with FileLock(Path(tempfile.gettempdir()) / f"recbole-llm-browser-{os.getuid()}.lock", timeout=2 * SECONDS):
-                found = find()
-                if found is None:
-                    install()
-                    found = find()
-            if found is None:
-                raise NotThereError(
-                    "apt-get installed chromium and chromium-driver, and they are still not to be found"
-                )
-        except NotThereError as error:
-            told = f"NO BROWSER: {error}; the page was not opened. To have it tested: {COMMAND}"
-            if os.environ.get("CI", "").lower() in ("true", "1"):
-                pytest.fail(told, pytrace=False)
-            pytest.skip(told)
+        raise NotThereError("apt-get installed chromium and chromium-driver, and they are still not to be found")
     return found
 
 

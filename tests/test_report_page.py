@@ -303,6 +303,7 @@ def test_another_table_has_the_papers_figures_and_no_empty_sections(driver: Chro
         f"{figures[key]:.4f}" for key in ("paper", "ours")
     ]
     assert "P5: not built here" in driver.find_element(By.ID, "paper-more").text
+    assert "BPR: valid_rows_in_test_input false" in driver.find_element(By.ID, "facts").text
     for section in ("depth", "groups", "training", "examples"):
         assert not driver.find_element(By.ID, section).is_displayed()
     assert "example users" in driver.find_element(By.ID, "left-out").text

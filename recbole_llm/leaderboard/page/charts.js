@@ -207,7 +207,7 @@ function drawTraining(plot, rows, part, label, log) {
       legendgroup: row.name,
       showlegend: place === 0,
       opacity: place === 0 ? 1 : 0.55,
-      x: valid ? curve.valid.map((point) => point[0]) : curve.loss.map((_, epoch) => epoch),
+      x: valid ? curve.valid.map((point) => point[0]) : curve.loss.map((_, place) => place + 1),
       y: valid ? curve.valid.map((point) => point[1]) : curve.loss,
       line: { color: style.color, dash: style.dash, width: 1.8 },
       marker: { symbol: style.symbol, size: 4 },

@@ -19,6 +19,8 @@ const VIEWS = { one: "One metric in detail, with cost", all: "Every metric" };
 // --- what is looked at ---------------------------------------------------------------------------------------------
 const table = () => board.tables[state.table];
 const measured = (row, metric = state.metric) => row.metrics[metric];
+/** Whom the marks and the bold speak of. */
+const judge = (one) => one.best_baseline ?? one.reference;
 const withFigures = () => table().rows.filter((row) => Object.keys(row.metrics).length);
 function metricsOf() { return board.metrics.filter((metric) => withFigures().some((row) => measured(row, metric))); }
 function tableName(one) { return [one.dataset, one.protocol, one.column].filter(Boolean).join(" · "); }
@@ -41,21 +43,32 @@ function protocolWords(split) {
     : `leave-one-out by time: each user's last interactions are held out (${protocol.leave_one_mode.replaceAll("_", " ")})`;
   const whose = protocol.group_by === "user" ? "each user's" : "all";
   if (protocol.kind === "RS") return `${shares} percent of ${whose} interactions to train, valid and test, ${order}`;
-  if (protocol.kind === "TS") return `${shares} percent of all interactions to train, valid and test, cut at two moments for everybody`;
+  if (protocol.kind === "TS") return `${shares} percent of all interactions, cut at two moments for everybody`;
   return JSON.stringify(protocol);
 }
 function candidateWords(one) {
   if (!one.evaluation) return "unknown";
   const items = one.split?.items ? `all ${exact(one.split.items)} items` : "all items";
   const excluded = one.evaluation.exclude_history;
+  if (unknown(excluded)) return items;
   if (excluded === "recbole") return `${items}; what a user had already is excluded for general models only (RecBole's habit)`;
   if (!excluded) return `${items}, also those that the user had already`;
   return `${items} but those that the user had already, the same for every model`;
 }
 function inputWords(evaluation) {
-  if (unknown(evaluation?.valid_rows_in_test_input)) return "unknown";
+  if (unknown(evaluation?.valid_rows_in_test_input)) return evaluation ? "not alike in all rows, see below" : "unknown";
   const phases = evaluation.valid_rows_in_test_input ? "train and valid" : "train";
   return `${phases} interactions${evaluation.refit_on_valid ? ", refitted on both" : ""}`;
+}
+/** What a row's evaluation does not share with the others'. */
+function unlike(one) {
+  const words = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const own = (row) => Object.entries(row.evaluation ?? {}).map(([key, value]) => `${key} ${words(value)}`).join(", ");
+  return one.rows.filter((row) => own(row)).map((row) => `${row.name}: ${own(row)}`).join("; ");
+}
+function withheldWords(split) {
+  const cold = split.cold_items ? `; ${several(split.cold_items, "item")} training never saw` : "";
+  return `${several(split.withheld, "interaction")}${cold}`;
 }
 function lead(one) {
   const unit = one.evaluation?.eval_unit === "row" ? "test interactions" : "test users";
@@ -79,12 +92,14 @@ function facts(one) {
     ["Users and items", `${exact(split.users)} users, ${exact(split.items)} items`],
     ["Interactions", sizes.map((phase) => `${exact(split[phase])} ${phase}`).join(", ") || "unknown"],
     ["Repeats left out of valid and test", exact(split.dropped_repeats)],
+    split.withheld ? ["Withheld from training", withheldWords(split)] : null,
     ["Candidates", candidateWords(one)],
     ["Inputs at test", inputWords(one.evaluation)],
     ["Seeds", seeds.join(", ") || "none"],
     ["Split's fingerprint", mark ? make("code", { title: mark }, `${mark.slice(0, 16)}…`) : "none"],
     ["Best baseline", bestWords(one), "wide"],
     one.reference && one.reference !== one.best_baseline ? ["Also compared with", one.reference, "wide"] : null,
+    unlike(one) ? ["Not alike in all rows", unlike(one), "wide"] : null,
     split.protocol ? ["Protocol in full", make("code", {}, JSON.stringify(split.protocol)), "wide"] : null,
     ["Command", make("code", {}, board.command), "wide"],
     ["Commit and versions", [make("code", {}, board.commit?.slice(0, 12) ?? "no commit"), ` ${versions}`], "wide"],
@@ -122,7 +137,7 @@ function whisker(value, range, kind) {
   return make("span", { class: `whisker ${kindName(kind)}`, "aria-hidden": "true" }, line, point);
 }
 function meanCell(row, metric, range) {
-  const value = measured(row, metric), best = table().best_baseline;
+  const value = measured(row, metric), best = judge(table());
   if (!value) return "–";
   const mean = make("span", { class: value.bold ? "value bold" : "value" }, figure(value.mean));
   const cell = [mean, mark(value.against?.[best], best)];
@@ -218,9 +233,10 @@ function statusWords(shownRows, column) {
   return `${shownRows} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${order}.`;
 }
 function legendWords(one) {
-  if (!one.best_baseline) return "No baseline to test against, so nothing is bold.";
-  return `Bold: significant. ▲ better, ▼ worse than ${one.best_baseline} at ${board.alpha} after Holm's correction over `
-    + `${several(one.tests, "test")}; the rest may be chance.`;
+  const best = judge(one);
+  if (!best) return "No row to test against, so nothing is bold.";
+  return `Bold: significantly better than ${best} (for ${best} itself: than every other row). ▲ better, ▼ worse than ${best} at `
+    + `${board.alpha} after Holm's correction over ${several(one.tests, "test")}; the rest may be chance.`;
 }
 /** A line a reason: the seeds that failed of it stand together. */
 function reasonLines(row, key) {
@@ -334,12 +350,12 @@ function renderUsers() {
 // --- the page ------------------------------------------------------------------------------------------------------
 /** Sections that a table may lack: is it there, how is it drawn, what to say if not. */
 const SECTIONS = {
-  paper: [() => table().paper, renderPaper, "a paper's figures (this is no paper's suite)"],
-  cost: [() => shownCosts().length, renderCost, "quality against cost (no run tells its cost)"],
-  depth: [() => withFigures().some((row) => Object.keys(row.at_k).length), renderDepth, "curves over K (no run kept its rankings)"],
-  groups: [() => table().breakdowns.length, renderGroups, "breakdowns (no run kept its rankings)"],
-  training: [() => withFigures().some((row) => row.curves.length), renderTraining, "training curves (no run kept any)"],
-  examples: [() => table().users.length, renderUsers, "example users (no run kept its rankings)"],
+  paper: [() => table().paper, renderPaper, "a paper's figures"],
+  cost: [() => shownCosts().length, renderCost, "quality against cost"],
+  depth: [() => withFigures().some((row) => Object.keys(row.at_k).length), renderDepth, "curves over K"],
+  groups: [() => table().breakdowns.length, renderGroups, "breakdowns"],
+  training: [() => withFigures().some((row) => row.curves.length), renderTraining, "training curves"],
+  examples: [() => table().users.length, renderUsers, "example users"],
 };
 const shownCosts = () => Object.keys(COSTS).filter((key) => withFigures().some((row) => row.cost?.[key] > 0));
 
@@ -350,7 +366,7 @@ function renderSections() {
     if (there()) render();
     else absent.push(words);
   }
-  $("left-out").textContent = absent.length ? `Not in this table: ${absent.join("; ")}.` : "";
+  $("left-out").textContent = absent.length ? `There is nothing to show here of: ${absent.join(", ")}.` : "";
 }
 function renderControls() {
   table().rows.forEach((row, place) => { row.place = place; });

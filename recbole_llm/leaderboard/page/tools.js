@@ -38,7 +38,7 @@ function memory(value) {
 }
 function duration(value) {
   if (unknown(value)) return "–";
-  if (value < 60) return `${value < 10 ? value.toFixed(1) : value.toFixed(0)} s`;
+  if (value < 60) return `${value < 10 ? value.toFixed(value < 1 ? 2 : 1) : value.toFixed(0)} s`;
   const minutes = Math.floor(value / 60);
   return minutes < 60 ? `${minutes} min ${Math.round(value % 60)} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
