@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recbole.utils import ModelType
 
 from recbole_llm import __version__, processes
 from recbole_llm.config import Config
@@ -172,7 +173,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "best_epoch": fitted.facts["best_epoch"] + 1,
         "curves": _curves(config, fitted.facts),
         "stages": fitted.stages,
-        "parameters": _parameters(fitted.model),
+        "parameters": _parameters(fitted.model, counted=config["MODEL_TYPE"] != ModelType.TRADITIONAL),
         "throughput": {
             "test_users_per_second": round(test_users / seconds, 2) if test_users else None,
             "test_seconds": round(seconds, 3),
@@ -240,8 +241,9 @@ def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, 
     }
 
 
-def _parameters(model: Any) -> dict[str, int]:
-    parameters = list(model.parameters())
+def _parameters(model: Any, counted: bool) -> dict[str, int]:
+    # RecBole's models in closed form carry one weight that nothing reads, for its trainer's sake.
+    parameters = list(model.parameters()) if counted else []
     backbone = getattr(model, "backbone", None)
     own = {id(weight) for weight in parameters}  # an adapter's stand in the backbone as well
     rest = backbone.decoder.parameters() if backbone is not None else ()
