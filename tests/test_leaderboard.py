@@ -164,7 +164,7 @@ def test_it_goes_on_when_a_row_fails_and_tries_it_again(tmp_path: Path, capsys: 
 def test_models_and_data_sets_can_be_named_without_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     words = ["--models=Pop,BPR", "--dataset=tiny", "--epochs=1", "--BPR.epochs=3", "--gpu_id=", f"--output={folder}"]
-    run(*words, "--seeds=[7]", "--reference=Pop")
+    run(*words, "--seeds=7", "--reference=Pop")
     (table,) = board_of(folder)["tables"]
     rows = {row["name"]: json.loads(Path(row["runs"][0]).read_text(encoding="utf-8")) for row in table["rows"]}
     assert (rows["Pop"]["config"]["epochs"], rows["BPR"]["config"]["epochs"]) == (1, 3)

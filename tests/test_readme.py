@@ -23,6 +23,7 @@ KINDS = {
         r"\S+/bin/recbole-llm models",
         r"\S+/bin/recbole-llm run --model=LightGCN --dataset=tiny --epochs=\d",
         r"\S+/bin/recbole-llm run --model=BPR --dataset=ml-100k --epochs=1",
+        r"\S+/bin/recbole-llm leaderboard --models=\S+ --dataset=tiny --epochs=\d",
     ),
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (

@@ -34,13 +34,11 @@ ALPHA = 0.05
 
 # What a suite sets itself, and what to say instead.
 OWN_PER_CELL = {
-    "seed": "say --seeds=[1, 2, 3]",
-    "model": "say --models=[BPR, EASE], or name a --suite whose rows name models",
+    "seed": "say --seeds=1,2,3",
+    "model": "say --models=BPR,EASE, or name a --suite whose rows name models",
     "result_file": "results are in the cells folder of --output",
 }
-USAGE = (
-    "recbole-llm leaderboard --suite=FILE | --models=[BPR, EASE] --datasets=[ml-100k] [--output=DIR] [--key=value ...]"
-)
+USAGE = "recbole-llm leaderboard --suite=FILE | --models=BPR,EASE --datasets=ml-100k [--output=DIR] [--key=value ...]"
 
 
 @dataclass
@@ -89,7 +87,7 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
 
     Args:
         arguments: ``--suite=FILE`` (or the name of a shipped one), or ``--models`` and ``--datasets``;
-            ``--output=DIR``; the suite's own keys (``--seeds=[1]``); ``--cores``, ``--threads`` and ``--memory`` (GiB);
+            ``--output=DIR``; the suite's own keys (``--seeds=1,2``); ``--cores``, ``--threads`` and ``--memory`` (GiB);
             settings of every run (``--epochs=5``) and of one row (``--BPR.epochs=5``).
         say: takes a line a run; by default they go to stderr.
 
@@ -137,6 +135,7 @@ def asked_for(arguments: Sequence[str]) -> Asked:
     return Asked(suite, folder, _budget(words), rest, of_row, command)
 
 
+_LISTS = ("datasets", "seeds", "baselines")
 _HOW = ("suite", "models", "dataset", "output", "cores", "threads", "memory")
 
 
@@ -156,7 +155,7 @@ def _sorted_words(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, A
         if dot and row not in parts:
             of_row.setdefault(row, []).append(f"--{rest}={value}")
         elif key in Suite.__dataclass_fields__ and key != "rows":
-            own[key] = parse_value(value, None)
+            own[key] = _listed(value) if key in _LISTS else parse_value(value, None)
         else:
             words[key] = value
     return words, own, of_row
@@ -174,10 +173,14 @@ def _plain_suite(words: Mapping[str, str], own: Mapping[str, Any]) -> Suite:
     return suite_of({"title": ", ".join(datasets), "datasets": datasets, "rows": rows, **own}, "--models")
 
 
+def _listed(text: str) -> list[Any]:
+    """``1,2`` as well as ``[1, 2]``, whose brackets and blanks mean something to a shell."""
+    value = parse_value(text, None)
+    return value if isinstance(value, list) else [parse_value(part.strip(), None) for part in text.split(",")]
+
+
 def _names(text: str) -> list[str]:
-    value = parse_value(text, None) if text else []
-    names = value if isinstance(value, list) else str(value).split(",")
-    return list(dict.fromkeys(str(name).strip() for name in names))
+    return list(dict.fromkeys(str(name) for name in _listed(text))) if text else []
 
 
 def _budget(words: Mapping[str, str]) -> Budget:
