@@ -23,7 +23,9 @@ from recbole_llm.config import Config
 from recbole_llm.data.loaders import RankingLoader
 from recbole_llm.data.split import TEST
 from recbole_llm.errors import UserError
+from recbole_llm.leaderboard import search as search_module
 from recbole_llm.leaderboard import tuned_file, tuning
+from recbole_llm.leaderboard.search import read_arguments
 from recbole_llm.leaderboard.space import find_space, read_space
 from recbole_llm.schema import read_yaml
 from recbole_llm.training import trainer
@@ -77,7 +79,7 @@ def told(folder: Path) -> list[Any]:
 # --- spaces ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SPACES)
 def test_every_shipped_space_fits_its_model(name: str, tmp_path: Path) -> None:
-    search = tuning.read_arguments([
+    search = read_arguments([
         f"--model={name.partition('-')[0]}", "--dataset=tiny", f"--space={name}", f"--output_dir={tmp_path}"
     ])  # fmt: skip
     shipped = read_space(find_space("", None, name))
@@ -125,7 +127,7 @@ def test_a_wrong_space_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "quick.yaml").write_text(SPACE.replace(*change), encoding="utf-8")
-    monkeypatch.setattr(tuning, "prepared", lambda config: pytest.fail("work was begun"))
+    monkeypatch.setattr(search_module, "prepared", lambda config: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=message):
         tuning.tune(words())
     assert not (tmp_path / "tune").exists()
@@ -148,15 +150,15 @@ def test_a_wrong_space_is_refused_before_any_work(
 )
 def test_a_wrong_command_is_refused(more: dict[str, Any], message: str, words: Callable[..., list[str]]) -> None:
     with pytest.raises(UserError, match=message):
-        tuning.read_arguments(words(**more))
+        read_arguments(words(**more))
 
 
 def test_what_the_command_line_gives_is_fixed_and_what_is_shipped_is_held(words: Callable[..., list[str]]) -> None:
-    search = tuning.read_arguments(words(embedding_size=8))
+    search = read_arguments(words(embedding_size=8))
     assert [dimension.key for dimension in search.space.dimensions] == ["learning_rate"]
     assert search.config({"learning_rate": 0.01})["embedding_size"] == 8
     # BPR's own 64 is none of the two widths; the first trial has it all the same.
-    sizes = tuning.read_arguments(words()).space.dimensions[1]
+    sizes = read_arguments(words()).space.dimensions[1]
     assert sizes.choices == (64, 8, 16)
 
 
@@ -164,15 +166,15 @@ def test_settings_of_parts_can_be_searched(tmp_path: Path) -> None:
     space = tmp_path / "part.yaml"
     space.write_text("space: {graph_model.learning_rate: {low: 0.001, high: 0.01, log: true}}", encoding="utf-8")
     arguments = ["--model=GLTA", "--dataset=tiny", f"--space={space}", f"--output_dir={tmp_path}"]
-    search = tuning.read_arguments(arguments)
+    search = read_arguments(arguments)
     assert search.start == {"graph_model.learning_rate": Config("LightGCN", "tiny")["learning_rate"]}
     assert search.config({"graph_model.learning_rate": 0.002}).part("graph_model")["learning_rate"] == 0.002
-    assert search.mark != tuning.read_arguments([*arguments, "--graph_model.n_layers=1"]).mark
+    assert search.mark != read_arguments([*arguments, "--graph_model.n_layers=1"]).mark
 
 
 def test_a_study_is_of_its_space_model_data_and_protocol(words: Callable[..., list[str]], tmp_path: Path) -> None:
     def mark(**more: Any) -> str:
-        return tuning.read_arguments(words(**more)).mark
+        return read_arguments(words(**more)).mark
 
     plain = mark()
     assert plain == mark() == mark(trials=9, seconds=5, output_dir=tmp_path / "other", topk="[5, 10]")
@@ -203,7 +205,7 @@ def test_the_best_is_no_worse_than_shipped_and_run_finds_it(
     written = read_yaml.__wrapped__(target)
     assert written == best.user_attrs["values"] | {"weight_decay": 0.001, "epochs": 2}
     header = target.read_text(encoding="utf-8")
-    search = tuning.read_arguments(words(weight_decay=0.001))
+    search = read_arguments(words(weight_decay=0.001))
     for part in (search.split, "4 trials", f"{best.value:.6f}", f"{first.value:.6f}", "optuna 5", "--weight_decay"):
         assert str(part) in header, part
     # An ordinary run with that file finds the trial's own stage, and says the same of valid.
@@ -217,7 +219,7 @@ def test_the_best_is_no_worse_than_shipped_and_run_finds_it(
 
 
 def test_trials_are_trained_with_what_the_file_says(words: Callable[..., list[str]]) -> None:
-    space = tuning.read_arguments(words()).space
+    space = read_arguments(words()).space
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         values = {dimension.key: dimension.suggest(study.ask()) for dimension in space.dimensions}
@@ -241,7 +243,7 @@ def test_seconds_end_it_in_the_middle_of_a_trial_but_not_of_the_first(
     text = tuning.tune(words(seconds=0.001), quiet)
     assert "1 trials" in text and [state for _, state, _ in told(tmp_path / "tune")] == ["COMPLETE"]
     lines: list[str] = []
-    search = tuning.read_arguments(words())
+    search = read_arguments(words())
     spent = trials_of(tmp_path / "tune")[0].user_attrs["seconds"]
     tuning.tune(words(seconds=spent + 1e-6), lines.append)
     assert lines == [f"[2/4] left unfinished: the {spent + 1e-6:g} seconds are spent"]
@@ -312,7 +314,7 @@ def test_where_every_trial_fails_the_reason_is_told(
 
 
 def test_two_searches_of_one_study_do_not_meet(words: Callable[..., list[str]], tmp_path: Path) -> None:
-    search = tuning.read_arguments(words())
+    search = read_arguments(words())
     with (
         FileLock(str(search.folder / f"{search.mark[:12]}.lock"), is_singleton=False),
         pytest.raises(UserError, match="another process"),
