@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +189,11 @@ def test_two_runs_in_one_process_keep_their_logs_and_events_apart(
     folders = [Path(result["result_file"]).parent for result in (first, second)]
     assert folders[0] != folders[1] and all(list((folder / "tensorboard").rglob("events*")) for folder in folders)
     assert not Path("log_tensorboard").exists() and not Path("log").exists()
+
+
+def test_a_collaborative_model_starts_without_the_libraries_of_language_models() -> None:
+    """They take as long to import as all the rest, once for every run of a leaderboard."""
+    code = "import sys, recbole_llm.training.runs; print([name for name in sys.modules if '.' not in name])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'torch'" in loaded and "'recbole'" in loaded
+    assert not [name for name in ("transformers", "peft", "accelerate") if f"'{name}'" in loaded]

@@ -116,7 +116,8 @@ def aligned(path: str | Path, states: bool = False) -> Aligned:
     """
     from recbole_llm.data import create_dataset, data_preparation
     from recbole_llm.training.pipeline import fit_parts_of
-    from recbole_llm.training.staged import WEIGHTS, StagedTrainer
+    from recbole_llm.training.staged import StagedTrainer
+    from recbole_llm.training.state import WEIGHTS
 
     result, _ = read_run(path)
     config = _config_of(result)

@@ -18,7 +18,7 @@ def get_trainer(model_type: Any, model_name: str) -> type:
     from recbole_llm.registry import get_model
 
     if hasattr(get_model(model_name), "stage_loss"):
-        from recbole_llm.training.pipeline import StandaloneTrainer
+        from recbole_llm.training.standalone import StandaloneTrainer
 
         return StandaloneTrainer
     from recbole_llm.training.trainer import trainer_class

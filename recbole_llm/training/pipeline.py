@@ -21,8 +21,7 @@ from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
 from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
-from recbole_llm.training.staged import WEIGHTS, StagedTrainer
-from recbole_llm.training.state import RESUME_FILE
+from recbole_llm.training.state import RESUME_FILE, WEIGHTS
 from recbole_llm.training.store import Stage, StageStore
 from recbole_llm.training.trainer import trainer_class
 
@@ -171,19 +170,20 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watc
         model = model(config, train_data._dataset).to(config["device"])
         trainer = make_trainer(config, model)
     upstream, stages = [], []
-    if isinstance(trainer, StagedTrainer):
+    staged = hasattr(model, "stage_loss")
+    if staged:
         upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
         stages = list(trainer.stages)
         # What trains is reported, also where the stage is found rather than trained.
         model.begin_stage(model.stages[-1])
-    name = model.stages[-1] if isinstance(trainer, StagedTrainer) else f"train-{config['model']}"
+    name = model.stages[-1] if staged else f"train-{config['model']}"
     stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream, watch)
     trainer.load_best(stage.folder / WEIGHTS)
     return Fit(
         config=config, dataset=dataset, train_data=train_data, valid_data=valid_data, test_data=test_data, model=model,
         trainer=trainer, stages=[*stages, stage.as_dict()], valid=before.valid if before else stage.facts["valid"],
         facts=stage.facts, folder=stage.folder, fingerprint=stage.fingerprint,
-        parts=trainer.part_fits if isinstance(trainer, StagedTrainer) else {},
+        parts=trainer.part_fits,
     )  # fmt: skip
 
 
@@ -220,12 +220,12 @@ def _train(
             "losses": losses,
             "valid": valid,
             "valid_curve": trainer.valid_curve,
-            "tokens": trainer.tokens() if isinstance(trainer, StagedTrainer) else 0,
+            "tokens": trainer.tokens(),
             "train_rows": len(train_data) * train_data.step,
         }
 
     trainer._train_data = train_data
-    return store.run(name, TRAIN_VERSION, inputs, make, together=isinstance(trainer, StagedTrainer))
+    return store.run(name, TRAIN_VERSION, inputs, make, together=trainer.together)
 
 
 def data_mark(config: Config) -> str:
@@ -255,18 +255,11 @@ def code_mark(model_class: type) -> str | None:
         return uuid.uuid4().hex
 
 
-class StandaloneTrainer(StagedTrainer):
-    """A staged trainer for RecBole's own calls: ``fit`` runs every stage, the earlier ones through the cache."""
-
-    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """RecBole's ``fit``."""
-        if self._upstream is None:
-            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
-        return super().fit(train_data, *args, **kwargs)
-
-
 def make_trainer(config: Config, model: Any) -> Any:
     """The trainer of a model: staged where the model has stages, RecBole's with our additions elsewhere."""
     if hasattr(model, "stage_loss"):
+        # It brings transformers, peft and accelerate, which take as long to import as all the rest.
+        from recbole_llm.training.staged import StagedTrainer
+
         return StagedTrainer(config, model)
     return trainer_class(config["MODEL_TYPE"], config["model"])(config, model)

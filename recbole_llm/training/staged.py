@@ -35,14 +35,20 @@ from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
 from recbole_llm.training.loop import TrainingLoop, check_settings
 from recbole_llm.training.sharding import check_sharding, shard, sharding
-from recbole_llm.training.state import RESUME_FILE, ResumeFile, load_state, rng_state, save_state, set_rng_state
+from recbole_llm.training.state import (
+    RESUME_FILE,
+    WEIGHTS,
+    ResumeFile,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+)
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.trainer import RESUME_SECONDS, TrainerMixin, _Watched
 from recbole_llm.training.user_text import Texts, generated_texts, keyword_texts, text_source
 
 logger = logging.getLogger("recbole_llm")
-
-WEIGHTS = "weights.safetensors"
 
 # Raised when the code of a stage changes what it makes.
 BACKBONE_VERSION = 1
@@ -58,7 +64,6 @@ class StagedTrainer(TrainerMixin, Trainer):
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
         self.stages: list[dict[str, Any]] = []
-        self.part_fits: dict[str, Any] = {}
         self.item_text: ItemText | None = None
         self._upstream: list[str] | None = None
         self._loop: TrainingLoop | None = None

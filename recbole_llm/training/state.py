@@ -26,6 +26,8 @@ from recbole_llm.errors import UserError
 
 logger = logging.getLogger("recbole_llm")
 
+# A recommender's weights, in the folder of the stage that trained it.
+WEIGHTS = "weights.safetensors"
 # The state of a stage that is not finished; the stage cache takes it away when the stage is.
 RESUME_FILE = "resume.safetensors"
 # It is written no more often than this.

@@ -47,6 +47,7 @@ class TrainerMixin:
             super().__init__(config, model)  # type: ignore[call-arg]
         self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
         self.resume_file: Path | None = None
+        self.part_fits: dict[str, Any] = {}
         self.best_epoch = -1
         self.valid_curve: list[tuple[int, float]] = []
         self.measured = Measured()
@@ -125,6 +126,10 @@ class TrainerMixin:
             f"{self.config['model']}: the loss became {loss.item()} in epoch {epoch + 1}, batch {batch + 1}; {kept}; "
             f"try a lower learning_rate (now {self.config['learning_rate']})"
         )
+
+    def tokens(self) -> int:
+        """Positions that a language model read in training."""
+        return 0
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
