@@ -163,6 +163,7 @@ def test_compare_groups_seeds_and_writes_files(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert str(tmp_path / "out" / "leaderboard.md") in shown and "vs ref: GLTA" in shown
     content = json.loads((tmp_path / "out" / "leaderboard.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "out" / "leaderboard.html").is_file()
     assert content["tables"][0]["reference"] == "GLTA" and content["versions"] == {"recbole_llm": "1"}
 
 

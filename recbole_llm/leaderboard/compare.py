@@ -13,6 +13,8 @@ from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard.assemble import board_of, table_of
+from recbole_llm.leaderboard.details import with_details
+from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.tables import terminal, write
 
@@ -31,7 +33,7 @@ def compare(arguments: Sequence[str]) -> str:
     Args:
         arguments: run folders or ``result.json`` files (runs of one model and settings are seeds of one row), and
             ``--reference=NAME`` (by default the first row), ``--metric=NDCG@10``, ``--output=DIR`` (write
-            ``leaderboard.md``, ``.csv`` and ``.json`` there).
+            ``leaderboard.html``, ``.md``, ``.csv`` and ``.json`` there).
 
     Raises:
         UserError: fewer than two runs; one that cannot be read or is not judged like the first, which is named.
@@ -55,11 +57,16 @@ def compare(arguments: Sequence[str]) -> str:
     for row in table["rows"]:
         for refused in row["refused"]:
             raise UserError(f"{refused['run']} ({row['name']}) cannot be compared with {paths[0]}: {refused['reason']}")
+    if "output" in options:
+        with_details(table, metric)
     command = shlex.join(["recbole-llm", "compare", *arguments])
     board = board_of([table], "Comparison of runs", command, metrics, metric, ALPHA)
     lines = [terminal(board, sys.stdout.isatty())]
     if "output" in options:
-        lines += ["", *(f"{path.suffix[1:]:12}{path}" for path in write(board, Path(options["output"])))]
+        folder = Path(options["output"])
+        page = folder / "leaderboard.html"
+        write_page(board, page)
+        lines += ["", *(f"{path.suffix[1:]:12}{path}" for path in (page, *write(board, folder)))]
     return "\n".join(lines)
 
 
