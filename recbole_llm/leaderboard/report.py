@@ -57,6 +57,7 @@ def write_page(board: Mapping[str, Any], path: Path) -> None:
         path: the HTML file; its folder exists.
     """
     made = page(board).encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: part.write_bytes(made))
 
 
