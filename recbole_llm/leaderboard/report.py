@@ -54,7 +54,7 @@ def write_page(board: Mapping[str, Any], path: Path) -> None:
 
     Args:
         board: the plain data of ``leaderboard.json``.
-        path: the HTML file; its folder exists.
+        path: the HTML file; its folder is made if need be.
     """
     made = page(board).encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
