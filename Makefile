@@ -15,7 +15,7 @@ STAMP = $(VENV)/.installed-for-recbole-llm
 
 help:
 	@echo "make demo         train GLTA and its LightGCN on ml-100k and print both (about 3 minutes on 2 cores)"
-	@echo "make leaderboard  eight models on ml-100k, tested against each other, as one page (about 15 minutes on 2 cores)"
+	@echo "make leaderboard  nine rows on ml-100k, tested against each other, as one page (about 15 minutes on 2 cores)"
 	@echo "make test         ruff, mypy and the tests (about 10 minutes on 2 cores)"
 	@echo "make test-full    the same with the slow tests"
 	@echo "make lint         ruff and mypy only"
