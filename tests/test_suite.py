@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,34 @@ def test_marks_follow_the_data(tmp_path: Path) -> None:
     lines = (copy / "copied.inter").read_text(encoding="utf-8").splitlines()
     (copy / "copied.inter").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     (after,) = cells(tmp_path, settings=settings, **study)
+    assert before.mark != after.mark
+
+
+def test_marks_follow_what_ships_for_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "properties"
+    shutil.copytree(properties_dir(), shipped)
+    study = {"rows": {"GLTA": {"model": "GLTA"}, "BPR": {"model": "BPR"}}, "columns": {}, "seeds": [1]}
+
+    def marks() -> list[str]:
+        return [cell.mark for cell in cells(tmp_path, settings={"tuned": True}, **study)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("recbole_llm.config.properties_dir", lambda: shipped)
+        glta, bpr = marks()
+        (shipped / "tuned" / "tiny").mkdir(parents=True)
+        (shipped / "tuned" / "tiny" / "LightGCN.yaml").write_text("n_layers: 1\n", encoding="utf-8")
+        after = marks()
+    assert after[0] != glta and after[1] == bpr
+
+
+def test_marks_follow_the_files_of_a_language_model(tmp_path: Path) -> None:
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    study = {"rows": {"GLTA": {"model": "GLTA", "llm": str(llm)}}, "columns": {}, "seeds": [1], "settings": {}}
+    (llm / "weights").write_text("a", encoding="utf-8")
+    (before,) = cells(tmp_path, **study | {"reference": None})
+    (llm / "weights").write_text("another", encoding="utf-8")
+    (after,) = cells(tmp_path, **study | {"reference": None})
     assert before.mark != after.mark
 
 

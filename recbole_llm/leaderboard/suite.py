@@ -17,6 +17,7 @@ from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.paper import check_paper
 from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.store import fingerprint_of
 
 # What a cell has unless the file or the command line says otherwise.
@@ -201,7 +202,8 @@ def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, S
 def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[Cell]:
     """The cells, every one's settings checked, with the marks that their results are found by.
 
-    A mark is of the settings as they finally stand, the data set's files and this package's code. Where one changes,
+    A mark is of the settings as they finally stand, those of the model's parts among them, the data set's files, the
+    files of a language model's folder, and the code of this package or of a model from elsewhere. Where one changes,
     the cell is measured anew; stages that do not depend on the change still come from the cache.
 
     Args:
@@ -232,10 +234,20 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         if source not in data:
             data[source] = _bytes_of(source, "*")
         final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
-        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code])
-        parts = tuple(config[part] for part in registry.parts_of(config.model_class))
+        named = registry.parts_of(config.model_class)
+        # A part has shipped settings of its own, and a folder of weights may be overwritten: neither is in the settings.
+        beneath = [config.part(part).stage_keys() for part in named]
+        beneath += [_stamps_of(str(config.final_config_dict.get("llm"))), code_mark(config.model_class)]
+        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code, beneath])
+        parts = tuple(config[part] for part in named)
         cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
     return cells
+
+
+def _stamps_of(llm: str) -> list[list[Any]]:
+    """Names, sizes and times of the files of a language model's folder, whose bytes are too many; none of another name."""
+    files = sorted(path for path in Path(llm).glob("*") if path.is_file()) if Path(llm).is_dir() else []
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _bytes_of(folder: Path, pattern: str, leave_out: Sequence[str] = ()) -> str:
