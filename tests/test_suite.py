@@ -47,6 +47,12 @@ def test_a_suite_is_rows_by_columns_by_seeds_a_seed_at_a_time(tmp_path: Path) ->
     assert str(made[0]) == "tiny, whole, EASE, seed 1"
 
 
+def test_names_may_be_numbers_and_stand_twice(tmp_path: Path) -> None:
+    rows = {1: {"model": "BPR"}, 2: {"model": "EASE"}}
+    suite = read_suite(write(tmp_path / "s.yaml", rows=rows, reference=1, baselines=[2], datasets=["tiny", "tiny"]))
+    assert (suite.reference, suite.baselines, suite.datasets) == ("1", ("2",), ("tiny",))
+
+
 def test_a_later_setting_wins(tmp_path: Path) -> None:
     changes = {
         "columns": {"c": {"epochs": 3}},
@@ -138,6 +144,25 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"seeds": "1"}, "seeds should be a list"),
         ({"columns": [1]}, "columns should read"),
         ({"datasets": []}, "a suite needs datasets"),
+        ({"datasets": [{"a": 1}]}, "datasets should be a name or a list of names"),
+        ({"datasets": ["tinny"]}, "no data set .*tinny; did you mean 'tiny'"),
+        ({"reference": ["BPR", "EASE"]}, "reference should be one row"),
+        ({"baselines": 3}, "baselines '3' is no row"),
+        ({"baselines": [["BPR"]]}, "baselines should be a name or a list of names"),
+        ({"rows": {"BPR": {"model": 3}}}, "rows.BPR.model should be a name"),
+        ({"rows": {"BPR": {"model": "BPR", "seed": 7}}}, "rows.BPR: seed cannot be set here; a suite has seeds"),
+        ({"columns": {"a": {"dataset": "x"}}}, "columns.a: dataset cannot be set here; a suite has datasets"),
+        ({"settings": {"result_file": "x.json"}}, "settings: result_file cannot be set here"),
+        ({"settings": {"model": "BPR"}}, "settings cannot name a model"),
+        ({"settings": {"policy": "recbole"}, "columns": {}}, "EASE, seed 1: under policy: recbole"),
+        ({"run_memory": float("nan")}, "run_memory should be a number above 0"),
+        (
+            {"metric": "GiniIndex@10", "settings": {"metrics": ["NDCG", "GiniIndex"]}},
+            "GiniIndex@10 is better the smaller it is",
+        ),
+        ({"paper": 3}, "paper should read"),
+        ({"paper": OF_T | {"beside": ["tiny"], "rows": {"BPR": "B"}, "figures": {"T": {}}}}, "paper.beside should be"),
+        ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"T": {}}, "gains": [3]}}, "pairs of rows, but has 3"),
         ({"paper": {"sorce": "x"}}, "unknown key 'paper.sorce'; did you mean 'source'"),
         ({"paper": OF_T | {"rows": {"BRP": "B"}, "figures": {"T": {}}}}, "names 'BRP', which is no row"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"U": {}}}}, "figures has no 'T'"),
