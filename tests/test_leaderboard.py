@@ -19,8 +19,10 @@ import yaml
 
 from recbole_llm.cli import main
 from recbole_llm.errors import DiskFullError, UserError
+from recbole_llm.evaluation.pictures import can_draw
 from recbole_llm.leaderboard.board import Study, _reason, asked_for, leaderboard
 from recbole_llm.leaderboard.cell import FULL_DISK
+from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.schedule import Ended
 from recbole_llm.leaderboard.suite import marked
 
@@ -271,3 +273,14 @@ def test_killed_five_times_with_models_in_stages_it_ends_with_the_same_table(tmp
     expected = tmp_path / "expected"
     run(suite(tmp_path / "study.yaml", rows=rows), f"--output={expected}")
     assert figures(folder) == figures(expected)
+
+
+def test_a_picture_is_drawn_whatever_a_protocol_is_called(tmp_path: Path) -> None:
+    def row(name: str) -> dict[str, Any]:
+        against = {} if name == "a" else {"a": {"gain": 0.1, "p_adjusted": 0.5}}
+        return {"name": name, "metrics": {"ndcg@10": {"mean": 0.1, "std": None, "against": against}}}
+
+    tables = [{"dataset": "tiny", "protocol": "8/1/1", "column": name, "rows": [row("a"), row("b")]} for name in "xy"]
+    lines = write_grid({"title": "t", "metric": "ndcg@10", "tables": tables}, ["a", "b"], "a", tmp_path)
+    assert (tmp_path / "grid.md").is_file() and len(lines) == 2
+    assert not can_draw() or (tmp_path / "tiny-8-1-1.png").is_file()

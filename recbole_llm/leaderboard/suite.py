@@ -282,7 +282,7 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
         named = registry.parts_of(config.model_class)
         # A part has shipped settings of its own, and a folder of weights may be overwritten: no setting tells of them.
-        beneath = [config.part(part).stage_keys() for part in named]
+        beneath: list[Any] = [config.part(part).stage_keys() for part in named]
         beneath += [_stamps_of(str(config.final_config_dict.get("llm"))), code_mark(config.model_class)]
         mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code, beneath])
         parts = tuple(config[part] for part in named)
