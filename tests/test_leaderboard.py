@@ -18,8 +18,13 @@ import pytest
 import yaml
 
 from recbole_llm.cli import main
-from recbole_llm.errors import UserError
-from recbole_llm.leaderboard.board import leaderboard
+from recbole_llm.errors import DiskFullError, UserError
+from recbole_llm.evaluation.pictures import can_draw
+from recbole_llm.leaderboard.board import Study, _reason, asked_for, leaderboard
+from recbole_llm.leaderboard.cell import FULL_DISK
+from recbole_llm.leaderboard.grid import write_grid
+from recbole_llm.leaderboard.schedule import Ended
+from recbole_llm.leaderboard.suite import marked
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 2, "eval_step": 1, "gpu_id": "", "topk": [5, 10]}
@@ -189,6 +194,13 @@ def test_models_and_data_sets_can_be_named_without_a_file(tmp_path: Path) -> Non
         (["--models=BPR", "--dataset=tiny", "--metric=NDCG@7"], "NDCG@7 is not among"),
         (["--models=BPR", "--dataset=tiny", "--reference=Pop"], "reference 'Pop' is no row"),
         (["quick"], "is not understood"),
+        (["--suite=quick", "--dataset=tiny"], "--datasets replaces the suite's"),
+        (["--models=BPR", "--dataset=tiny", "--BPR.seed=5"], "--BPR.seed is each run's own.*say --seeds"),
+        (["--models=BPR", "--dataset=tiny", "--BPR.result_file=x.json"], "--BPR.result_file is each run's own"),
+        (["--models=BPR", "--dataset=tiny", "--BPR.dataset=x"], "--BPR.dataset is each run's own.*say --datasets"),
+        (["--models=BPR", "--models=Pop", "--dataset=tiny"], "--models is given twice"),
+        (["--models=BPR", "--dataset=tiny", "--cores=.inf"], "--cores should be a number above 0"),
+        (["--models=BPR", "--dataset=nowhere"], "there is no data set"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_before_any_work(
@@ -198,6 +210,23 @@ def test_mistakes_are_refused_before_any_work(
     with pytest.raises(UserError, match=message):
         leaderboard(words, lambda line: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_row_is_named_whatever_stands_in_its_name(tmp_path: Path) -> None:
+    rows = {"GLTA 1.5": {"model": "GLTA"}, "BPR": {"model": "BPR"}}
+    words = ["--GLTA 1.5.epochs=2", "--GLTA 1.5.graph_model.epochs=3", "--graph_model.epochs=4", "--BPR.epochs=5"]
+    asked = asked_for([suite(tmp_path / "s.yaml", rows=rows), *words])
+    assert asked.of_row == {"GLTA 1.5": ["--epochs=2", "--graph_model.epochs=3"], "BPR": ["--epochs=5"]}
+    assert asked.command_line == ["--graph_model.epochs=4"]
+
+
+def test_a_full_disk_is_told_of_where_its_log_could_not_be_written(tmp_path: Path) -> None:
+    asked = asked_for([suite(tmp_path / "s.yaml"), f"--output={tmp_path}"])
+    (tmp_path / "cells").mkdir()
+    study = Study(marked(asked.suite, tmp_path, [], {}), tmp_path)
+    study.file(study.cells[0]).with_suffix(".log").touch()
+    with pytest.raises(DiskFullError, match="no space is left"):
+        _reason(study.cells[0], study, Ended(FULL_DISK, 1.0, 1.0), asked)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -245,3 +274,14 @@ def test_killed_five_times_with_models_in_stages_it_ends_with_the_same_table(tmp
     expected = tmp_path / "expected"
     run(suite(tmp_path / "study.yaml", rows=rows), f"--output={expected}")
     assert figures(folder) == figures(expected)
+
+
+def test_a_picture_is_drawn_whatever_a_protocol_is_called(tmp_path: Path) -> None:
+    def row(name: str) -> dict[str, Any]:
+        against = {} if name == "a" else {"a": {"gain": 0.1, "p_adjusted": 0.5}}
+        return {"name": name, "metrics": {"ndcg@10": {"mean": 0.1, "std": None, "against": against}}}
+
+    tables = [{"dataset": "tiny", "protocol": "8/1/1", "column": name, "rows": [row("a"), row("b")]} for name in "xy"]
+    lines = write_grid({"title": "t", "metric": "ndcg@10", "tables": tables}, ["a", "b"], "a", tmp_path)
+    assert (tmp_path / "grid.md").is_file() and len(lines) == 2
+    assert not can_draw() or (tmp_path / "tiny-8-1-1.png").is_file()

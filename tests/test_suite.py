@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def test_a_suite_is_rows_by_columns_by_seeds_a_seed_at_a_time(tmp_path: Path) ->
     assert str(made[0]) == "tiny, whole, EASE, seed 1"
 
 
+def test_names_may_be_numbers_and_stand_twice(tmp_path: Path) -> None:
+    rows = {1: {"model": "BPR"}, 2: {"model": "EASE"}}
+    suite = read_suite(write(tmp_path / "s.yaml", rows=rows, reference=1, baselines=[2], datasets=["tiny", "tiny"]))
+    assert (suite.reference, suite.baselines, suite.datasets) == ("1", ("2",), ("tiny",))
+
+
+def test_a_long_name_makes_a_file_that_can_be_written(tmp_path: Path) -> None:
+    (cell,) = cells(tmp_path, rows={"ü" * 300: {"model": "BPR"}}, reference=None, columns={}, seeds=[1])
+    (tmp_path / cell.file).with_suffix(".rankings.npz.part").touch()
+
+
+def test_an_edited_suite_is_read_anew(tmp_path: Path) -> None:
+    assert read_suite(write(tmp_path / "s.yaml", seeds=[1])).seeds == (1,)
+    assert read_suite(write(tmp_path / "s.yaml", seeds=[2])).seeds == (2,)
+
+
 def test_a_later_setting_wins(tmp_path: Path) -> None:
     changes = {
         "columns": {"c": {"epochs": 3}},
@@ -86,6 +103,34 @@ def test_marks_follow_the_data(tmp_path: Path) -> None:
     assert before.mark != after.mark
 
 
+def test_marks_follow_what_ships_for_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "properties"
+    shutil.copytree(properties_dir(), shipped)
+    study = {"rows": {"GLTA": {"model": "GLTA"}, "BPR": {"model": "BPR"}}, "columns": {}, "seeds": [1]}
+
+    def marks() -> list[str]:
+        return [cell.mark for cell in cells(tmp_path, settings={"tuned": True}, **study)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("recbole_llm.config.properties_dir", lambda: shipped)
+        glta, bpr = marks()
+        (shipped / "tuned" / "tiny").mkdir(parents=True)
+        (shipped / "tuned" / "tiny" / "LightGCN.yaml").write_text("n_layers: 1\n", encoding="utf-8")
+        after = marks()
+    assert after[0] != glta and after[1] == bpr
+
+
+def test_marks_follow_the_files_of_a_language_model(tmp_path: Path) -> None:
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    study = {"rows": {"GLTA": {"model": "GLTA", "llm": str(llm)}}, "columns": {}, "seeds": [1], "settings": {}}
+    (llm / "weights").write_text("a", encoding="utf-8")
+    (before,) = cells(tmp_path, **study | {"reference": None})
+    (llm / "weights").write_text("another", encoding="utf-8")
+    (after,) = cells(tmp_path, **study | {"reference": None})
+    assert before.mark != after.mark
+
+
 def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
     rows = {
         "GLTA": {"model": "GLTA"},
@@ -109,6 +154,26 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"seeds": "1"}, "seeds should be a list"),
         ({"columns": [1]}, "columns should read"),
         ({"datasets": []}, "a suite needs datasets"),
+        ({"datasets": [{"a": 1}]}, "datasets should be a name or a list of names"),
+        ({"datasets": ["tinny"]}, "no data set .*tinny; did you mean 'tiny'"),
+        ({"reference": ["BPR", "EASE"]}, "reference should be one row"),
+        ({"baselines": 3}, "baselines '3' is no row"),
+        ({"baselines": [["BPR"]]}, "baselines should be a name or a list of names"),
+        ({"rows": {"BPR": {"model": 3}}}, "rows.BPR.model should be a name"),
+        ({"rows": {"BPR": {"model": "BPR", "seed": 7}}}, "rows.BPR: seed cannot be set here; a suite has seeds"),
+        ({"columns": {"a": {"dataset": "x"}}}, "columns.a: dataset cannot be set here; a suite has datasets"),
+        ({"settings": {"result_file": "x.json"}}, "settings: result_file cannot be set here"),
+        ({"settings": {"model": "BPR"}}, "settings cannot name a model"),
+        ({"settings": {"policy": "recbole"}, "columns": {}}, "EASE, seed 1: under policy: recbole"),
+        ({"run_memory": float("nan")}, "run_memory should be a number above 0"),
+        (
+            {"metric": "GiniIndex@10", "settings": {"metrics": ["NDCG", "GiniIndex"]}},
+            "GiniIndex@10 is better the smaller it is",
+        ),
+        ({"rows": {"a b": {"model": "BPR"}, "a_b": {"model": "BPR"}}, "reference": None}, "/a b' and 'whole/a_b'"),
+        ({"paper": 3}, "paper should read"),
+        ({"paper": OF_T | {"beside": ["tiny"], "rows": {"BPR": "B"}, "figures": {"T": {}}}}, "paper.beside should be"),
+        ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"T": {}}, "gains": [3]}}, "pairs of rows, but has 3"),
         ({"paper": {"sorce": "x"}}, "unknown key 'paper.sorce'; did you mean 'source'"),
         ({"paper": OF_T | {"rows": {"BRP": "B"}, "figures": {"T": {}}}}, "names 'BRP', which is no row"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"U": {}}}}, "figures has no 'T'"),

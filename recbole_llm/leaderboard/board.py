@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def asked_for(arguments: Sequence[str]) -> Asked:
     if "suite" in words:
         for key in ("models", "dataset"):
             if key in words:
-                raise UserError(f"--{key} and --suite say the same thing twice; take one of them")
+                instead = "; --datasets replaces the suite's" if key == "dataset" else ""
+                raise UserError(f"--{key} and --suite say the same thing twice; take one of them{instead}")
         suite = read_suite(words["suite"], own)
         name = Path(words["suite"]).stem
     else:
@@ -144,21 +145,34 @@ def _sorted_words(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, A
     words: dict[str, str] = {}
     own: dict[str, Any] = {}
     of_row: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     parts = {part for entry in registry.entries().values() for part in entry.stages}
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
         if not equals or not argument.startswith("--"):
             raise UserError(f"{argument!r} is not understood; {USAGE}")
-        if key in OWN_PER_CELL:
-            raise UserError(f"--{key} is each run's own in a leaderboard; {OWN_PER_CELL[key]}")
-        row, dot, rest = key.partition(".")
-        if dot and row not in parts:
+        row, dot, rest = _row_and_key(key, parts)
+        if rest in OWN_PER_CELL or (dot and rest == "dataset"):
+            raise UserError(f"--{key} is each run's own in a leaderboard; {OWN_PER_CELL.get(rest, 'say --datasets')}")
+        if key in given and given[key] != value:
+            raise UserError(f"--{key} is given twice, as {given[key]!r} and {value!r}")
+        given[key] = value
+        if dot:
             of_row.setdefault(row, []).append(f"--{rest}={value}")
         elif key in Suite.__dataclass_fields__ and key != "rows":
             own[key] = _listed(value) if key in _LISTS else parse_value(value, None)
         else:
             words[key] = value
     return words, own, of_row
+
+
+def _row_and_key(key: str, parts: Collection[str]) -> tuple[str, bool, str]:
+    """``GLTA 1.5.graph_model.epochs`` as row, that there is one, and the row's setting; a row's name may hold dots."""
+    head, dot, last = key.rpartition(".")
+    row, _, part = head.rpartition(".")
+    if head in parts or not dot:
+        return "", False, key
+    return (row, True, f"{part}.{last}") if part in parts and row else (head, True, last)
 
 
 def _plain_suite(words: Mapping[str, str], own: Mapping[str, Any]) -> Suite:
@@ -263,7 +277,10 @@ def _reason(cell: Cell, study: Study, end: Ended, asked: Asked) -> str:
             file.with_suffix(suffix).unlink(missing_ok=True)
         return ""
     if end.status == cell_process.FULL_DISK:
-        raise DiskFullError(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+        said = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
+        # The log lies on that disk as well.
+        told = next(filter(None, reversed(said)), f"{cell}: no space is left on the disk")
+        raise DiskFullError(told)
     if end.status is None:
         return f"it took {end.peak:.1f} GiB, more than the budget of {asked.budget.memory:g}; raise --memory"
     if file.with_suffix(".reason.txt").is_file():

@@ -5,6 +5,7 @@ A process a run makes its peak memory its own, and lets the others go on when it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -41,7 +42,8 @@ def main(spec_file: str) -> int:
         )  # fmt: skip
     except DiskFullError as error:
         # It fails every run after this one; anything else may be this one's own.
-        print(error, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(error, file=sys.stderr, flush=True)
         return FULL_DISK
     except UserError as error:
         reason.write_text(str(error), encoding="utf-8")

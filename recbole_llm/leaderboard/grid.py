@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def write_grid(board: Mapping[str, Any], rows: Sequence[str], reference: str | N
         ]
         if any(gain is not None for line in gains for gain in line):
             values = np.array([[np.nan if gain is None else gain for gain in line] for line in gains])
-            metric, path = board["metric"].upper(), folder / f"{title.replace(' ', '-')}.png"
+            # A protocol may be called 8/1/1.
+            plain = re.sub(r"[^\w.+-]", "-", title)
+            metric, path = board["metric"].upper(), folder / f"{plain}.png"
             words = f"{metric} relative to {reference} in the same column, {title}"
             draw_heat(values, others, columns, words, f"{metric}, {reference} = 0", path)
             lines.append(f"picture     {path}")

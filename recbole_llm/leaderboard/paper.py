@@ -8,6 +8,7 @@ from typing import Any
 from recbole_llm.errors import UserError, did_you_mean
 
 _KEYS = ("source", "note", "beside", "rows", "gains", "missing", "figures")
+_KINDS: dict[str, type] = {"beside": dict, "rows": dict, "figures": dict, "missing": dict, "gains": list}
 
 
 def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
@@ -23,9 +24,7 @@ def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) ->
     Raises:
         UserError: a key or a row is unknown.
     """
-    for key in paper:
-        if key not in _KEYS:
-            raise UserError(f"{path}: unknown key 'paper.{key}'{did_you_mean(key, _KEYS)}")
+    _check_kinds(path, paper)
     for key in ("source", "beside", "rows", "figures"):
         if not paper.get(key):
             raise UserError(f"{path}: paper needs {key}")
@@ -35,6 +34,19 @@ def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) ->
     for data in paper["beside"].values():
         if data not in paper["figures"]:
             raise UserError(f"{path}: paper.figures has no '{data}'{did_you_mean(str(data), paper['figures'])}")
+
+
+def _check_kinds(path: str, paper: Any) -> None:
+    if not isinstance(paper, Mapping):
+        raise UserError(f"{path}: paper should read `key: value`, but is {paper!r}")
+    for key, value in paper.items():
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key 'paper.{key}'{did_you_mean(key, _KEYS)}")
+        if not isinstance(value, _KINDS.get(key, object)):
+            raise UserError(f"{path}: paper.{key} should be a {_KINDS[key].__name__}, but is {value!r}")
+    for pair in paper.get("gains", ()):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"{path}: paper.gains should hold pairs of rows, but has {pair!r}")
 
 
 def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,16 +7,21 @@ its figures depend on.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recbole.evaluator import smaller_metrics
+
 from recbole_llm import registry
+from recbole_llm.compat import known_datasets
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.paper import check_paper
 from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.store import fingerprint_of
 
 # What a cell has unless the file or the command line says otherwise.
@@ -24,6 +29,16 @@ QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "eval
 
 # What moves a cell beside the settings of its stages.
 _MOVING = (*INPUT_KEYS, "refit_on_valid", "metrics", "topk", "metric_decimal_place")
+
+# Bytes of a cell's place in the names of its files.
+LONGEST = 160
+
+# What the suite gives every cell.
+PLACED = {
+    "seed": "a suite has seeds",
+    "dataset": "a suite has datasets",
+    "result_file": "results are in the cells folder of --output",
+}
 
 # Code that runs after a cell has its figures.
 _AFTERWARDS = ("leaderboard", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
@@ -96,7 +111,9 @@ class Cell:
         """The name of its result."""
         words = "-".join(filter(None, (self.dataset, self.protocol, self.column, self.row, str(self.seed))))
         plain = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in words)
-        return f"{plain}-{self.mark[:8]}.json"
+        # With its mark, .rankings.npz and .part a file system's 255 bytes are not far.
+        short = plain.encode()[:LONGEST].decode(errors="ignore")
+        return f"{short}-{self.mark[:8]}.json"
 
 
 def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
@@ -111,7 +128,8 @@ def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
     """
     shipped = properties_dir() / "suite" / f"{name}.yaml"
     path = shipped if not Path(name).suffix and not Path(name).is_file() else Path(name)
-    return suite_of(read_yaml(path) | dict(own or {}), str(path))
+    # Not through the cache of shipped files: a user edits his between two studies of one process.
+    return suite_of(read_yaml.__wrapped__(path) | dict(own or {}), str(path))
 
 
 def suite_of(content: Mapping[str, Any], path: str) -> Suite:
@@ -131,19 +149,20 @@ def suite_of(content: Mapping[str, Any], path: str) -> Suite:
     seeds = content.get("seeds", [2020])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{path}: seeds should be a list of whole numbers, but is {seeds!r}")
-    datasets = content["datasets"]
-    reference, baselines = content.get("reference"), content.get("baselines")
+    reference = _words(path, "reference", content.get("reference"))
+    if len(reference) > 1:
+        raise UserError(f"{path}: reference should be one row, but is {content['reference']!r}")
     return Suite(
-        title=str(content.get("title", Path(path).stem)),
-        datasets=tuple([datasets] if isinstance(datasets, str) else map(str, datasets)),
+        title=str(content.get("title") or Path(path).stem),
+        datasets=_words(path, "datasets", content["datasets"]),
         rows=rows,
-        columns=_mappings(path, "columns", content.get("columns") or {"": {}}),
-        protocols=_mappings(path, "protocols", content.get("protocols") or {"": {}}),
+        columns=_varied(path, "columns", content.get("columns") or {"": {}}),
+        protocols=_varied(path, "protocols", content.get("protocols") or {"": {}}),
         seeds=tuple(dict.fromkeys(seeds)),
         metric=str(content.get("metric", "NDCG@10")),
-        reference=reference,
-        baselines=tuple([baselines] if isinstance(baselines, str) else baselines) if baselines else None,
-        settings=_mappings(path, "settings", {"": content.get("settings") or {}})[""],
+        reference=next(iter(reference), None),
+        baselines=_words(path, "baselines", content.get("baselines")) or None,
+        settings=_varied(path, "settings", {"": content.get("settings") or {}})[""],
         run_memory=positive(path, "run_memory", content.get("run_memory", 2.0)),
         paper=content.get("paper") or {},
     )
@@ -155,20 +174,48 @@ def _rows(path: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for row, settings in rows.items():
         if "model" not in settings:
             raise UserError(f"{path}: row '{row}' names no model")
+        if not isinstance(settings["model"], str):
+            raise UserError(f"{path}: rows.{row}.model should be a name, but is {settings['model']!r}")
         positive(path, f"rows.{row}.run_memory", settings.get("run_memory", 1))
-    reference, baselines = content.get("reference"), content.get("baselines")
-    for key, named in (("reference", [reference] if reference else []), ("baselines", baselines or [])):
-        for row in [named] if isinstance(named, str) else named:
+        _leave_to_suite(f"{path}: rows.{row}", settings)
+    for key in ("reference", "baselines"):
+        for row in _words(path, key, content.get(key)):
             if row not in rows:
-                raise UserError(f"{path}: {key} '{row}' is no row{did_you_mean(str(row), rows)}")
+                raise UserError(f"{path}: {key} '{row}' is no row{did_you_mean(row, rows)}")
     if content.get("paper"):
         check_paper(path, content["paper"], rows)
     return rows
 
 
+def _words(path: str, key: str, value: Any) -> tuple[str, ...]:
+    """One name or several, each once."""
+    named = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(name, str | int | float) for name in named):
+        raise UserError(f"{path}: {key} should be a name or a list of names, but is {value!r}")
+    return tuple(dict.fromkeys(map(str, named)))
+
+
+def _varied(path: str, key: str, value: Any) -> dict[str, dict[str, Any]]:
+    """Settings by name, of which none is the model."""
+    named = _mappings(path, key, value)
+    for name, settings in named.items():
+        _leave_to_suite(".".join(filter(None, (f"{path}: {key}", name))), settings)
+        if "model" in settings:
+            raise UserError(f"{path}: {key} cannot name a model; only rows do")
+    return named
+
+
+def _leave_to_suite(where: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what every cell is given by its place, and what stands elsewhere would be passed over."""
+    for key, instead in PLACED.items():
+        if key in settings:
+            raise UserError(f"{where}: {key} cannot be set here; {instead}")
+
+
 def positive(path: str, key: str, value: Any) -> float:
-    """A number above 0, or a plain word about it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    """A finite number above 0, or a plain word about it."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
         raise UserError(f"{path}: {key} should be a number above 0, but is {value!r}")
     return float(value)
 
@@ -201,7 +248,8 @@ def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, S
 def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[Cell]:
     """The cells, every one's settings checked, with the marks that their results are found by.
 
-    A mark is of the settings as they finally stand, the data set's files and this package's code. Where one changes,
+    A mark is of the settings as they finally stand, those of the model's parts among them, the data set's files, the
+    files of a language model's folder, and the code of this package or of a model from elsewhere. Where one changes,
     the cell is measured anew; stages that do not depend on the change still come from the cache.
 
     Args:
@@ -224,18 +272,60 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
             config = Config(model, cell.dataset, config_dict=settings, command_line=given)
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
+        _check_counts(cell, config)
+        check_larger_is_better(suite.metric)
         name, _, k = suite.metric.partition("@")
         measured = [f"{metric}@{cut}".lower() for metric in config["metrics"] for cut in config["topk"]]
         if f"{name}@{k}".lower() not in measured:
             raise UserError(f"{cell}: metric {suite.metric} is not among {config['metrics']} at {config['topk']}")
         source = Path(config["data_path"])
         if source not in data:
+            known = set() if source.is_dir() else known_datasets(source.parent)
+            if not source.is_dir() and cell.dataset not in known:
+                raise UserError(f"{cell}: there is no data set {source}{did_you_mean(cell.dataset, known)}")
             data[source] = _bytes_of(source, "*")
         final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
-        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code])
-        parts = tuple(config[part] for part in registry.parts_of(config.model_class))
+        named = registry.parts_of(config.model_class)
+        # A part has shipped settings of its own, and a folder of weights may be overwritten: no setting tells of them.
+        beneath: list[Any] = [config.part(part).stage_keys() for part in named]
+        beneath += [_stamps_of(str(config.final_config_dict.get("llm"))), code_mark(config.model_class)]
+        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code, beneath])
+        parts = tuple(config[part] for part in named)
         cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
+    _check_apart(cells)
     return cells
+
+
+def _check_apart(cells: Sequence[Cell]) -> None:
+    """Refuse names that differ too little: two runs would write one file, or could not be told apart."""
+    for own in (str, lambda cell: cell.file):
+        seen: dict[str, Cell] = {}
+        for cell in cells:
+            other = seen.setdefault(own(cell), cell)
+            if other is not cell:
+                names = (f"'{'/'.join((one.protocol, one.column, one.row)).strip('/')}'" for one in (other, cell))
+                raise UserError(f"{' and '.join(names)} have equal settings and names too alike; rename one")
+
+
+def check_larger_is_better(metric: str) -> None:
+    """Refuse a metric by which the worst row would stand first and be the best baseline."""
+    if metric.partition("@")[0].lower() in smaller_metrics:
+        raise UserError(f"metric {metric} is better the smaller it is; rows are ranked by one that is not")
+
+
+def _check_counts(cell: Cell, config: Config) -> None:
+    """Refuse before any work a run that no table would count."""
+    if config["policy"] == "recbole":
+        raise UserError(
+            f"{cell}: under policy: recbole nothing shows that two runs have one split, so no table counts them; "
+            "see recbole-llm run"
+        )
+
+
+def _stamps_of(llm: str) -> list[list[Any]]:
+    """Names, sizes and times of the files of a language model's folder, whose bytes are too many; none for a name."""
+    files = sorted(path for path in Path(llm).glob("*") if path.is_file()) if Path(llm).is_dir() else []
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _bytes_of(folder: Path, pattern: str, leave_out: Sequence[str] = ()) -> str:
