@@ -53,6 +53,16 @@ def test_names_may_be_numbers_and_stand_twice(tmp_path: Path) -> None:
     assert (suite.reference, suite.baselines, suite.datasets) == ("1", ("2",), ("tiny",))
 
 
+def test_a_long_name_makes_a_file_that_can_be_written(tmp_path: Path) -> None:
+    (cell,) = cells(tmp_path, rows={"ü" * 300: {"model": "BPR"}}, reference=None, columns={}, seeds=[1])
+    (tmp_path / cell.file).with_suffix(".rankings.npz.part").touch()
+
+
+def test_an_edited_suite_is_read_anew(tmp_path: Path) -> None:
+    assert read_suite(write(tmp_path / "s.yaml", seeds=[1])).seeds == (1,)
+    assert read_suite(write(tmp_path / "s.yaml", seeds=[2])).seeds == (2,)
+
+
 def test_a_later_setting_wins(tmp_path: Path) -> None:
     changes = {
         "columns": {"c": {"epochs": 3}},
@@ -160,6 +170,7 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
             {"metric": "GiniIndex@10", "settings": {"metrics": ["NDCG", "GiniIndex"]}},
             "GiniIndex@10 is better the smaller it is",
         ),
+        ({"rows": {"a b": {"model": "BPR"}, "a_b": {"model": "BPR"}}, "reference": None}, "/a b' and 'whole/a_b'"),
         ({"paper": 3}, "paper should read"),
         ({"paper": OF_T | {"beside": ["tiny"], "rows": {"BPR": "B"}, "figures": {"T": {}}}}, "paper.beside should be"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"T": {}}, "gains": [3]}}, "pairs of rows, but has 3"),

@@ -16,6 +16,7 @@ from recbole_llm.leaderboard.assemble import board_of, table_of
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
+from recbole_llm.leaderboard.suite import check_larger_is_better
 from recbole_llm.leaderboard.tables import terminal, write
 
 ALPHA = 0.05
@@ -51,6 +52,7 @@ def compare(arguments: Sequence[str]) -> str:
     if metric not in metrics:
         near = did_you_mean(metric, metrics) or f"; they have {', '.join(metrics)}"
         raise UserError(f"--metric={options['metric']} is not among the runs' metrics{near}")
+    check_larger_is_better(metric)
     reference = options.get("reference", rows[0].name)
     dataset = str(results[0].get("dataset", ""))
     table = table_of(rows, dataset, "", "", metric, metrics, reference, None, ALPHA, like=paths[0])

@@ -30,6 +30,9 @@ QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "eval
 # What moves a cell beside the settings of its stages.
 _MOVING = (*INPUT_KEYS, "refit_on_valid", "metrics", "topk", "metric_decimal_place")
 
+# Bytes of a cell's place in the names of its files.
+LONGEST = 160
+
 # What the suite gives every cell.
 PLACED = {
     "seed": "a suite has seeds",
@@ -108,7 +111,9 @@ class Cell:
         """The name of its result."""
         words = "-".join(filter(None, (self.dataset, self.protocol, self.column, self.row, str(self.seed))))
         plain = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in words)
-        return f"{plain}-{self.mark[:8]}.json"
+        # With its mark, .rankings.npz and .part a file system's 255 bytes are not far.
+        short = plain.encode()[:LONGEST].decode(errors="ignore")
+        return f"{short}-{self.mark[:8]}.json"
 
 
 def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
@@ -123,7 +128,8 @@ def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
     """
     shipped = properties_dir() / "suite" / f"{name}.yaml"
     path = shipped if not Path(name).suffix and not Path(name).is_file() else Path(name)
-    return suite_of(read_yaml(path) | dict(own or {}), str(path))
+    # Not through the cache of shipped files: a user edits his between two studies of one process.
+    return suite_of(read_yaml.__wrapped__(path) | dict(own or {}), str(path))
 
 
 def suite_of(content: Mapping[str, Any], path: str) -> Suite:
@@ -267,9 +273,8 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         _check_counts(cell, config)
+        check_larger_is_better(suite.metric)
         name, _, k = suite.metric.partition("@")
-        if name.lower() in smaller_metrics:
-            raise UserError(f"metric {suite.metric} is better the smaller it is; rows are ranked by one that is not")
         measured = [f"{metric}@{cut}".lower() for metric in config["metrics"] for cut in config["topk"]]
         if f"{name}@{k}".lower() not in measured:
             raise UserError(f"{cell}: metric {suite.metric} is not among {config['metrics']} at {config['topk']}")
@@ -287,7 +292,25 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code, beneath])
         parts = tuple(config[part] for part in named)
         cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
+    _check_apart(cells)
     return cells
+
+
+def _check_apart(cells: Sequence[Cell]) -> None:
+    """Refuse names that differ too little: two runs would write one file, or could not be told apart."""
+    for own in (str, lambda cell: cell.file):
+        seen: dict[str, Cell] = {}
+        for cell in cells:
+            other = seen.setdefault(own(cell), cell)
+            if other is not cell:
+                names = (f"'{'/'.join((one.protocol, one.column, one.row)).strip('/')}'" for one in (other, cell))
+                raise UserError(f"{' and '.join(names)} have equal settings and names too alike; rename one")
+
+
+def check_larger_is_better(metric: str) -> None:
+    """Refuse a metric by which the worst row would stand first and be the best baseline."""
+    if metric.partition("@")[0].lower() in smaller_metrics:
+        raise UserError(f"metric {metric} is better the smaller it is; rows are ranked by one that is not")
 
 
 def _check_counts(cell: Cell, config: Config) -> None:

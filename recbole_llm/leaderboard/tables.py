@@ -23,6 +23,7 @@ from recbole_llm.leaderboard.words import (
     reasons,
     seconds,
     title_of,
+    unshared,
     value,
 )
 
@@ -155,7 +156,7 @@ def _figures(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[list[st
 def _legend(board: Mapping[str, Any], table: Mapping[str, Any], unseen: Sequence[str], tty: bool) -> list[str]:
     others = comparators(table)
     bold = "bold" if tty else "*"
-    lines = [judged(table), chosen(board, table)]
+    lines = [judged(table), *unshared(table), chosen(board, table)]
     if others:
         standard = next(iter(others))
         lines.append(f"{bold}: significantly above {standard} (for {standard}: above every other row)")
