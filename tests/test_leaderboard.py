@@ -281,7 +281,10 @@ def test_a_picture_is_drawn_whatever_a_protocol_is_called(tmp_path: Path) -> Non
         against = {} if name == "a" else {"a": {"gain": 0.1, "p_adjusted": 0.5}}
         return {"name": name, "metrics": {"ndcg@10": {"mean": 0.1, "std": None, "against": against}}}
 
-    tables = [{"dataset": "tiny", "protocol": "8/1/1", "column": name, "rows": [row("a"), row("b")]} for name in "xy"]
-    lines = write_grid({"title": "t", "metric": "ndcg@10", "tables": tables}, ["a", "b"], "a", tmp_path)
-    assert (tmp_path / "grid.md").is_file() and len(lines) == 2
+    tables = [
+        {"dataset": "tiny", "protocol": "8/1/1", "column": name, "rows": [row("a"), row("b | c")]} for name in "xy"
+    ]
+    lines = write_grid({"title": "t", "metric": "ndcg@10", "tables": tables}, ["a", "b | c"], "a", tmp_path)
+    assert r"| b \| c | 0.1000 (+10.0%, p 0.5) | 0.1000" in (tmp_path / "grid.md").read_text(encoding="utf-8")
+    assert len(lines) == 2
     assert not can_draw() or (tmp_path / "tiny-8-1-1.png").is_file()

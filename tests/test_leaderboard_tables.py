@@ -90,6 +90,13 @@ def test_the_terminal_table_is_narrow_and_marks_what_is_better(board: dict[str, 
     assert re.sub(r"\x1b\[\dm", "", shown).split() == starred[0].replace("*", " ").split()
 
 
+def test_the_terminal_says_what_rows_do_not_share(board: dict[str, Any]) -> None:
+    table = board["tables"][0]
+    assert "refit_on_valid: true" not in terminal(board)
+    table["rows"][0]["evaluation"] = {"refit_on_valid": True}
+    assert f"refit_on_valid: true for {table['rows'][0]['name']}." in terminal(board)
+
+
 def test_long_names_stay_apart(board: dict[str, Any]) -> None:
     rows = board["tables"][0]["rows"]
     rows[0]["name"], rows[1]["name"], rows[2]["name"] = "x" * 50 + "a", "x" * 50 + "b", "y" * 50

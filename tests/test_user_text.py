@@ -151,6 +151,7 @@ def test_the_stage_asks_templates_c_and_d_of_the_latest_items(folder: Path, back
     }  # the repeated item 7 once
     assert {text for text in asked if text} == {f"{head}{body}\n" for head in heads for body in descriptions}
     assert not list(stage.folder.rglob(DONE))
+    assert stage.as_dict()["tokens"] is None, "a language model read, so it is not 0"
 
     def never() -> Any:
         raise AssertionError("a finished stage is found")

@@ -86,11 +86,16 @@ def _markdown(
         )
     lines = [f"# {board['title']}", "", words]
     for title, table in made.items():
-        lines += ["", f"## {title}", "", f"| row | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        heads = " | ".join(map(_plain, columns))
+        lines += ["", f"## {title}", "", f"| row | {heads} |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             cells = [_cell(table[row][column], board["metric"], reference) for column in columns]
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+            lines.append(f"| {_plain(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def _cell(row: Mapping[str, Any], metric: str, reference: str | None) -> str:

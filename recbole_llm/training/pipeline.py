@@ -44,7 +44,7 @@ class Fit:
 
     Attributes:
         config, dataset, train_data, valid_data, test_data, model, trainer: RecBole's objects.
-        stages: lines for ``result.json``, in the order they ran.
+        stages: lines for ``result.json``, in the order they ran; of a refit those of the fit before it as well.
         valid: metrics of the best epoch.
         facts: what the last stage remembers (best epoch, losses).
         folder: where the weights are.
@@ -179,9 +179,13 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watc
     name = model.stages[-1] if staged else f"train-{config['model']}"
     stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream, watch)
     trainer.load_best(stage.folder / WEIGHTS)
+    # The fit that found the number of epochs belongs to what a refit cost; what both need was made once.
+    lines = list(before.stages) if before else []
+    marks = {line["fingerprint"] for line in lines}
+    lines += [line for line in (*stages, stage.as_dict()) if line["fingerprint"] not in marks]
     return Fit(
         config=config, dataset=dataset, train_data=train_data, valid_data=valid_data, test_data=test_data, model=model,
-        trainer=trainer, stages=[*stages, stage.as_dict()], valid=before.valid if before else stage.facts["valid"],
+        trainer=trainer, stages=lines, valid=before.valid if before else stage.facts["valid"],
         facts=stage.facts, folder=stage.folder, fingerprint=stage.fingerprint,
         parts=trainer.part_fits,
     )  # fmt: skip
