@@ -111,6 +111,19 @@ def test_what_is_there_is_not_run_again(whole: Path) -> None:
     assert str(whole / "leaderboard.html") in text
 
 
+def test_a_damaged_result_is_measured_again(whole: Path) -> None:
+    before = board_of(whole)
+    cells = sorted(path for path in (whole / "cells").glob("*.json"))
+    cells[0].write_bytes(cells[0].read_bytes()[:100])
+    cells[1].with_name(f"{cells[1].stem}.per_user.npz").unlink()
+    _, ran, failed = run(suite(whole.parent / "study.yaml"), f"--output={whole}")
+    assert len(ran) == 2 and not failed
+    metrics = [
+        {row["name"]: row["metrics"] for row in board["tables"][0]["rows"]} for board in (before, board_of(whole))
+    ]
+    assert metrics[0] == metrics[1]
+
+
 def test_another_seed_is_one_more_run_a_row(whole: Path) -> None:
     rows = {"Pop": STUDY["rows"]["Pop"]}
     _, ran, _ = run(suite(whole.parent / "more.yaml", rows=rows, seeds=[1, 2, 3]), f"--output={whole}")

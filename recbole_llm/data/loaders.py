@@ -19,6 +19,7 @@ from recbole.utils import ModelType
 from recbole_llm.data.dataset import take, windows, with_lists
 from recbole_llm.data.sampler import NegativeSampler
 from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Split
+from recbole_llm.data.ties import tie_order
 from recbole_llm.data.train_loader import FastTrainLoader
 from recbole_llm.errors import UserError
 
@@ -165,6 +166,7 @@ class RankingLoader(FullSortEvalDataLoader):
         self.uid_field, self.iid_field = dataset.uid_field, dataset.iid_field
         self.is_sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         self.candidates = torch.from_numpy(self.split.candidates)
+        self.tie_order = tie_order(dataset.field2id_token[dataset.iid_field])
         self.by_row = config["eval_unit"] == "row" and self.is_sequential
         exclude = config["exclude_history"]
         self.excludes = exclude is True or (exclude == "recbole" and not self.is_sequential)

@@ -13,6 +13,7 @@ from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metric_information
 
 from recbole_llm import processes
+from recbole_llm.data.ties import top_items
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.progress import progress
@@ -74,7 +75,7 @@ def measure(
     if largest > available:
         raise UserError(f"topk asks for {largest} items, but only {available} can be recommended")
     needs = {need for metric in config["metrics"] for need in metric_information[metric.lower()]}
-    found = _Found(largest, "rec.meanrank" in needs)
+    found = _Found(largest, "rec.meanrank" in needs, getattr(loader, "tie_order", None))
     shared = shared and processes.count() > 1
     batches = loader.share(processes.rank(), processes.count()) if shared else loader
     for batch in progress(batches, what, total=len(batches), show=show):
@@ -128,8 +129,8 @@ def _full_sort(model: Any, interaction: Any, dataset: Any) -> torch.Tensor:
 class _Found:
     """Collects hits and ranked items batch by batch."""
 
-    def __init__(self, largest: int, ranks: bool) -> None:
-        self.largest, self.ranks = largest, ranks
+    def __init__(self, largest: int, ranks: bool, order: torch.Tensor | None) -> None:
+        self.largest, self.ranks, self.order = largest, ranks, order
         self.users: list[torch.Tensor] = []
         self.items: list[torch.Tensor] = []
         self.hits: list[torch.Tensor] = []
@@ -138,7 +139,7 @@ class _Found:
 
     def add(self, users: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor) -> None:
         """Take one batch: users [B], scores [B, n_items], targets as (row, item) pairs."""
-        top = scores.topk(self.largest, dim=1).indices
+        top = top_items(scores, self.largest, self.order)
         is_target = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         is_target[rows, items] = True
         self.users.append(users.cpu())

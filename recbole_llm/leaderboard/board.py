@@ -17,6 +17,7 @@ import psutil
 
 from recbole_llm import registry
 from recbole_llm.errors import DiskFullError, UserError, did_you_mean
+from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import tables
 from recbole_llm.leaderboard.assemble import board_of, table_of
@@ -69,14 +70,22 @@ class Study:
     cells: list[Cell]
     folder: Path
     reasons: dict[Cell, str] = field(default_factory=dict)
+    _whole: set[Path] = field(default_factory=set)
 
     def file(self, cell: Cell) -> Path:
         """Where a cell's result is."""
         return self.folder / "cells" / cell.file
 
     def done(self, cell: Cell) -> bool:
-        """Whether it is there; it is written last, after what goes with it."""
-        return self.file(cell).is_file()
+        """Whether it is there and can be read; one that was damaged since is measured again."""
+        file = self.file(cell)
+        if file not in self._whole and file.is_file():
+            try:
+                read_run(file)
+            except UserError:
+                return False
+            self._whole.add(file)
+        return file in self._whole
 
 
 def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> tuple[str, int]:
@@ -212,6 +221,10 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
     """Run the cells that have no result yet."""
     missing = [cell for cell in study.cells if not study.done(cell)]
     found = len(study.cells) - len(missing)
+    if missing:
+        # It would stand beside newer tables until the last run has ended.
+        for stale in ("leaderboard.html", "grid.md"):
+            (study.folder / stale).unlink(missing_ok=True)
     if found:
         say(f"{found} of {len(study.cells)} runs are found in {study.folder / 'cells'}")
     by_name = {str(cell): cell for cell in missing}
