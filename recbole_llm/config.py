@@ -7,8 +7,6 @@ belongs to the recommender that trains as that part, e.g. ``graph_model.epochs``
 from __future__ import annotations
 
 import copy
-import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +17,13 @@ from recbole_llm import compat
 compat.install()
 
 from recbole.config import Config as RecBoleConfig  # noqa: E402
-from recbole.evaluator import metric_types, metrics_dict, smaller_metrics  # noqa: E402
-from recbole.evaluator.base_metric import TopkMetric  # noqa: E402
-from recbole.utils import EvaluatorType, ModelType  # noqa: E402
+from recbole.utils import ModelType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
 )
 
 from recbole_llm import processes, registry  # noqa: E402
+from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -39,9 +36,6 @@ PROTOCOL_KEYS = (
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
     "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned",
 )  # fmt: skip
-
-_NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
-_INTERVAL = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]")
 
 # RecBole says only "(int)" of its sizes.
 _SIZES = ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "MAX_ITEM_LIST_LENGTH")
@@ -342,9 +336,9 @@ class Config(RecBoleConfig):
     def _set_default_parameters(self) -> None:
         final = self.final_config_dict
         final["data_path"] = str(self._data_folder().parent)
-        self._check_metrics()
-        self._check_eval_args()
-        self._check_intervals()
+        check_metrics(self.final_config_dict)
+        check_eval_args(self.final_config_dict, self.dataset)
+        check_intervals(self.final_config_dict)
         super()._set_default_parameters()
         final["checkpoint_dir"] = str(final["output_dir"])
 
@@ -358,92 +352,6 @@ class Config(RecBoleConfig):
             if (root / self.dataset).is_dir():
                 return root / self.dataset
         return path / self.dataset
-
-    def _check_metrics(self) -> None:
-        final = self.final_config_dict
-        final["metrics"] = [final["metrics"]] if isinstance(final["metrics"], str) else list(final["metrics"])
-        final["topk"] = [final["topk"]] if isinstance(final["topk"], int) else list(final["topk"])
-        for metric in final["metrics"]:
-            if str(metric).lower() not in metric_types:
-                raise UserError(f"unknown metric '{metric}'{did_you_mean(str(metric), metric_types)}")
-            if final["policy"] == "unified" and metric_types[metric.lower()] != EvaluatorType.RANKING:
-                raise UserError(f"metric '{metric}' judges ratings, not rankings; it works under policy: recbole only")
-        for k in final["topk"]:
-            if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-                raise UserError(f"topk should hold whole numbers of 1 or more, but has {k!r}")
-        name, _, cut = str(final["valid_metric"]).partition("@")
-        if name.lower() not in metric_types:
-            raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
-        at_k = issubclass(metrics_dict[name.lower()], TopkMetric)
-        wanted = list(map(str, final["topk"])) if at_k else [""]
-        if name.lower() not in [metric.lower() for metric in final["metrics"]] or cut not in wanted:
-            raise UserError(
-                f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
-            )
-        final["valid_metric_bigger"] = name.lower() not in smaller_metrics
-
-    def _check_intervals(self) -> None:
-        """RecBole only warns of an interval that it cannot read, and then filters nothing."""
-        final = self.final_config_dict
-        named = {key: final.get(key) for key in ("user_inter_num_interval", "item_inter_num_interval")}
-        for field, value in (final.get("val_interval") or {}).items():
-            if isinstance(value, str):
-                named[f"val_interval.{field}"] = value
-        for key, value in named.items():
-            if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
-                raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4), but is {value!r}")
-        samples = (final.get("train_neg_sample_args") or {}).get("sample_num", 1)
-        if not isinstance(samples, int) or samples < 1:
-            raise UserError(f"train_neg_sample_args.sample_num should be int >= 1, but is {samples!r}")
-
-    def _check_eval_args(self) -> None:
-        final = self.final_config_dict
-        defaults = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
-        given = final["eval_args"]
-        if not isinstance(given, dict):
-            raise UserError(f"eval_args should be a mapping with split, order, group_by and mode, but is {given!r}")
-        for key in given:
-            if key not in defaults:
-                raise UserError(f"unknown setting 'eval_args.{key}'{did_you_mean(key, defaults)}")
-        if final["policy"] != "unified":
-            return
-        args = final["eval_args"] = defaults | given
-        split = args["split"]
-        if not isinstance(split, dict) or len(split) != 1 or next(iter(split)) not in ("LS", "RS", "TS"):
-            raise UserError(
-                "eval_args.split should be one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]}, {TS: [0.8, 0.1, 0.1]}, "
-                f"but is {split!r}"
-            )
-        _one_of("eval_args.order", args["order"], ("TO", "RO"))
-        args["group_by"] = args["group_by"] or "none"
-        _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
-        modes = set(args["mode"].values()) if isinstance(args["mode"], dict) else {args["mode"]}
-        if modes != {"full"}:
-            raise UserError(
-                "eval_args.mode should be full: everything is ranked on the whole catalogue "
-                f"(sampled candidates, {args['mode']!r}, work under policy: recbole)"
-            )
-        kind, value = next(iter(split.items()))
-        if kind == "LS":
-            _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
-        elif not _is_ratios(value):
-            raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
-        if final.get("time_scope") == "user":
-            self._check_times_between_users(kind)
-
-    def _check_times_between_users(self, kind: str) -> None:
-        """Refuse what compares times of different users; called where they mean nothing."""
-        final = self.final_config_dict
-        wanted = ""
-        if kind == "TS":
-            wanted = "no global time split (TS); use LS or RS"
-        elif final["cold_item_share"] > 0 and final["cold_item_choice"] == "newest":
-            wanted = "no item is newer than another; take cold_item_choice: random"
-        if wanted:
-            raise UserError(
-                f"the timestamps of {self.dataset} are positions inside a user and mean nothing between users: "
-                f"{wanted}, or set time_scope: global if your copy has real times"
-            )
 
     # --- use ---------------------------------------------------------------------------------------------------------
     @property
@@ -536,15 +444,3 @@ def plain(value: Any) -> Any:
 def _require(key: str, value: Any, spec: Spec | None) -> None:
     if spec is not None and not spec.allows(value):
         raise UserError(f"{key} should be {spec.text}, but is {value!r}")
-
-
-def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}"
-        )
-
-
-def _is_ratios(value: Any) -> bool:
-    numbers = isinstance(value, list | tuple) and len(value) == 3
-    return numbers and all(isinstance(share, int | float) and 0 <= share < math.inf for share in value) and value[0] > 0

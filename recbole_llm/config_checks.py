@@ -1,0 +1,117 @@
+"""What the settings of the measuring, as they finally stand, must be; refused before any work."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from recbole.evaluator import metric_types, metrics_dict, smaller_metrics
+from recbole.evaluator.base_metric import TopkMetric
+from recbole.utils import EvaluatorType
+
+from recbole_llm.errors import UserError, did_you_mean
+
+_NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+_INTERVAL = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]")
+
+
+def check_metrics(final: dict[str, Any]) -> None:
+    """Metrics and Ks that there are, ``valid_metric`` among them; makes lists of single ones."""
+    final["metrics"] = [final["metrics"]] if isinstance(final["metrics"], str) else list(final["metrics"])
+    final["topk"] = [final["topk"]] if isinstance(final["topk"], int) else list(final["topk"])
+    for metric in final["metrics"]:
+        if str(metric).lower() not in metric_types:
+            raise UserError(f"unknown metric '{metric}'{did_you_mean(str(metric), metric_types)}")
+        if final["policy"] == "unified" and metric_types[metric.lower()] != EvaluatorType.RANKING:
+            raise UserError(f"metric '{metric}' judges ratings, not rankings; it works under policy: recbole only")
+    for k in final["topk"]:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise UserError(f"topk should hold whole numbers of 1 or more, but has {k!r}")
+    name, _, cut = str(final["valid_metric"]).partition("@")
+    if name.lower() not in metric_types:
+        raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
+    at_k = issubclass(metrics_dict[name.lower()], TopkMetric)
+    wanted = list(map(str, final["topk"])) if at_k else [""]
+    if name.lower() not in [metric.lower() for metric in final["metrics"]] or cut not in wanted:
+        raise UserError(
+            f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
+        )
+    final["valid_metric_bigger"] = name.lower() not in smaller_metrics
+
+
+def check_intervals(final: Mapping[str, Any]) -> None:
+    """RecBole only warns of an interval that it cannot read, and then filters nothing."""
+    named = {key: final.get(key) for key in ("user_inter_num_interval", "item_inter_num_interval")}
+    for field, value in (final.get("val_interval") or {}).items():
+        if isinstance(value, str):
+            named[f"val_interval.{field}"] = value
+    for key, value in named.items():
+        if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
+            raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4), but is {value!r}")
+    samples = (final.get("train_neg_sample_args") or {}).get("sample_num", 1)
+    if not isinstance(samples, int) or samples < 1:
+        raise UserError(f"train_neg_sample_args.sample_num should be int >= 1, but is {samples!r}")
+
+
+def check_eval_args(final: dict[str, Any], dataset: str) -> None:
+    """``eval_args`` that the one split can follow, with what they leave out filled in."""
+    defaults = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    given = final["eval_args"]
+    if not isinstance(given, dict):
+        raise UserError(f"eval_args should be a mapping with split, order, group_by and mode, but is {given!r}")
+    for key in given:
+        if key not in defaults:
+            raise UserError(f"unknown setting 'eval_args.{key}'{did_you_mean(key, defaults)}")
+    if final["policy"] != "unified":
+        return
+    args = final["eval_args"] = defaults | given
+    split = args["split"]
+    if not isinstance(split, dict) or len(split) != 1 or next(iter(split)) not in ("LS", "RS", "TS"):
+        raise UserError(
+            "eval_args.split should be one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]}, {TS: [0.8, 0.1, 0.1]}, "
+            f"but is {split!r}"
+        )
+    _one_of("eval_args.order", args["order"], ("TO", "RO"))
+    args["group_by"] = args["group_by"] or "none"
+    _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
+    modes = set(args["mode"].values()) if isinstance(args["mode"], dict) else {args["mode"]}
+    if modes != {"full"}:
+        raise UserError(
+            "eval_args.mode should be full: everything is ranked on the whole catalogue "
+            f"(sampled candidates, {args['mode']!r}, work under policy: recbole)"
+        )
+    kind, value = next(iter(split.items()))
+    if kind == "LS":
+        _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
+    elif not _is_ratios(value):
+        raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
+    if final.get("time_scope") == "user":
+        _check_times_between_users(final, dataset, kind)
+
+
+def _check_times_between_users(final: Mapping[str, Any], dataset: str, kind: str) -> None:
+    """Refuse what compares times of different users; called where they mean nothing."""
+    wanted = ""
+    if kind == "TS":
+        wanted = "no global time split (TS); use LS or RS"
+    elif final["cold_item_share"] > 0 and final["cold_item_choice"] == "newest":
+        wanted = "no item is newer than another; take cold_item_choice: random"
+    if wanted:
+        raise UserError(
+            f"the timestamps of {dataset} are positions inside a user and mean nothing between users: "
+            f"{wanted}, or set time_scope: global if your copy has real times"
+        )
+
+
+def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}"
+        )
+
+
+def _is_ratios(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 3
+    return numbers and all(isinstance(share, int | float) and 0 <= share < math.inf for share in value) and value[0] > 0
