@@ -221,6 +221,10 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
     """Run the cells that have no result yet."""
     missing = [cell for cell in study.cells if not study.done(cell)]
     found = len(study.cells) - len(missing)
+    for cell in study.cells:
+        if study.done(cell):
+            # It may have ended after whoever started it was killed.
+            _tidy(study.file(cell))
     if missing:
         # It would stand beside newer tables until the last run has ended.
         for stale in ("leaderboard.html", "grid.md"):
@@ -281,13 +285,18 @@ def _memory(cell: Cell, study: Study, asked: Asked) -> float:
     return max(seen) if seen else float(asked.suite.rows[cell.row].get("run_memory", asked.suite.run_memory))
 
 
+def _tidy(file: Path) -> None:
+    """Take away what only an unfinished run needs."""
+    for suffix in (".spec.json", ".reason.txt", ".log"):
+        file.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def _reason(cell: Cell, study: Study, end: Ended, asked: Asked) -> str:
     """Why a run has no result; empty when it has."""
     file = study.file(cell)
     log = file.with_suffix(".log")
     if study.done(cell):
-        for suffix in (".spec.json", ".reason.txt", ".log"):
-            file.with_suffix(suffix).unlink(missing_ok=True)
+        _tidy(file)
         return ""
     if end.status == cell_process.FULL_DISK:
         said = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
