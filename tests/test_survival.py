@@ -89,8 +89,9 @@ def test_killed_at_every_change_it_goes_on(model: str, wholes: Any, tmp_path: Pa
 def test_killed_again_and_again_it_ends_the_same(seed: int, wholes: Any, tmp_path: Path) -> None:
     draw, kills, status = random.Random(seed), 0, -signal.SIGKILL
     while status == -signal.SIGKILL:
-        # Far enough that every attempt gets something done, anywhere in what it does.
-        status = run(words("GLTA", tmp_path), tmp_path, killed_at(tmp_path, draw.randint(20, 45))).status
+        # Far enough that every attempt gets something done; further and further, as its own results are written anew.
+        number = draw.randint(20, 45 + 3 * kills)
+        status = run(words("GLTA", tmp_path), tmp_path, killed_at(tmp_path, number)).status
         kills += status == -signal.SIGKILL
     assert status == 0 and kills >= 4
     same_as("GLTA", wholes, tmp_path)
