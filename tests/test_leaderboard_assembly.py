@@ -16,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.assemble import table_of
+from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.words import unshared
 
@@ -293,7 +294,10 @@ def test_what_rows_do_not_share_stands_with_each(tmp_path: Path) -> None:
 
 def test_a_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "GLTA", 1, around(0.3, 1))
-    paper = table([RowRuns("GLTA", [run], paper={"NDCG@10": 0.4, "Recall@10": 0.2})])["paper"]
+    printed = {"T": {"GLTA": {"NDCG@10": 0.4, "Recall@10": 0.2}}}
+    whole = {"source": "x", "beside": {"toy": "T"}, "rows": {"GLTA": "GLTA"}, "figures": printed}
+    paper = beside_paper(whole, "toy", table([RowRuns("GLTA", [run])]))
+    assert paper is not None
     metrics = paper["rows"][0]["metrics"]
     assert metrics["ndcg@10"] == pytest.approx({"paper": 0.4, "ours": 0.3, "deviation": -0.25})
     assert metrics["recall@10"] == {"paper": 0.2, "ours": None, "deviation": None}

@@ -19,6 +19,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.assemble import board_of, table_of
 from recbole_llm.leaderboard.compare import compare, rows_of
 from recbole_llm.leaderboard.markdown import markdown
+from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.tables import COSTS, CSV_COLUMNS, TESTED, WIDTH, csv_text, terminal, write
 from recbole_llm.leaderboard.words import amount, seconds
@@ -39,13 +40,17 @@ def board(tmp_path: Path) -> dict[str, Any]:
         runs = [
             write_run(tmp_path / f"{name}{seed}", name, seed, values, valid=mean + (name == "BPR")) for seed in (1, 2)
         ]
-        rows.append(RowRuns(name, runs, settings={"epochs": 3}, paper={"ndcg@10": 0.6} if name == "GLTA" else None))
+        rows.append(RowRuns(name, runs, settings={"epochs": 3}))
     other = write_run(tmp_path / "other", "EASE", 7, np.full(100, 0.9), fingerprint="0123456789abcdef" * 4)
     rows.append(RowRuns("EASE | altered", [other]))
     rows.append(
         RowRuns("SASRec", failed=[{"seed": 1, "reason": "the loss is\nno number"}], settings={"model": "SASRec"})
     )
     table = table_of(rows, "toy", "by time", "", "ndcg@10", METRICS, "GLTA", None, 0.05)
+    printed = {"T": {"GLTA": {"ndcg@10": 0.6}}}
+    table["paper"] = beside_paper(
+        {"source": "", "beside": {"toy": "T"}, "rows": {"GLTA": "GLTA"}, "figures": printed}, "toy", table
+    )
     table["breakdowns"] = [
         {"name": "user activity", "unit": "users", "metric": "ndcg@10", "rows": {"BPR": [0.25, None]},
          "groups": [{"label": "6-19", "count": 60}, {"label": "20-", "count": 40}]}

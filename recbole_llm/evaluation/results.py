@@ -12,6 +12,11 @@ from recbole_llm.errors import UserError, nearest
 from recbole_llm.evaluation.rankings import DAMAGED
 
 
+def result_file(path: str | Path) -> Path:
+    """The ``result.json`` of a run that is named by its folder or by that file."""
+    return Path(path) if Path(path).suffix == ".json" else Path(path) / "result.json"
+
+
 def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """``result.json`` and the users' values of a run.
 
@@ -22,7 +27,7 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         UserError: there is no result there, or it cannot be read.
     """
     folder = Path(path)
-    file = folder if folder.suffix == ".json" else folder / "result.json"
+    file = result_file(path)
     if not file.is_file():
         runs = sorted(str(run.parent) for run in folder.glob("*/result.json"))
         others = [other.name for other in folder.parent.glob("*/") if other.name != folder.name]

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.evaluation.results import result_file
 from recbole_llm.leaderboard.rows import Line, RowRuns, Run, admit
 from recbole_llm.leaderboard.statistics import PairedTest, holm, mean_interval, paired_test
 from recbole_llm.registry import entries
 
 SCHEMA = 1
+# Of every test.
+ALPHA = 0.05
 
 
 def board_of(
@@ -61,8 +64,7 @@ def _versions(runs: Iterable[str]) -> dict[str, str]:
     """The packages' versions that the runs were made with; several where runs differ."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        path = Path(run) if Path(run).suffix == ".json" else Path(run) / "result.json"
-        for package, version in json.loads(path.read_text(encoding="utf-8")).get("versions", {}).items():
+        for package, version in json.loads(result_file(run).read_text(encoding="utf-8")).get("versions", {}).items():
             if version and version not in found.setdefault(package, []):
                 found[package].append(version)
     return {package: " and ".join(versions) for package, versions in found.items() if versions}
@@ -140,7 +142,7 @@ def table_of(
         "rows": made,
         "breakdowns": [],
         "users": [],
-        "paper": _paper(rows, made),
+        "paper": None,
     }
 
 
@@ -298,23 +300,3 @@ def _embolden(made: Sequence[dict[str, Any]], best: str | None, metric: str) -> 
     for name in others:
         shown[name]["bold"] = marks[name] == "+"
     shown[best]["bold"] = bool(others) and all(mark == "-" for mark in marks.values())
-
-
-def _paper(rows: Sequence[RowRuns], made: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A paper's figures beside ours, for the rows that have any."""
-    figures = {row["name"]: row["metrics"] for row in made}
-    beside = []
-    for row in rows:
-        if row.paper:
-            metrics = {name.lower(): value for name, value in row.paper.items()}
-            ours = {name: figures[row.name].get(name, {}).get("mean") for name in metrics}
-            deviations = {
-                name: {
-                    "paper": value,
-                    "ours": ours[name],
-                    "deviation": ours[name] / value - 1 if ours[name] is not None and value else None,
-                }
-                for name, value in metrics.items()
-            }
-            beside.append({"name": row.name, "metrics": deviations})
-    return {"source": "", "note": "", "rows": beside, "missing": [], "gains": []} if beside else None

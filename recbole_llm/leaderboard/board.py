@@ -20,7 +20,7 @@ from recbole_llm.errors import DiskFullError, UserError, did_you_mean
 from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import tables
-from recbole_llm.leaderboard.assemble import board_of, table_of
+from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.paper import beside_paper
@@ -30,8 +30,6 @@ from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
 from recbole_llm.leaderboard.suite import Cell, Suite, arguments_of, marked, positive, read_suite, suite_of
 from recbole_llm.progress import clock
 from recbole_llm.schema import parse_value
-
-ALPHA = 0.05
 
 # What a suite sets itself, and what to say instead.
 OWN_PER_CELL = {
@@ -329,20 +327,21 @@ def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
         The board, see ``docs/leaderboards.md``.
     """
     suite = asked.suite
+    metrics = _metrics(study, suite)
     made = []
     for dataset in suite.datasets:
         for protocol in suite.protocols:
             for column in suite.columns:
                 members = [cell for cell in study.cells if cell.place == (dataset, protocol, column)]
-                made.append(_table(members, study, suite, whole))
-    board = board_of(made, suite.title, asked.command, _metrics(study, suite), suite.metric, ALPHA)
+                made.append(_table(members, study, suite, metrics, whole))
+    board = board_of(made, suite.title, asked.command, metrics, suite.metric, ALPHA)
     tables.write(board, asked.folder)
     if whole:
         write_page(board, asked.folder / "leaderboard.html")
     return board
 
 
-def _table(members: Sequence[Cell], study: Study, suite: Suite, whole: bool) -> dict[str, Any]:
+def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequence[str], whole: bool) -> dict[str, Any]:
     rows = []
     for row in suite.rows:
         cells = [cell for cell in members if cell.row == row]
@@ -360,7 +359,7 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, whole: bool) -> 
         protocol=protocol if len(suite.protocols) > 1 else "",
         column=column if len(suite.columns) > 1 else "",
         metric=suite.metric,
-        metrics=_metrics(study, suite),
+        metrics=metrics,
         reference=suite.reference,
         baselines=suite.baselines,
         alpha=ALPHA,

@@ -12,14 +12,13 @@ from typing import Any
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.results import read_run
-from recbole_llm.leaderboard.assemble import board_of, table_of
+from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.suite import check_larger_is_better
 from recbole_llm.leaderboard.tables import terminal, write
 
-ALPHA = 0.05
 USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]"
 OPTIONS = ("reference", "metric", "output")
 # What moves a run beside the settings of its stages.

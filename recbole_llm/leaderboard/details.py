@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from recbole_llm.evaluation.rankings import Rankings
+from recbole_llm.evaluation.results import result_file
 from recbole_llm.leaderboard.breakdown import breakdowns
 from recbole_llm.leaderboard.examples import examples, titles
 
@@ -26,7 +26,7 @@ def with_details(table: dict[str, Any], metric: str) -> dict[str, Any]:
     for row in table["rows"]:
         seeds = []
         for run in row["runs"]:
-            file = Path(run) if Path(run).suffix == ".json" else Path(run) / "result.json"
+            file = result_file(run)
             result = json.loads(file.read_text(encoding="utf-8"))
             if result.get("rankings"):
                 seeds.append(Rankings.read(file.parent / result["rankings"]))

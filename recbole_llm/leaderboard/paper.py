@@ -64,7 +64,11 @@ def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any
     """
     if dataset not in paper["beside"]:
         return None
-    figures = paper["figures"][paper["beside"][dataset]]
+    # Metrics in lower case, as in results.
+    figures = {
+        row: {metric.lower(): value for metric, value in cells.items()}
+        for row, cells in paper["figures"][paper["beside"][dataset]].items()
+    }
     ours = {row["name"]: {metric: cell["mean"] for metric, cell in row["metrics"].items()} for row in table["rows"]}
     rows = []
     for name, theirs in paper["rows"].items():

@@ -14,7 +14,7 @@ import numpy as np
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.evaluation.rankings import Rankings
-from recbole_llm.evaluation.results import read_run
+from recbole_llm.evaluation.results import read_run, result_file
 
 # What, beside the split, must be the same for two rows to mean the same thing.
 JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking")
@@ -32,7 +32,6 @@ class RowRuns:
         files: its runs' results (or their folders), one a seed.
         failed: runs that ended without a result: ``{"seed": int | None, "reason": str}``.
         settings: what was given for this row, the model aside.
-        paper: metric to the figure that a paper prints for this row.
         model: its model's name, for a row of which no run ended; else the runs say it.
     """
 
@@ -40,7 +39,6 @@ class RowRuns:
     files: Sequence[str | Path] = ()
     failed: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    paper: Mapping[str, float] | None = None
     model: str = ""
 
 
@@ -69,7 +67,7 @@ class Run:
         Raises:
             UserError: a file is missing or damaged, or its users' values do not agree with its metrics.
         """
-        file = Path(path) if Path(path).suffix == ".json" else Path(path) / "result.json"
+        file = result_file(path)
         result, arrays = read_run(path)
         for key in NEEDED:
             if key not in result:
@@ -173,9 +171,8 @@ def admit(rows: Sequence[RowRuns], like: str | Path | None = None) -> tuple[list
 
 def _seed(path: str | Path) -> int | None:
     """The seed of a run that was not admitted, where its result can be read at all."""
-    file = Path(path) if Path(path).suffix == ".json" else Path(path) / "result.json"
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["seed"])
+        return int(json.loads(result_file(path).read_text(encoding="utf-8"))["seed"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

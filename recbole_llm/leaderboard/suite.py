@@ -262,6 +262,7 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         UserError: a cell's model does not take a setting, or does not measure the suite's metric; the cell is named.
     """
     code = _bytes_of(Path(__file__).parent.parent, "**/*.py", leave_out=_AFTERWARDS)
+    check_larger_is_better(suite.metric)
     data: dict[Path, str] = {}
     cells = []
     for cell in cells_of(suite):
@@ -273,7 +274,6 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         _check_counts(cell, config)
-        check_larger_is_better(suite.metric)
         name, _, k = suite.metric.partition("@")
         measured = [f"{metric}@{cut}".lower() for metric in config["metrics"] for cut in config["topk"]]
         if f"{name}@{k}".lower() not in measured:
