@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_leakage import SMALL, assert_same, fitted_state, settings_of
+from test_leakage import SMALL, assert_same, fitted_state, settings_of, write_rows
 from test_split import Rows, rows_strategy, split_of
 
 from recbole_llm.config import Config
@@ -225,13 +225,8 @@ def write_with_cold(source: Path, target: Path, move: bool) -> None:
         free = np.setdiff1d(cold, taken)
         items[row] = rng.choice(free) if len(free) else items[row]
     # First of all a user who had everything, so that no exchange moves an internal id or a candidate.
-    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
-    lines += [f"all\t{name}\t{place}" for place, name in enumerate(names[1:])]
-    for row in np.argsort(split.phases != TRAIN, kind="stable"):
-        lines.append(f"{users[split.users[row]]}\t{names[items[row]]}\t{split.ranks[row]}")
-    (target / "small").mkdir(parents=True)
-    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+    everything = [f"all\t{name}\t{place}" for place, name in enumerate(names[1:])]
+    write_rows(source, target, split, (users, names), items, first=everything)
 
 
 @pytest.mark.parametrize("model", ["BPR", "LightGCN", "SASRec", "SASRecAllPositions", "EASE", "GLTA"])

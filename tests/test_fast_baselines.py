@@ -373,6 +373,25 @@ class TestBERT4Rec:
         assert loss.item() == 0
 
 
+def share_learnt(model: Any, steps: int) -> float:
+    """Train on walks around a circle of items; the share of walks whose next item is ranked first afterwards."""
+    starts = torch.randint(0, N_ITEMS - 1, (64, 1))
+    walk = (starts + torch.arange(LENGTH + 1)) % (N_ITEMS - 1) + 1
+    batch = Interaction({
+        "item_id_list": walk[:, :-1], "target_list": walk[:, 1:], "item_length": torch.full((64,), LENGTH),
+        "user_id": torch.randint(1, N_USERS - 1, (64,)),
+    })  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.calculate_loss(batch).backward()
+        optimizer.step()
+    model.eval()
+    scores = model.full_sort_predict(batch)
+    return float((scores.argmax(dim=1) == walk[:, -1]).float().mean())
+
+
 class TestSASRecAllPositions:
     def batch(self, lengths: list[int]) -> Interaction:
         """One window a user, as the loader cuts it: inputs and, one step on, targets."""
@@ -410,20 +429,7 @@ class TestSASRecAllPositions:
         model = seeded(
             lambda: SASRecAllPositions({**FIELDS, **SEQUENCE, "hidden_size": 32, "initializer_range": 0.02}, dataset())
         )
-        starts = torch.randint(0, N_ITEMS - 1, (64, 1))
-        walk = (starts + torch.arange(LENGTH + 1)) % (N_ITEMS - 1) + 1
-        batch = Interaction({
-            "item_id_list": walk[:, :-1], "target_list": walk[:, 1:], "item_length": torch.full((64,), LENGTH)
-        })  # fmt: skip
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        model.train()
-        for _ in range(150):
-            optimizer.zero_grad()
-            model.calculate_loss(batch).backward()
-            optimizer.step()
-        model.eval()
-        scores = model.full_sort_predict(batch)
-        assert (scores.argmax(dim=1) == walk[:, -1]).float().mean() > 0.9
+        assert share_learnt(model, steps=150) > 0.9
 
     def test_a_batch_without_a_target(self) -> None:
         ours, _ = twins(SASRecAllPositions, RecBoleSASRec)
@@ -502,21 +508,7 @@ class TestSASRecAllPositions:
         model = self.binary(
             4, unused=0, hidden_size=32, initializer_range=0.02, hidden_dropout_prob=0.1, attn_dropout_prob=0.1
         )
-        starts = torch.randint(0, N_ITEMS - 1, (64, 1))
-        walk = (starts + torch.arange(LENGTH + 1)) % (N_ITEMS - 1) + 1
-        batch = Interaction({
-            "item_id_list": walk[:, :-1], "target_list": walk[:, 1:], "item_length": torch.full((64,), LENGTH),
-            "user_id": torch.randint(1, N_USERS - 1, (64,)),
-        })  # fmt: skip
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        model.train()
-        for _ in range(300):
-            optimizer.zero_grad()
-            model.calculate_loss(batch).backward()
-            optimizer.step()
-        model.eval()
-        scores = model.full_sort_predict(batch)
-        assert (scores.argmax(dim=1) == walk[:, -1]).float().mean() > 0.9
+        assert share_learnt(model, steps=300) > 0.9
 
     def test_binary_without_a_target(self) -> None:
         model, batch = self.binary(1), self.batch([2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_negatives_at_every_position_know_train_rows_only(three_worlds: list[Pat
         assert_same(dict(plain), other)
 
 
+def write_rows(source: Path, target: Path, split: Any, tokens: Any, items: Any, first: Sequence[str] = ()) -> None:
+    """The data set anew, train rows first, with other items in its rows."""
+    lines = ["user_id:token\titem_id:token\ttimestamp:float", *first]
+    for row in np.argsort(split.phases != TRAIN, kind="stable"):
+        lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{split.ranks[row]}")
+    (target / "small").mkdir(parents=True)
+    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+
+
 def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
     """The data set again, train rows at ``train_share: 0.5`` first and with ranks for times; the withheld rows' items
     exchanged, or not, for other train items that their users do not have."""
@@ -166,12 +177,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
             split.items[split.users == split.users[row]].tolist()
         )
         items[row] = rng.choice([item for item in train_items if item not in taken])
-    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
-    for row in np.argsort(split.phases != TRAIN, kind="stable"):
-        lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{split.ranks[row]}")
-    (target / "small").mkdir(parents=True)
-    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+    write_rows(source, target, split, tokens, items)
 
 
 @pytest.mark.parametrize("model", ["BPR", "LightGCN", "SASRec", "SASRecAllPositions", "EASE", "GLTA"])
