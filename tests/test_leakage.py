@@ -24,6 +24,7 @@ QUICK = (
     "SASRec",
     "GRU4Rec",
     "BERT4Rec",
+    "BERT4RecWindows",
     "SASRecAllPositions",
     "EASE",
     "ItemKNN",
@@ -32,6 +33,7 @@ QUICK = (
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "BERT4Rec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "BERT4RecWindows": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "SASRecAllPositions": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "GRU4Rec": {"embedding_size": 16, "hidden_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "GLTA": {

@@ -55,9 +55,12 @@ class BERT4Rec(RecBoleBERT4Rec):
         """
         return encode_by_length(self._encode, item_seq, lengths, positions)
 
-    def _encode(self, item_seq: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _embed(self, item_seq: torch.Tensor) -> torch.Tensor:
         summed = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.size(1)]
-        hidden = self.dropout(self.LayerNorm(summed))
+        return self.dropout(self.LayerNorm(summed))
+
+    def _encode(self, item_seq: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self._embed(item_seq)
         return encode_at(self.trm_encoder, hidden, self.get_attention_mask(item_seq, bidirectional=True), positions)
 
     def output_head(self, hidden: torch.Tensor) -> torch.Tensor:
