@@ -51,7 +51,7 @@ def _dataset(name: str, arguments: list[str]) -> str:
 
 
 def _text_lines(config: Any, dataset: Any) -> list[str]:
-    from recbole_llm.training.staged import read_item_text
+    from recbole_llm.training.language import read_item_text
 
     if not config["item_text"]:
         return ["  item text: no template (item_text) for this data set"]

@@ -24,15 +24,12 @@ from recbole_llm import processes
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.checkpointing import checkpoint_layers
-from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
-from recbole_llm.backbone.load import check_options, load_backbone, load_with_head
+from recbole_llm.backbone.load import load_with_head
 from recbole_llm.backbone.text_projector import cold_item_embeddings, text_features
-from recbole_llm.data import prompts
-from recbole_llm.data.item_text import ItemText, load_item_text
-from recbole_llm.data.text_noise import with_noise
-from recbole_llm.disk import remove
+from recbole_llm.data.item_text import ItemText
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.progress import Steps
+from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import TrainingLoop, check_settings
 from recbole_llm.training.sharding import check_sharding, shard, sharding
 from recbole_llm.training.state import (
@@ -51,7 +48,6 @@ from recbole_llm.training.user_text import Texts, generated_texts, keyword_texts
 logger = logging.getLogger("recbole_llm")
 
 # Raised when the code of a stage changes what it makes.
-BACKBONE_VERSION = 1
 ALIGNMENT_VERSION = 1
 
 
@@ -89,22 +85,11 @@ class StagedTrainer(TrainerMixin, Trainer):
         check_settings(config)
         check_sharding(config)
         self.item_text = read_item_text(config, dataset)
-        named = None if config["llm"] == "embedded" else load_backbone(config["llm"], **_backbone_options(config))
-        settings = EmbeddedSettings.from_config(config)
-        if named is None:
-            options = _backbone_options(config)
-            check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
+        named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
         user_embeddings, item_embeddings = self._graph(fit_part)
-        if named is None:
-            stage = embedded_stage(config, dataset, self.item_text, settings, store)
-            self.stages.append(stage.as_dict("backbone"))
-            backbone, backbone_mark = (
-                load_backbone(stage.folder / "model", **_backbone_options(config)),
-                stage.fingerprint,
-            )
-        else:
-            backbone, backbone_mark = named, fingerprint_of([named.fingerprint(), _backbone_options(config)])
+        backbone, backbone_mark, lines = take_backbone(config, dataset, self.item_text, store, named)
+        self.stages.extend(lines)
         if config["cold_items"] == "text":
             item_embeddings = self._cold_items(dataset, backbone, item_embeddings)
         profiles, predictions = self._user_texts(
@@ -170,7 +155,7 @@ class StagedTrainer(TrainerMixin, Trainer):
             return keyword_texts(config, dataset, texts, user_embeddings, item_embeddings)
         made, stage = generated_texts(
             config, dataset, texts, backbone, mark,
-            lambda: load_with_head(backbone.name, **_backbone_options(config)), store,
+            lambda: load_with_head(backbone.name, **backbone_options(config)), store,
         )  # fmt: skip
         self.stages.append(stage.as_dict())
         return made
@@ -328,65 +313,3 @@ def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     if isinstance(user, nn.Embedding) and isinstance(item, nn.Embedding):
         return user.weight, item.weight
     return None
-
-
-def read_item_text(config: Any, dataset: Any) -> ItemText:
-    """The texts of a data set's items, by internal id, read out of band.
-
-    Raises:
-        UserError: the data set has no template or no item file.
-    """
-    name, template = config["dataset"], config["item_text"]
-    file = Path(config["data_path"]) / f"{name}.item"
-    if not template:
-        raise UserError(
-            f"{config['model']} needs item text, but '{name}' has no template; "
-            f"set item_text: '{{column}}' with columns of {file}"
-        )
-    tokens = dataset.field2id_token[dataset.iid_field].tolist()
-    text = load_item_text(
-        file,
-        id_field=config["ITEM_ID_FIELD"],
-        template=template,
-        fallback=config["item_text_fallback"],
-        id_tokens=tokens,
-        max_words=config["item_text_max_words"],
-        separator=config["field_separator"],
-        encoding=config["encoding"] or "utf-8",
-    )
-    if text.missing == len(text.texts) - 1:
-        raise UserError(
-            f"{config['model']} needs item text, but no item of '{name}' has any under {template!r} in {file}"
-        )
-    if text.missing:
-        logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
-    return with_noise(text, tokens, config["text_drop"], config["text_shuffle"], config["text_noise_seed"])
-
-
-def _backbone_options(config: Any) -> dict[str, Any]:
-    return {
-        "dtype": config["llm_dtype"],
-        "attention": config["llm_attention"],
-        "quantization": config["llm_quantization"],
-        "trust_remote_code": config["trust_remote_code"],
-        # What no single GPU may hold is sharded from the CPU.
-        "device": "cpu" if sharding() else str(config["device"]),
-        "random_init": config["seed"] if config["llm_random_init"] else None,
-    }
-
-
-def embedded_stage(
-    config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore
-) -> Stage:
-    """Train (or find) the embedded LM on the texts of items that stand in train, and the prompt templates."""
-    seen = np.unique(dataset.train_histories.items)
-    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
-    inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
-
-    def make(folder: Path) -> dict[str, Any]:
-        # A kill while they are written leaves files of random names among them.
-        remove(folder / "model")
-        resume = ResumeFile(folder / RESUME_FILE)
-        return train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model", resume=resume)
-
-    return store.run("backbone", BACKBONE_VERSION, inputs, make)

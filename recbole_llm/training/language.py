@@ -1,0 +1,126 @@
+"""The language model that a recommender asks for, and the texts of its items."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
+from recbole_llm.backbone.load import check_options, load_backbone
+from recbole_llm.data import prompts
+from recbole_llm.data.item_text import ItemText, load_item_text
+from recbole_llm.data.text_noise import with_noise
+from recbole_llm.disk import remove
+from recbole_llm.errors import UserError
+from recbole_llm.training.sharding import sharding
+from recbole_llm.training.state import RESUME_FILE, ResumeFile
+from recbole_llm.training.store import Stage, StageStore, fingerprint_of
+
+logger = logging.getLogger("recbole_llm")
+
+# Raised when the code of the stage changes what it makes.
+BACKBONE_VERSION = 1
+
+
+def read_item_text(config: Any, dataset: Any) -> ItemText:
+    """The texts of a data set's items, by internal id, read out of band.
+
+    Raises:
+        UserError: the data set has no template or no item file.
+    """
+    name, template = config["dataset"], config["item_text"]
+    file = Path(config["data_path"]) / f"{name}.item"
+    if not template:
+        raise UserError(
+            f"{config['model']} needs item text, but '{name}' has no template; "
+            f"set item_text: '{{column}}' with columns of {file}"
+        )
+    tokens = dataset.field2id_token[dataset.iid_field].tolist()
+    text = load_item_text(
+        file,
+        id_field=config["ITEM_ID_FIELD"],
+        template=template,
+        fallback=config["item_text_fallback"],
+        id_tokens=tokens,
+        max_words=config["item_text_max_words"],
+        separator=config["field_separator"],
+        encoding=config["encoding"] or "utf-8",
+    )
+    if text.missing == len(text.texts) - 1:
+        raise UserError(
+            f"{config['model']} needs item text, but no item of '{name}' has any under {template!r} in {file}"
+        )
+    if text.missing:
+        logger.info("item text: %d of %d items have none and read %r", text.missing, len(text.texts) - 1, text.fallback)
+    return with_noise(text, tokens, config["text_drop"], config["text_shuffle"], config["text_noise_seed"])
+
+
+def backbone_options(config: Any) -> dict[str, Any]:
+    """How a run wants a language model loaded, as :func:`~recbole_llm.backbone.load.load_backbone` takes it."""
+    return {
+        "dtype": config["llm_dtype"],
+        "attention": config["llm_attention"],
+        "quantization": config["llm_quantization"],
+        "trust_remote_code": config["trust_remote_code"],
+        # What no single GPU may hold is sharded from the CPU.
+        "device": "cpu" if sharding() else str(config["device"]),
+        "random_init": config["seed"] if config["llm_random_init"] else None,
+    }
+
+
+def named_backbone(config: Any) -> Backbone | None:
+    """The language model that ``llm`` names, loaded; ``None`` for the embedded one, which is trained first.
+
+    Asked for before anything trains, so that a wrong name or option costs nobody a wait.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded as asked.
+    """
+    options = backbone_options(config)
+    if config["llm"] != "embedded":
+        return load_backbone(config["llm"], **options)
+    check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
+    return None
+
+
+def take_backbone(
+    config: Any, dataset: Any, item_text: ItemText, store: StageStore, named: Backbone | None
+) -> tuple[Backbone, str, list[dict[str, Any]]]:
+    """The language model to work with.
+
+    Args:
+        config: of the run.
+        dataset: the train data set.
+        item_text: what the embedded one is trained on.
+        store: the stage cache.
+        named: what :func:`named_backbone` gave.
+
+    Returns:
+        The model, its fingerprint, and the lines of ``result.json`` for what was trained.
+    """
+    if named is not None:
+        return named, fingerprint_of([named.fingerprint(), backbone_options(config)]), []
+    stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
+    backbone = load_backbone(stage.folder / "model", **backbone_options(config))
+    return backbone, stage.fingerprint, [stage.as_dict("backbone")]
+
+
+def embedded_stage(
+    config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore
+) -> Stage:
+    """Train (or find) the embedded LM on the texts of items that stand in train, and the prompt templates."""
+    seen = np.unique(dataset.train_histories.items)
+    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
+    inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
+
+    def make(folder: Path) -> dict[str, Any]:
+        # A kill while they are written leaves files of random names among them.
+        remove(folder / "model")
+        resume = ResumeFile(folder / RESUME_FILE)
+        return train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model", resume=resume)
+
+    return store.run("backbone", BACKBONE_VERSION, inputs, make)
