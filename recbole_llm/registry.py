@@ -47,6 +47,7 @@ _OURS = (
         "GLTA", "recbole_llm.model.glta", "language",
         ("graph_model", "backbone", "item_text_alignment", "user_item_alignment"), ("item text",),
     ),
+    Entry("DCCF", "recbole_llm.model.dccf", "general"),
     Entry("SASRecAllPositions", "recbole_llm.model.sasrec_all_positions", "sequential", needs=("time",), base="SASRec"),
 )  # fmt: skip
 _FAST = (
