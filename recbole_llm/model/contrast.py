@@ -15,11 +15,11 @@ _CELLS_GPU = 1 << 26
 class InfoNCE(torch.autograd.Function):
     r"""Mean of :math:`-\log(p_i / (s_i + \epsilon) + \epsilon)` over the rows of two views.
 
-    :math:`p_i = \exp(a_i \cdot b_i / \tau)`, :math:`s_i = \sum_j \exp(a_i \cdot b_j / \tau)`, :math:`\epsilon = 10^{-8}`
-    (DCCF, Ren et al. 2023, equation 13, with the authors' own constants).
+    :math:`p_i = \exp(a_i \cdot b_i / \tau)`, :math:`s_i = \sum_j \exp(a_i \cdot b_j / \tau)`,
+    :math:`\epsilon = 10^{-8}` (DCCF, Ren et al. 2023, in the form of the authors' code).
 
-    The similarities are made a few rows at a time and used for the gradients at once, so that memory grows with the rows
-    and not with their square, and each exponential is taken once.
+    The similarities are made a few rows at a time and used for the gradients at once, so that memory grows with the
+    rows and not with their square, and each exponential is taken once.
     """
 
     @staticmethod
