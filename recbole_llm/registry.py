@@ -48,6 +48,7 @@ _OURS = (
         ("graph_model", "backbone", "item_text_alignment", "user_item_alignment"), ("item text",),
     ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
+    Entry("DCCF", "recbole_llm.model.dccf", "general"),
     Entry("SASRecAllPositions", "recbole_llm.model.sasrec_all_positions", "sequential", needs=("time",), base="SASRec"),
 )  # fmt: skip
 _FAST = (

@@ -23,7 +23,7 @@ from recbole_llm.config import Config
 from recbole_llm.training import trainer as trainer_module
 from recbole_llm.training.runs import run
 
-MODELS = ("BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "EASE", "GLTA")
+MODELS = ("BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "EASE", "DCCF", "GLTA")
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",

@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "llm_train_steps": 1, "history_length": 5, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     "show_progress": False, "tensorboard": False, "metrics": ["NDCG"], "topk": [10],
 }  # fmt: skip
-QUICK = ["NGCF", "SGL", "BPR"]
+QUICK = ["NGCF", "SGL", "BPR", "DCCF"]
 MORE = ["LightGCN", "DGCF", "GCMC", "NCL", "SpectralCF", "LINE", "ENMF"]
 # Sizes that a data set of 120 users needs: NCL has 1,000 clusters, DGCF samples as many users as items.
 OWN = {"NCL": {"graph_model.num_clusters": 5}, "DGCF": {"graph_model.train_batch_size": 128}}

@@ -28,6 +28,7 @@ QUICK = (
     "SASRecAllPositions",
     "EASE",
     "ItemKNN",
+    "DCCF",
     "GLTA",
 )
 SMALL: dict[str, dict[str, Any]] = {
@@ -182,7 +183,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
     write_rows(source, target, split, tokens, items)
 
 
-@pytest.mark.parametrize("model", ["BPR", "LightGCN", "SASRec", "SASRecAllPositions", "EASE", "GLTA"])
+@pytest.mark.parametrize("model", ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA"])
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []
     for name in ("plain", "swapped"):

@@ -52,14 +52,14 @@ def product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``matrix @ x``, not differentiable.
 
     Args:
-        matrix: sparse CSR float32 ``[n, m]``.
+        matrix: sparse CSR ``[n, m]``, float32 (or float64).
         x: dense ``[m, d]``.
 
     Returns:
-        float32 ``[n, d]``.
+        ``[n, d]``, of the matrix's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x.float().contiguous()
+        x = x.to(matrix.dtype).contiguous()
         if x.device.type != "cpu":
             return torch.sparse.mm(matrix, x)
         # The same sums as an embedding bag: torch's kernel for that fetches the rows it will need next ahead of time,

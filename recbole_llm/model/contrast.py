@@ -1,0 +1,56 @@
+"""The contrastive loss of two views of the same nodes, without a table of all their pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+_EPSILON = 1e-8
+_CELLS_CPU = 1 << 18  # similarities held at once: what stays in a core's cache
+_CELLS_GPU = 1 << 26
+
+
+class InfoNCE(torch.autograd.Function):
+    r"""Mean of :math:`-\log(p_i / (s_i + \epsilon) + \epsilon)` over the rows of two views.
+
+    :math:`p_i = \exp(a_i \cdot b_i / \tau)`, :math:`s_i = \sum_j \exp(a_i \cdot b_j / \tau)`,
+    :math:`\epsilon = 10^{-8}` (DCCF, Ren et al. 2023, in the form of the authors' code).
+
+    The similarities are made a few rows at a time and used for the gradients at once, so that memory grows with the
+    rows and not with their square, and each exponential is taken once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tensor:
+        """``a`` and ``b`` ``[n, d]`` with rows of length one, ``n >= 1``; returns the loss, a scalar."""
+        n = len(a)
+        wanted = any(ctx.needs_input_grad)
+        a_grad, b_grad = torch.zeros_like(a), torch.zeros_like(b)
+        loss = a.new_zeros(())
+        rows = max(1, (_CELLS_CPU if a.device.type == "cpu" else _CELLS_GPU) // n)
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            mine, other = a[part], b[part]
+            near = torch.mm(mine / temperature, b.t()).exp_()
+            total = near.sum(dim=1, keepdim=True) + _EPSILON
+            own = ((mine * other).sum(dim=1, keepdim=True) / temperature).exp_()
+            share = own / total
+            loss -= torch.log(share + _EPSILON).sum()
+            if wanted:
+                # d loss / d a.b_i through the numerator, and d loss / d total, both over the temperature.
+                pull = -share / (share + _EPSILON) / (n * temperature)
+                push = -pull / total
+                a_grad[part] = pull * other + push * torch.mm(near, b)
+                b_grad[part] += pull * mine
+                b_grad.addmm_(near.t(), push * mine)
+        ctx.save_for_backward(a_grad, b_grad)
+        return loss / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Gradients of ``a`` and ``b``, which the forward pass has made."""
+        a_grad, b_grad = ctx.saved_tensors
+        return a_grad * grads[0], b_grad * grads[0], None
