@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class TestThereAndBack:
         item_tokens = ItemTokens.from_sequences(sequences, END)
         lm_ids = item_tokens.lm_ids
         assert lm_ids is not None and lm_ids.tolist() == sorted(
-            {*sum(sequences, []), *([END] if any(sequences) else [])}
+            {*chain.from_iterable(sequences), *([END] if any(sequences) else [])}
         )
         for item, sequence in enumerate(sequences):
             own = torch.tensor(item_tokens.of(item), dtype=torch.int64)
@@ -88,7 +89,7 @@ class TestThereAndBack:
             ItemTokens.from_codes(np.array(rows), [2, 3])
 
     def test_wrong_titles(self) -> None:
-        with pytest.raises(UserError, match="title of item 2 .* holds the end token 2"):
+        with pytest.raises(UserError, match=r"title of item 2 .* holds the end token 2"):
             ItemTokens.from_sequences([[], [5], [7, END], [END]], END)
         with pytest.raises(ValueError, match="padding"):
             ItemTokens.from_sequences([[5], [7]], END)
@@ -177,7 +178,7 @@ class TestFiles:
         assert pool_of(["[PAD]", "1"]) == pool_of(["[PAD]", 1])  # type: ignore[list-item]
 
     def test_damaged_or_missing_files(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="holds no item tokens: item_tokens.json is missing"):
+        with pytest.raises(UserError, match=r"holds no item tokens: item_tokens\.json is missing"):
             ItemTokens.load(tmp_path)
         ItemTokens.from_codes([NONE, (0, 0), (1, 1)], [2, 2]).save(tmp_path)
         whole = (tmp_path / ARRAYS).read_bytes()
@@ -188,7 +189,7 @@ class TestFiles:
         with pytest.raises(UserError, match="cannot be read"):
             ItemTokens.load(tmp_path)
         (tmp_path / ARRAYS).unlink()
-        with pytest.raises(UserError, match="item_tokens.safetensors is missing"):
+        with pytest.raises(UserError, match=r"item_tokens\.safetensors is missing"):
             ItemTokens.load(tmp_path)
         (tmp_path / ARRAYS).write_bytes(whole)
         card = json.loads((tmp_path / CARD).read_text())

@@ -323,6 +323,9 @@ class ItemTokens:
             UserError: the files are not there or damaged, or were made for other items.
         """
         folder = Path(folder)
+        missing = [name for name in (CARD, ARRAYS) if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} holds no item tokens: {missing[0]} is missing")
         try:
             card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
             tensors = load_file(folder / ARRAYS)
@@ -331,10 +334,6 @@ class ItemTokens:
                 tensors.get("lm_ids"), card["pool"],
             )  # fmt: skip
             whole = card["schema"] == SCHEMA and found.fingerprint() == card["fingerprint"]
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} holds no item tokens: {Path(error.filename or folder).name} is missing"
-            ) from None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"the item tokens in {folder} cannot be read: {error}") from None
         if not whole:

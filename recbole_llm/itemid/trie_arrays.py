@@ -125,7 +125,7 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
             key[there] |= tokens[begins[there] + column] + 1
         by_key = _argsort(key, bits * columns) if done == 0 else np.lexsort((key, group))
         order[places], key, left = unsettled[by_key], key[by_key], left[by_key]
-        # Places are not moved: group holds the same numbers in the same order after sorting by it.
+        # Sorted by group first, so the groups are where they were.
         begin = np.ones(len(places), dtype=bool)
         begin[1:] = (key[1:] != key[:-1]) | (group[1:] != group[:-1])
         group = np.cumsum(begin)
