@@ -1,1 +1,1 @@
-"""Items as token sequences: residual codebooks and other tokenizations, the trie over them, their quality."""
+"""Items as token sequences: codes, title tokens, raw ids; the trie over them."""
