@@ -80,3 +80,91 @@ def draw_heat(
     axis.set_title(title)
     figure.colorbar(image, ax=axis, label=label, format=lambda value, _: f"{value:+.0%}")
     figure.savefig(path, dpi=120)
+
+
+def draw_codebook(card: Mapping[str, Any], path: Path) -> None:
+    """The quality card of a codebook: use of the codes, agreement between like items, collisions by level.
+
+    Args:
+        card: what :func:`recbole_llm.itemid.quality.card` returned, also after a way through JSON.
+        path: the PNG.
+    """
+    views = {kind: view["agreement"] for kind, view in card["neighbours"].items() if view}
+    figure = _figure(16.5 if views else 11.0, 4.8)
+    panels = list(np.atleast_1d(figure.subplots(1, 3 if views else 2)))
+    _draw_usage(panels[0], card)
+    if views:
+        _draw_agreement(panels[1], views)
+    _draw_collisions(panels[-1], card)
+    sizes = " x ".join(map(str, card["sizes"]))
+    figure.suptitle(f"Codebook of {card['items']} items, {card['levels']} levels: {sizes}")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_usage(axis: Any, card: Mapping[str, Any]) -> None:
+    """Items of each code, most used first, a line a level."""
+    for row in card["usage"]:
+        edges = np.arange(row["size"] + 1) / row["size"]
+        label = f"level {row['level']}: {row['utilisation']:.0%} in use"
+        axis.stairs(np.array(row["counts"]) * row["size"] / card["items"], edges, label=label, linewidth=1.6)
+    axis.axhline(1, color="0.5", linestyle=":", linewidth=1, label="even use")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("codes of the level, most used first")
+    axis.set_ylabel("items of a code; 1 is even use")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_title("Use of the codes")
+    axis.legend(frameon=False)
+
+
+def _draw_agreement(axis: Any, views: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """How often neighbours share their first codes, bars beside chance."""
+    names = {"embeddings": "nearest by embedding", "texts": "nearest by text"}
+    bars = {names[kind]: [row["share"] for row in rows] for kind, rows in views.items()}
+    first = next(iter(views.values()))
+    bars["two items at random"] = [row["chance"] for row in first]
+    seen = [value for values in bars.values() for value in values if value > 0]
+    floor = 10.0 ** np.floor(np.log10(min(seen, default=0.1)))
+    width = 0.8 / len(bars)
+    for place, (name, color) in enumerate(
+        zip(bars, ("tab:blue", "tab:green", "0.7") if len(bars) > 2 else ("tab:blue", "0.7"))
+    ):
+        at = np.arange(len(first)) + (place - (len(bars) - 1) / 2) * width
+        drawn = axis.bar(at, np.maximum(bars[name], floor), width * 0.94, label=name, color=color)
+        axis.bar_label(drawn, [_share_label(value) for value in bars[name]], fontsize=8, padding=2)
+    axis.set_yscale("log")
+    axis.set_ylim(floor, 3)
+    axis.set_xticks(
+        range(len(first)), ["level 1" if row["levels"] == 1 else f"levels 1-{row['levels']}" for row in first]
+    )
+    axis.set_ylabel("share of pairs with the same codes")
+    axis.set_title("Like items, like codes")
+    axis.legend(frameon=False)
+
+
+def _share_label(value: float) -> str:
+    return f"{value:.1%}" if value >= 0.001 else "0" if value == 0 else f"{value:.0e}"
+
+
+def _draw_collisions(axis: Any, card: Mapping[str, Any]) -> None:
+    """Collision rate by the number of levels, beside hashing."""
+    sides: dict[str, tuple[str, dict[str, Any]]] = {
+        "before": ("as chosen", {"color": "tab:blue", "marker": "o", "markersize": 9, "fillstyle": "none"}),
+        "after": (f"after {card['policy'] or 'the policy'}", {"color": "tab:green", "marker": "s", "linestyle": "--"}),
+        "hashing": ("random hashing", {"color": "0.5", "marker": "^", "linestyle": ":"}),
+    }
+    for side, (name, style) in sides.items():
+        rows = [row for row in card["collisions"] if row[side]]
+        if not rows:
+            continue
+        levels, rates = [row["levels"] for row in rows], [row[side]["rate"] for row in rows]
+        axis.plot(levels, rates, label=f"{name}: {rates[-1]:.2%} with {levels[-1]} levels", **style)
+    axis.set_xticks([row["levels"] for row in card["collisions"]])
+    # Rates of 0 are the aim, so the scale has to hold them.
+    axis.set_yscale("symlog", linthresh=1e-4, linscale=0.5)
+    axis.set_ylim(-2e-5, 1.5)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}" if value else "0")
+    axis.set_xlabel("levels")
+    axis.set_ylabel("1 - distinct sequences / items")
+    axis.set_title("Collisions")
+    axis.legend(frameon=False)

@@ -1,0 +1,191 @@
+"""Building a trie as flat arrays: token sequences are sorted, and their common prefixes are the nodes.
+
+Every step is an array operation over what is left of the sequences, so that time is that of sorting and memory is
+linear in the number of tokens: nothing loops over items, and one very long sequence costs its own length only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from recbole_llm.errors import UserError
+
+# Of the 63 bits of a key that does not turn negative.
+KEY_BITS = 62
+
+
+@dataclass(frozen=True)
+class TrieArrays:
+    """The nodes of a trie, breadth first: depth by depth, within a depth by the items below.
+
+    Attributes:
+        order: items sorted by their tokens, int64 [I].
+        starts: where a node's items begin in the order, int64 [N].
+        ends: where they end, int64 [N].
+        tokens: the token that leads to a node, int64 [N]; -1 at the root.
+        parents: int64 [N]; -1 at the root.
+        child_offsets: the children of node n are the nodes ``child_offsets[n]`` to ``child_offsets[n + 1]``, int64
+            [N + 1].
+        level_bounds: the nodes of depth d are those from ``level_bounds[d]`` to ``level_bounds[d + 1]``, int64 [D + 2].
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    tokens: np.ndarray
+    parents: np.ndarray
+    child_offsets: np.ndarray
+    level_bounds: np.ndarray
+
+
+def build(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.ndarray) -> TrieArrays:
+    """Sort items by their tokens and find the nodes.
+
+    Args:
+        offsets: where each item's tokens begin, int64 [n_items + 1].
+        tokens: int64 [offsets[-1]], each within 0..size - 1.
+        size: of the vocabulary.
+        items: the items that have tokens, int64 [I]; equal ones keep the order they have here.
+
+    Returns:
+        The arrays; of N = 1 node where there are no items.
+
+    Raises:
+        UserError: the tokens of one item are the beginning of another's.
+    """
+    order = sort_items(offsets, tokens, size, items)
+    lengths = np.diff(offsets)[order]
+    # The sequences one after the other in their new order: from here on memory is read from front to back.
+    bounds = np.cumsum(lengths)
+    begins = bounds - lengths
+    tokens = tokens[np.arange(lengths.sum()) + np.repeat(offsets[order] - begins, lengths)]
+    common = _common_with_previous(begins, lengths, tokens)
+    _refuse_prefixes(order, lengths, common, begins, tokens)
+
+    # An item adds to the trie the nodes below what it has in common with the one before it.
+    added = lengths - common
+    owner = np.repeat(np.arange(len(order)), added)
+    depth = np.arange(len(owner)) - np.repeat(np.cumsum(added) - lengths, added)  # of the parent
+    longest = int(lengths.max(initial=0))
+    # Stable sorting of 16-bit numbers is linear.
+    breadth_first = np.argsort(depth.astype(np.uint16 if longest < 2**16 else np.int64), kind="stable")
+    starts, depth = owner[breadth_first], depth[breadth_first]
+    level_bounds = np.concatenate(([0, 1], 1 + np.cumsum(np.bincount(depth, minlength=longest)[:longest])))
+
+    # Of two nodes of one depth, the later one's items come later: (depth, start) is sorted.
+    span = len(order) + 1
+    places = np.concatenate(([0], (depth + 1) * span + starts))
+    parents = np.searchsorted(places, depth * span + starts, side="right") - 1
+    children = np.bincount(parents, minlength=len(parents) + 1)
+    child_offsets = np.concatenate(([1], 1 + np.cumsum(children)))
+    return TrieArrays(
+        order,
+        np.concatenate(([0], starts)),
+        _ends(np.concatenate(([0], starts)), added, child_offsets, level_bounds),
+        np.concatenate(([-1], tokens[begins[starts] + depth])),
+        np.concatenate(([-1], parents)),
+        child_offsets,
+        level_bounds.astype(np.int64),
+    )
+
+
+def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.ndarray) -> np.ndarray:
+    """Sort items by their token sequences, a beginning before what it begins; equal ones keep their order.
+
+    Several tokens at a time go into one key, and only items that are still equal to another go on to their next tokens.
+
+    Args:
+        offsets: int64 [n_items + 1].
+        tokens: int64 [offsets[-1]], each within 0..size - 1.
+        size: of the vocabulary.
+        items: int64 [I].
+
+    Returns:
+        The items in their new order, int64 [I].
+    """
+    order = items.copy()
+    bits = int(size).bit_length()
+    step = KEY_BITS // bits if bits else 1
+    places = np.arange(len(order))  # that are not settled yet; those of one group are neighbours
+    group = np.zeros(len(order), dtype=np.int64)
+    done = 0
+    while len(places):
+        unsettled = order[places]
+        begins = offsets[unsettled] + done
+        left = offsets[unsettled + 1] - begins
+        columns = min(step, int(left.max()))
+        if not columns:
+            break
+        key = np.zeros(len(places), dtype=np.int64)
+        for column in range(columns):
+            there = left > column
+            key <<= bits
+            key[there] |= tokens[begins[there] + column] + 1
+        by_key = _argsort(key, bits * columns) if done == 0 else np.lexsort((key, group))
+        order[places], key, left = unsettled[by_key], key[by_key], left[by_key]
+        # Sorted by group first, so the groups are where they were.
+        begin = np.ones(len(places), dtype=bool)
+        begin[1:] = (key[1:] != key[:-1]) | (group[1:] != group[:-1])
+        group = np.cumsum(begin)
+        done += columns
+        tied = ~begin | ~np.append(begin[1:], True)
+        # One that has just ended stays beside those that go on, to come before them.
+        on = tied & (left >= columns)
+        places, group = places[on], group[on]
+    return order
+
+
+def _argsort(keys: np.ndarray, bits: int) -> np.ndarray:
+    """Stable order of keys of so many bits.
+
+    With the keys' places in the bits left over, the keys themselves can be sorted, which is several times as fast.
+    """
+    place_bits = len(keys).bit_length()
+    if bits + place_bits > KEY_BITS:
+        return np.argsort(keys, kind="stable")
+    return np.sort((keys << place_bits) | np.arange(len(keys))) & ((1 << place_bits) - 1)
+
+
+def _common_with_previous(begins: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """How many first tokens each place of the order has in common with the place before it, int64 [I]."""
+    common = np.zeros(len(begins), dtype=np.int64)
+    places, done = np.arange(1, len(begins)), 0
+    while len(places):
+        places = places[np.minimum(lengths[places], lengths[places - 1]) > done]
+        places = places[tokens[begins[places] + done] == tokens[begins[places - 1] + done]]
+        done += 1
+        common[places] = done
+    return common
+
+
+def _refuse_prefixes(
+    order: np.ndarray, lengths: np.ndarray, common: np.ndarray, begins: np.ndarray, tokens: np.ndarray
+) -> None:
+    """Everything between a sequence and one that it begins has it in common, so neighbours tell."""
+    wrong = np.flatnonzero((common[1:] == lengths[:-1]) & (lengths[1:] > common[1:]))
+    if len(wrong):
+        place = int(wrong[0])
+        shown = tokens[begins[place] : begins[place] + lengths[place]].tolist()
+        raise UserError(
+            f"the tokens of item {order[place]} (internal id; {_shortened(shown)}) are the beginning of those of item "
+            f"{order[place + 1]}, so no search could end at it; append an end token to every item's tokens"
+        )
+
+
+def _shortened(tokens: list[int], most: int = 6) -> str:
+    return " ".join(map(str, tokens[:most])) + (" ..." if len(tokens) > most else "")
+
+
+def _ends(starts: np.ndarray, added: np.ndarray, child_offsets: np.ndarray, level_bounds: np.ndarray) -> np.ndarray:
+    """A node's items end where those of its last child do; a leaf's where the next item differs."""
+    distinct = np.flatnonzero(added)
+    following = np.zeros(len(added), dtype=np.int64)
+    following[distinct] = np.append(distinct[1:], len(added))
+    ends = following[starts] if len(added) else np.zeros(1, dtype=np.int64)
+    inner = np.diff(child_offsets) > 0
+    for low, high in zip(level_bounds[-2::-1], level_bounds[:0:-1]):
+        nodes = low + np.flatnonzero(inner[low:high])
+        ends[nodes] = ends[child_offsets[nodes + 1] - 1]
+    return ends
