@@ -17,6 +17,8 @@ from hypothesis.extra.numpy import arrays
 
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.pictures import draw_codebook
+from recbole_llm.itemid.codebook import ResidualCodebook
+from recbole_llm.itemid.kmeans import kmeans
 from recbole_llm.itemid.quality import card, hashing, nearest_rows, neighbour_agreement, prefix_chance, prefix_groups
 from recbole_llm.itemid.quality_text import as_text
 
@@ -246,3 +248,39 @@ def test_what_does_not_fit_is_refused_in_one_line(given_codes: np.ndarray, more:
     with pytest.raises(UserError, match=words) as caught:
         card(given_codes, SIZES, **more)
     assert "\n" not in str(caught.value)
+
+
+def residual_codebook(residual: str) -> tuple[ResidualCodebook, np.ndarray, np.ndarray]:
+    """A codebook of three levels by k-means, with points and their codes; the first is the padding."""
+    rows = points(300, 4)
+    levels, left = [], rows[1:].copy()
+    for level in range(3):
+        centres, near = kmeans(left, 8, seed=level)
+        levels.append(centres)
+        left = left - centres[near] if residual == "signed" else np.abs(left - centres[near])
+    codebook = ResidualCodebook(torch.from_numpy(np.stack(levels)), "l2", residual)
+    codes = np.full((300, 3), -1)
+    codes[1:] = codebook.encode(torch.from_numpy(rows[1:]))[0].numpy()
+    return codebook, rows, codes
+
+
+def test_reconstruction_equals_the_sums_of_codes() -> None:
+    codebook, rows, codes = residual_codebook("signed")
+    view = card(codes, [8] * 3, embeddings=rows, codebook=codebook)["reconstruction"]
+    assert (view["distance"], view["residual"]) == ("l2", "signed")
+    x, levels = rows[1:].astype(np.float64), codebook.levels.numpy().astype(np.float64)
+    left, spread = x.copy(), np.square(x - x.mean(0)).sum()
+    for level, row in enumerate(view["levels"]):
+        assert row["level"] == level + 1
+        left = left - levels[level][codes[1:, level]]
+        assert row["explained"] == pytest.approx(1 - np.square(left).sum() / spread, rel=1e-5)
+        # The squared distance of a level's input to its code is what that code leaves.
+        assert row["mean_distance"] == pytest.approx(np.square(left).sum(1).mean(), rel=1e-4)
+    assert view["levels"][0]["explained"] < view["levels"][2]["explained"]
+
+
+def test_codes_of_absolute_residuals_explain_nothing_by_their_sum() -> None:
+    codebook, rows, codes = residual_codebook("abs")
+    made = card(codes, [8] * 3, embeddings=rows, codebook=codebook)
+    assert [row["explained"] for row in made["reconstruction"]["levels"]] == [None] * 3
+    assert "do not add up" in as_text(made)
