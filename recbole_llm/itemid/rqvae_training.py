@@ -7,21 +7,19 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recbole_llm.errors import TrainingStoppedError, UserError
+from recbole_llm.itemid.alignment import Resume
 from recbole_llm.itemid.codebook import residual_kmeans
 from recbole_llm.itemid.collapse import check_collapse
 from recbole_llm.itemid.kmeans import check_count, check_points
 from recbole_llm.itemid.rqvae import RQVAE, RQVAESettings
 from recbole_llm.progress import Steps
-
-if TYPE_CHECKING:
-    from recbole_llm.training.state import ResumeFile
 
 # All items are looked at in batches of this size.
 LOOK_BATCH = 8192
@@ -52,7 +50,7 @@ def train_rqvae(
     seed: int,
     texts: np.ndarray | Tensor | None = None,
     device: str | torch.device = "cpu",
-    resume: ResumeFile | None = None,
+    resume: Resume | None = None,
 ) -> RQVAE:
     """Train the autoencoder on the items that are to have codes.
 
@@ -89,6 +87,9 @@ def train_rqvae(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = RQVAE(x.shape[1], settings, 0 if aims is None else aims.shape[1]).to(device)
+        if aims is not None:
+            model.text_mean.copy_(aims.mean(0))
+            model.text_scale.copy_((aims - aims.mean(0)).square().mean().sqrt().clamp_min(1e-12))
         training = _Training(model, x.to(device), None if aims is None else aims.to(device), seed, mark, resume)
         training.run()
     model.figures["seconds"] = time.perf_counter() - start
@@ -99,7 +100,7 @@ class _Training:
     """One training: what changes from step to step."""
 
     def __init__(
-        self, model: RQVAE, x: Tensor, texts: Tensor | None, seed: int, mark: str, resume: ResumeFile | None
+        self, model: RQVAE, x: Tensor, texts: Tensor | None, seed: int, mark: str, resume: Resume | None
     ) -> None:
         self.model, self.settings, self.x, self.texts = model, model.settings, x, texts
         self.seed, self.mark, self.resume = seed, mark, resume
@@ -184,7 +185,10 @@ class _Training:
     def _take_up(self) -> bool:
         """Whether an earlier attempt at the same training left something to go on from."""
         state = self.resume.take_up() if self.resume is not None else None
-        if state is None or state["mark"] != self.mark:
+        if self.resume is None or state is None:
+            return False
+        if state.get("mark") != self.mark:
+            self.resume.refuse("what an earlier RQ-VAE left is of other items or settings")
             return False
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
