@@ -293,7 +293,7 @@ def test_texts_alone_find_the_codes_of_their_items() -> None:
     model = train_rqvae(x, own, seed=0, texts=texts)
     by_text, by_point = (model.codebook.encode(found)[0][:, 0] for found in (model.project(texts), model.latent(x)))
     assert (by_text == by_point).float().mean() > 0.6
-    with pytest.raises(UserError, match="texts of 4 dimensions, but the RQ-VAE was trained on 9"):
+    with pytest.raises(UserError, match=r"for vectors of 9 dimensions, but was given \(4,\)"):
         model.project(texts[:, :4])
     with pytest.raises(UserError, match="trained without texts"):
         untrained(x).project(texts)
@@ -371,6 +371,7 @@ def broken() -> Tensor:
     ("x", "changes", "texts", "words"),
     [
         (broken(), {}, None, "1 of 200 points to quantise .*row 7"),
+        (clusters()[0], {}, None, "should be a table"),
         (clusters(7), {}, None, "fewer items than codes: 7 items for 8 codes"),
         (clusters(), {"text_weight": 1.0}, None, "there are no text embeddings"),
         (clusters(), {"text_weight": 1.0}, clusters(100), "100 text embeddings for 200 points"),

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,29 @@ class RQVAE(nn.Module):
     @property
     def codebook(self) -> ResidualCodebook:
         """The codes, which quantise what :meth:`latent` returns."""
-        return ResidualCodebook(self.levels.detach(), "l2", "signed")
+        return ResidualCodebook(self.levels.detach().clone(), "l2", "signed")
 
     @torch.no_grad()
     def latent(self, points: Tensor, batch: int = 8192) -> Tensor:
-        """Points ``[n, d_in]`` to latent vectors float32 ``[n, d]``, on the model's device."""
-        return self._in_batches(self.encoder, points, batch)
+        """Points ``[n, d_in]`` to latent vectors float32 ``[n, d]``, on the model's device.
+
+        Raises:
+            UserError: points of another width.
+        """
+        return self._in_batches(self.encoder, points, batch, self.input_size)
 
     @torch.no_grad()
     def reconstruct(self, points: Tensor, batch: int = 8192) -> Tensor:
-        """Points ``[n, d_in]`` to what encoder, nearest codes and decoder make of them, float32 ``[n, d_in]``."""
-        return self._in_batches(lambda rows: self.decoder(self.quantise(self.encoder(rows)).latent), points, batch)
+        """Points ``[n, d_in]`` to what encoder, nearest codes and decoder make of them, float32 ``[n, d_in]``.
+
+        Raises:
+            UserError: points of another width.
+        """
+
+        def there_and_back(rows: Tensor) -> Tensor:
+            return self.decoder(self.quantise(self.encoder(rows)).latent)
+
+        return self._in_batches(there_and_back, points, batch, self.input_size)
 
     @torch.no_grad()
     def project(self, texts: Tensor, batch: int = 8192) -> Tensor:
@@ -218,18 +231,21 @@ class RQVAE(nn.Module):
         """
         if self.text_projector is None:
             raise UserError("the RQ-VAE was trained without texts (text_weight: 0), so it has no codes for a text")
-        if texts.shape[1] != self.text_size:
-            raise UserError(f"texts of {texts.shape[1]} dimensions, but the RQ-VAE was trained on {self.text_size}")
-        return self._in_batches(self._aims, texts, batch)
+        return self._in_batches(self._aims, texts, batch, self.text_size)
 
     def _aims(self, texts: Tensor) -> Tensor:
         assert self.text_projector is not None
         return self.text_projector((texts - self.text_mean) / self.text_scale)
 
-    def _in_batches(self, function: Any, points: Tensor, batch: int) -> Tensor:
+    def _in_batches(self, function: Callable[[Tensor], Tensor], vectors: Tensor, batch: int, width: int) -> Tensor:
+        if vectors.dim() != 2 or vectors.shape[1] != width:
+            raise UserError(
+                f"the RQ-VAE is for vectors of {width} dimensions, but was given {tuple(vectors.shape)[1:]}; it is one "
+                "of other embeddings"
+            )
         training = self.training
         self.eval()
-        made = [function(rows.to(self.levels.device, torch.float32)) for rows in points.split(batch)]
+        made = [function(rows.to(self.levels.device, torch.float32)) for rows in vectors.split(batch)]
         self.train(training)
         return torch.cat(made)
 
