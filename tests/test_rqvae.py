@@ -276,12 +276,27 @@ def test_the_best_weights_are_kept(checkpoint: str, monkeypatch: pytest.MonkeyPa
 
 def test_texts_pull_the_codes() -> None:
     x, texts = clusters(), clusters(width=5, seed=1)
-    start, end = (
-        train_rqvae(x, settings(text_weight=1.0, epochs=epochs), seed=0, texts=texts).figures["text"]
-        for epochs in (0, 40)
-    )
-    assert 0 < end < start
+    # The projection learns in each of them; by the weight, the codes come towards the texts.
+    gaps = [
+        train_rqvae(x, settings(text_weight=weight, epochs=40), seed=0, texts=texts).figures["text"]
+        for weight in (1e-6, 1.0, 5.0)
+    ]
+    assert gaps == sorted(gaps, reverse=True) and gaps[2] < 0.7 * gaps[0]
     assert train_rqvae(x, settings(text_weight=0.0), seed=0, texts=texts).text_projector is None
+
+
+def test_texts_alone_find_the_codes_of_their_items() -> None:
+    """Where texts tell what the points tell, most items' texts lead to the codes that the items themselves have."""
+    x = clusters(300)
+    texts = 5 + 0.01 * x @ clusters(6, 9, seed=2)
+    own = settings(levels=1, epochs=80, learning_rate=0.01, hidden_sizes=(32,), text_weight=1.0)
+    model = train_rqvae(x, own, seed=0, texts=texts)
+    by_text, by_point = (model.codebook.encode(found)[0][:, 0] for found in (model.project(texts), model.latent(x)))
+    assert (by_text == by_point).float().mean() > 0.6
+    with pytest.raises(UserError, match=r"for vectors of 9 dimensions, but was given \(4,\)"):
+        model.project(texts[:, :4])
+    with pytest.raises(UserError, match="trained without texts"):
+        untrained(x).project(texts)
 
 
 def test_dead_codes_move_to_items_far_from_theirs() -> None:
@@ -334,6 +349,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert_same(found, model)
     assert (found.settings, found.figures) == (model.settings, model.figures)
     assert torch.equal(found.reconstruct(x), model.reconstruct(x))
+    assert torch.equal(found.project(clusters(width=5)), model.project(clusters(width=5)))
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION])
@@ -355,6 +371,7 @@ def broken() -> Tensor:
     ("x", "changes", "texts", "words"),
     [
         (broken(), {}, None, "1 of 200 points to quantise .*row 7"),
+        (clusters()[0], {}, None, "should be a table"),
         (clusters(7), {}, None, "fewer items than codes: 7 items for 8 codes"),
         (clusters(), {"text_weight": 1.0}, None, "there are no text embeddings"),
         (clusters(), {"text_weight": 1.0}, clusters(100), "100 text embeddings for 200 points"),
@@ -371,7 +388,8 @@ def test_what_cannot_be_trained_on_is_refused(x: Tensor, changes: dict[str, Any]
         ({"reduction": "none"}, "reduction is 'none'; it can be mean or sum"),
         ({"checkpoint": "lost"}, "checkpoint is 'lost'"),
         ({"schedule": "cosine"}, "schedule is 'cosine'"),
-        ({"sinkhorn_levels": 4}, "sinkhorn_levels is 4, of 3 levels"),
+        ({"sinkhorn_levels": 4}, "sinkhorn_levels is 4; it should be from 0 to 3"),
+        ({"codes": 0}, "codes is 0; it should be at least 1"),
         ({"kmeans_points": 4}, "kmeans_points is 4, too few to start 8 codes"),
     ],
 )

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.codebook import ResidualCodebook, distances
-from recbole_llm.itemid.sinkhorn import sinkhorn_assign
+from recbole_llm.itemid.sinkhorn import EPSILON, ITERATIONS, balanced
 
 WEIGHTS = "rqvae.safetensors"
 DESCRIPTION = "rqvae.json"
@@ -122,8 +124,8 @@ class RQVAESettings:
     kmeans_points: int = 1024
     kmeans_iterations: int = 100
     sinkhorn_levels: int = 1
-    sinkhorn_epsilon: float = 0.003
-    sinkhorn_iterations: int = 50
+    sinkhorn_epsilon: float = EPSILON
+    sinkhorn_iterations: int = ITERATIONS
     text_weight: float = 0.0
     check_every: int = 50
     checkpoint: str = "reconstruction"
@@ -135,8 +137,17 @@ class RQVAESettings:
         for name, known in (("reduction", REDUCTIONS), ("schedule", SCHEDULES), ("checkpoint", CHECKPOINTS)):
             if getattr(self, name) not in known:
                 raise UserError(f"RQ-VAE: {name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
-        if self.sinkhorn_levels > self.levels:
-            raise UserError(f"RQ-VAE: sinkhorn_levels is {self.sinkhorn_levels}, of {self.levels} levels")
+        for names, low, high in (
+            (("latent_size", "levels", "codes", "batch_size", "check_every"), 1, math.inf),
+            (("epochs", "steps", "warm_up", "max_norm", "weight_decay", "text_weight", "kmeans_points"), 0, math.inf),
+            (("quantisation_weight", "commitment", "learning_rate"), 0, math.inf),
+            (("dropout", "least_usage"), 0, 1),
+            (("sinkhorn_levels",), 0, self.levels),
+        ):
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                    raise UserError(f"RQ-VAE: {name} is {getattr(self, name)}; it should be {limit}")
         if 0 < self.kmeans_points < self.codes:
             raise UserError(f"RQ-VAE: kmeans_points is {self.kmeans_points}, too few to start {self.codes} codes from")
 
@@ -168,6 +179,9 @@ class RQVAE(nn.Module):
         text_size: width of the text embeddings, where ``text_weight`` asks for them.
     """
 
+    text_mean: Tensor
+    text_scale: Tensor
+
     def __init__(self, input_size: int, settings: RQVAESettings, text_size: int = 0) -> None:
         super().__init__()
         self.input_size, self.settings, self.text_size = input_size, settings, text_size
@@ -176,37 +190,70 @@ class RQVAE(nn.Module):
         self.decoder = _mlp(widths[::-1], settings)
         self.levels = nn.Parameter(torch.zeros(settings.levels, settings.codes, settings.latent_size))
         self.text_projector = nn.Linear(text_size, settings.latent_size) if text_size else None
+        # Language models put all their vectors into a narrow cone, so texts are centred and brought to one size.
+        self.register_buffer("text_mean", torch.zeros(text_size))
+        self.register_buffer("text_scale", torch.ones(()))
         self.figures: dict[str, Any] = {}
 
     @property
     def codebook(self) -> ResidualCodebook:
         """The codes, which quantise what :meth:`latent` returns."""
-        return ResidualCodebook(self.levels.detach(), "l2", "signed")
+        return ResidualCodebook(self.levels.detach().clone(), "l2", "signed")
 
     @torch.no_grad()
     def latent(self, points: Tensor, batch: int = 8192) -> Tensor:
-        """Points ``[n, d_in]`` to latent vectors float32 ``[n, d]``, on the model's device."""
-        return self._in_batches(self.encoder, points, batch)
+        """Points ``[n, d_in]`` to latent vectors float32 ``[n, d]``, on the model's device.
+
+        Raises:
+            UserError: points of another width.
+        """
+        return self._in_batches(self.encoder, points, batch, self.input_size)
 
     @torch.no_grad()
     def reconstruct(self, points: Tensor, batch: int = 8192) -> Tensor:
-        """Points ``[n, d_in]`` to what encoder, nearest codes and decoder make of them, float32 ``[n, d_in]``."""
-        return self._in_batches(lambda rows: self.decoder(self.quantise(self.encoder(rows)).latent), points, batch)
+        """Points ``[n, d_in]`` to what encoder, nearest codes and decoder make of them, float32 ``[n, d_in]``.
 
-    def _in_batches(self, function: Any, points: Tensor, batch: int) -> Tensor:
+        Raises:
+            UserError: points of another width.
+        """
+
+        def there_and_back(rows: Tensor) -> Tensor:
+            return self.decoder(self.quantise(self.encoder(rows)).latent)
+
+        return self._in_batches(there_and_back, points, batch, self.input_size)
+
+    @torch.no_grad()
+    def project(self, texts: Tensor, batch: int = 8192) -> Tensor:
+        """Texts ``[n, text_size]`` to vectors the codebook can quantise, float32 ``[n, d]``: for items without points.
+
+        Raises:
+            UserError: the autoencoder was trained without texts, or these are of another width.
+        """
+        if self.text_projector is None:
+            raise UserError("the RQ-VAE was trained without texts (text_weight: 0), so it has no codes for a text")
+        return self._in_batches(self._aims, texts, batch, self.text_size)
+
+    def _aims(self, texts: Tensor) -> Tensor:
+        assert self.text_projector is not None
+        return self.text_projector((texts - self.text_mean) / self.text_scale)
+
+    def _in_batches(self, function: Callable[[Tensor], Tensor], vectors: Tensor, batch: int, width: int) -> Tensor:
+        if vectors.dim() != 2 or vectors.shape[1] != width:
+            raise UserError(
+                f"the RQ-VAE is for vectors of {width} dimensions, but was given {tuple(vectors.shape)[1:]}; it is one "
+                "of other embeddings"
+            )
         training = self.training
         self.eval()
-        made = [function(rows.to(self.levels.device, torch.float32)) for rows in points.split(batch)]
+        made = [function(rows.to(self.levels.device, torch.float32)) for rows in vectors.split(batch)]
         self.train(training)
         return torch.cat(made)
 
-    def choose(self, level: int, inputs: Tensor, balanced: bool = False) -> Tensor:
+    def choose(self, level: int, inputs: Tensor, even: bool = False) -> Tensor:
         """The code of each input ``[B, d]`` at a level, int64 ``[B]``: the nearest, or by balanced assignment."""
         gaps = distances(inputs.detach(), self.levels[level].detach(), "l2")
-        if balanced:
-            return sinkhorn_assign(
-                gaps, epsilon=self.settings.sinkhorn_epsilon, iterations=self.settings.sinkhorn_iterations
-            )
+        if even:
+            return balanced(gaps, self.settings.sinkhorn_epsilon, self.settings.sinkhorn_iterations)
         return gaps.argmin(1)
 
     def quantise(self, latent: Tensor) -> Quantised:
@@ -214,8 +261,8 @@ class RQVAE(nn.Module):
         settings = self.settings
         inputs, chosen, vectors, codebook, commitment = latent, [], [], [], []
         for level in range(settings.levels):
-            balanced = self.training and level >= settings.levels - settings.sinkhorn_levels
-            codes = self.choose(level, inputs, balanced)
+            even = self.training and level >= settings.levels - settings.sinkhorn_levels
+            codes = self.choose(level, inputs, even)
             vector = F.embedding(codes, self.levels[level])
             codebook.append(self.squared_error(vector, inputs.detach()))
             commitment.append(self.squared_error(inputs, vector.detach()))
@@ -251,7 +298,7 @@ class RQVAE(nn.Module):
         loss = reconstruction + settings.quantisation_weight * quantisation
         text = torch.zeros_like(loss)
         if self.text_projector is not None and texts is not None:
-            aim = self.text_projector(texts)
+            aim = self._aims(texts)
             text = self._over_levels([self.squared_error(vector, aim) for vector in made.vectors.unbind(1)])
             loss = loss + settings.text_weight * text
         parts = {

@@ -7,21 +7,19 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recbole_llm.errors import TrainingStoppedError, UserError
+from recbole_llm.itemid.alignment import Resume
 from recbole_llm.itemid.codebook import residual_kmeans
 from recbole_llm.itemid.collapse import check_collapse
 from recbole_llm.itemid.kmeans import check_count, check_points
 from recbole_llm.itemid.rqvae import RQVAE, RQVAESettings
 from recbole_llm.progress import Steps
-
-if TYPE_CHECKING:
-    from recbole_llm.training.state import ResumeFile
 
 # All items are looked at in batches of this size.
 LOOK_BATCH = 8192
@@ -52,7 +50,8 @@ def train_rqvae(
     seed: int,
     texts: np.ndarray | Tensor | None = None,
     device: str | torch.device = "cpu",
-    resume: ResumeFile | None = None,
+    resume: Resume | None = None,
+    show_progress: bool = True,
 ) -> RQVAE:
     """Train the autoencoder on the items that are to have codes.
 
@@ -66,6 +65,7 @@ def train_rqvae(
         texts: float ``[n, H]``, what the codes are aligned with; needed if ``text_weight`` is above 0.
         device: where to train.
         resume: where to keep what is needed to go on, and to find what an attempt that was cut off kept.
+        show_progress: whether to tell how far along it is.
 
     Returns:
         The best weights by ``checkpoint``, ready for use. Its ``figures`` tell ``epochs``, ``steps``, ``seconds`` of
@@ -89,8 +89,11 @@ def train_rqvae(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = RQVAE(x.shape[1], settings, 0 if aims is None else aims.shape[1]).to(device)
+        if aims is not None:
+            model.text_mean.copy_(aims.mean(0))
+            model.text_scale.copy_((aims - aims.mean(0)).square().mean().sqrt().clamp_min(1e-12))
         training = _Training(model, x.to(device), None if aims is None else aims.to(device), seed, mark, resume)
-        training.run()
+        training.run(show_progress)
     model.figures["seconds"] = time.perf_counter() - start
     return model
 
@@ -99,7 +102,7 @@ class _Training:
     """One training: what changes from step to step."""
 
     def __init__(
-        self, model: RQVAE, x: Tensor, texts: Tensor | None, seed: int, mark: str, resume: ResumeFile | None
+        self, model: RQVAE, x: Tensor, texts: Tensor | None, seed: int, mark: str, resume: Resume | None
     ) -> None:
         self.model, self.settings, self.x, self.texts = model, model.settings, x, texts
         self.seed, self.mark, self.resume = seed, mark, resume
@@ -114,24 +117,26 @@ class _Training:
         self.epoch = 0
         self.best: dict[str, Any] = {}
 
-    def run(self) -> None:
+    def run(self, show_progress: bool) -> None:
         """Train to the end, and leave the best weights in the model."""
         if not self._take_up():
             start_codes(self.model, self.x, self.seed)
             # An untrained encoder spreads items well, and would often have the best collision rate of all.
             if not self.epochs:
                 self._look()
-        steps = Steps("training the RQ-VAE", self.epochs)
+        steps = Steps("training the RQ-VAE", self.epochs, show_progress)
         steps.done = self.epoch
-        while self.epoch < self.epochs:
-            self._train_epoch()
-            self.epoch += 1
-            if self.epoch % self.settings.check_every == 0 or self.epoch == self.epochs:
-                steps.note(f"collision rate {self._look().collision_rate:.4f}")
-            steps.advance()
-            if self.resume is not None and self.resume.due():
-                self.resume.save(self._state())
-        steps.close()
+        try:
+            while self.epoch < self.epochs:
+                self._train_epoch()
+                self.epoch += 1
+                if self.epoch % self.settings.check_every == 0 or self.epoch == self.epochs:
+                    steps.note(f"collision rate {self._look().collision_rate:.4f}")
+                steps.advance()
+                if self.resume is not None and self.resume.due():
+                    self.resume.save(self._state())
+        finally:
+            steps.close()
         self.model.load_state_dict(self.best["weights"])
         self.model.eval()
         self._tell()
@@ -184,7 +189,10 @@ class _Training:
     def _take_up(self) -> bool:
         """Whether an earlier attempt at the same training left something to go on from."""
         state = self.resume.take_up() if self.resume is not None else None
-        if state is None or state["mark"] != self.mark:
+        if self.resume is None or state is None:
+            return False
+        if state.get("mark") != self.mark:
+            self.resume.refuse("what an earlier RQ-VAE left is of other items or settings")
             return False
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -291,6 +299,8 @@ def _rate(rise: int, steps: int, schedule: str) -> Callable[[int], float]:
 def _checked(table: np.ndarray | Tensor, what: str) -> Tensor:
     """Float32 rows on the CPU, all of them numbers."""
     made = torch.as_tensor(table).detach().to("cpu", torch.float32).contiguous()
+    if made.dim() != 2:
+        raise UserError(f"RQ-VAE: {what} should be a table [items, dimensions], but have shape {tuple(made.shape)}")
     check_points(made.numpy(), what)
     return made
 
