@@ -93,6 +93,8 @@ class TestThereAndBack:
             ItemTokens.from_sequences([[], [5], [7, END], [END]], END)
         with pytest.raises(ValueError, match="padding"):
             ItemTokens.from_sequences([[5], [7]], END)
+        with pytest.raises(ValueError, match="-3 is no"):
+            ItemTokens.from_sequences([[], [7, -3]], END)
 
     def test_what_a_kind_does_not_have(self) -> None:
         titles = ItemTokens.from_sequences([[], [5]], END)

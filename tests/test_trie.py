@@ -333,36 +333,31 @@ def test_a_cuda_device_gives_the_same_and_is_not_waited_for() -> None:
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 16, (3001, 3))
     drawn[0] = -1
-    item_tokens = ItemTokens.from_codes(drawn, [16] * 3)
-    trie = Trie(item_tokens)
+    trie = Trie(ItemTokens.from_codes(drawn, [16] * 3))
     there = trie.to("cuda")
     history = torch.from_numpy(rng.integers(0, 3001, (8, 40)))
-    scores = torch.randn(8, 3001)
-    logits = torch.randn(8, 20, trie.size)
+    scores, logits = torch.randn(8, 3001), torch.randn(8, 20, trie.size)
+
+    def all_of(trie: Trie, depth: int, *given: torch.Tensor) -> list[torch.Tensor]:
+        nodes, history, scores, logits = given
+        exclude = Exclusion(trie, history)
+        tokens, children = trie.legal_padded(nodes, depth, exclude)
+        mass = trie.mass(trie.sums(scores), children)
+        masks = trie.mask(nodes, depth=depth), trie.mask(nodes, depth=depth, exclude=exclude)
+        masked = trie.mask_logits_(logits.clone(), nodes, depth=depth)
+        return [tokens, children, mass, *masks, masked, trie.step(nodes, tokens[..., 0]), exclude.left(nodes)]
+
     for depth in range(3):
         nodes = torch.from_numpy(rng.integers(trie.level_bounds[depth], trie.level_bounds[depth + 1], (8, 20)))
-
-        def all_of(trie: Trie, nodes: torch.Tensor, depth: int = depth) -> list[torch.Tensor]:
-            device = nodes.device
-            exclude = Exclusion(trie, history.to(device))
-            padded_tokens, children = trie.legal_padded(nodes, depth, exclude)
-            mask = trie.mask(nodes, depth=depth, exclude=exclude)
-            masked = trie.mask_logits_(logits.to(device), nodes, depth=depth)
-            mass = trie.mass(trie.sums(scores.to(device)), children)
-            return [
-                padded_tokens,
-                children,
-                mask,
-                masked,
-                mass,
-                trie.step(nodes, padded_tokens[..., 0]),
-                exclude.left(nodes),
-            ]
-
-        expected = all_of(trie, nodes)
-        moved = nodes.cuda()
-        all_of(there, moved)
-        pinned = history.cuda(), scores.cuda(), logits.cuda()
-        del pinned
-        for mine, theirs in zip(all_of(there, moved), expected):
+        given_there = [tensor.cuda() for tensor in (nodes, history, scores, logits)]
+        all_of(there, depth, *given_there)  # what is made when first asked for
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = all_of(there, depth, *given_there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for mine, theirs in zip(found, all_of(trie, depth, nodes, history, scores, logits)):
             torch.testing.assert_close(mine.cpu(), theirs)
+        for mine, theirs in zip(there.legal(given_there[0]), trie.legal(nodes)):
+            assert torch.equal(mine.cpu(), theirs)
+    torch.testing.assert_close(log_masses(there, scores.cuda()).cpu(), log_masses(trie, scores))

@@ -122,17 +122,22 @@ class ItemTokens:
 
         Raises:
             UserError: a sequence holds the end token itself.
-            ValueError: the padding item has tokens.
+            ValueError: the padding item has tokens, or an id is negative.
         """
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         flat = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
         if len(lengths) and lengths[0]:
             raise ValueError("item 0 is padding and cannot have tokens")
+        if flat.min(initial=0) < 0:
+            raise ValueError(f"{flat.min()} is no language model's token id")
         if (flat == end).any():
             item = int(np.searchsorted(lengths.cumsum(), np.flatnonzero(flat == end)[0], side="right"))
             raise UserError(f"the title of item {item} (internal id) holds the end token {end} within")
         whole = np.insert(flat, lengths.cumsum()[lengths > 0], end)
-        lm_ids, tokens = np.unique(whole, return_inverse=True)
+        # A table of the ids that occur, not a sort: they are a language model's, so it is small.
+        occurs = np.zeros(int(whole.max(initial=-1)) + 1, dtype=bool)
+        occurs[whole] = True
+        lm_ids, tokens = np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[whole]
         offsets = np.concatenate(([0], np.cumsum(lengths + (lengths > 0))))
         pool = _pool(raw_ids, len(lengths))
         return cls(

@@ -207,13 +207,12 @@ class Trie:
             Children int64 [..., W], the last one again in places that a node does not need, and any node where it has
             none; whether a place is needed, bool [..., W]; whether the node has children, bool [..., 1].
         """
-        safe = nodes.clamp(min=0)
-        first = self.child_offsets[safe]
-        end = torch.where(nodes >= 0, self.child_offsets[safe + 1], first)
+        # For -1 these are the last offset and the first: an empty range, like a leaf's.
+        first, end = self.child_offsets[nodes], self.child_offsets[nodes + 1]
         if depth is not None:
             width = self.widths[depth]
         else:
-            width = int((end - first).max()) if nodes.numel() else 0
+            width = max(int((end - first).max()), 0) if nodes.numel() else 0
         first, end = first.unsqueeze(-1), end.unsqueeze(-1)
         children = first + torch.arange(width, device=nodes.device)
         return torch.minimum(children, end - 1), children < end, end > first
@@ -234,9 +233,8 @@ class Trie:
             by row, the token, and the child that it leads to.
         """
         flat = nodes.reshape(-1)
-        safe = flat.clamp(min=0)
-        first = self.child_offsets[safe]
-        counts = torch.where(flat >= 0, self.child_offsets[safe + 1] - first, 0)
+        first = self.child_offsets[flat]
+        counts = (self.child_offsets[flat + 1] - first).clamp(min=0)
         row = torch.arange(len(flat), device=nodes.device).repeat_interleave(counts)
         within = torch.arange(len(row), device=nodes.device) - (counts.cumsum(0) - counts)[row]
         child = first[row] + within

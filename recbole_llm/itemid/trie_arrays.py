@@ -55,6 +55,9 @@ def build(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.ndarray)
     Raises:
         UserError: the tokens of one item are the beginning of another's.
     """
+    if not len(items):
+        none = np.zeros(1, dtype=np.int64)
+        return TrieArrays(items, none, none, none - 1, none - 1, np.array([1, 1]), np.array([0, 1]))
     order = sort_items(offsets, tokens, size, items)
     lengths = np.diff(offsets)[order]
     # The sequences one after the other in their new order: from here on memory is read from front to back.
@@ -68,23 +71,27 @@ def build(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.ndarray)
     added = lengths - common
     owner = np.repeat(np.arange(len(order)), added)
     depth = np.arange(len(owner)) - np.repeat(np.cumsum(added) - lengths, added)  # of the parent
-    longest = int(lengths.max(initial=0))
+    longest = int(lengths.max())
     # Stable sorting of 16-bit numbers is linear.
-    breadth_first = np.argsort(depth.astype(np.uint16 if longest < 2**16 else np.int64), kind="stable")
-    starts, depth = owner[breadth_first], depth[breadth_first]
+    depth = depth.astype(np.uint16 if longest < 2**16 else np.int64)
+    breadth_first = np.argsort(depth, kind="stable")
+    starts, depth = owner[breadth_first], depth[breadth_first].astype(np.int64)
     level_bounds = np.concatenate(([0, 1], 1 + np.cumsum(np.bincount(depth, minlength=longest)[:longest])))
 
-    # Of two nodes of one depth, the later one's items come later: (depth, start) is sorted.
-    span = len(order) + 1
-    places = np.concatenate(([0], (depth + 1) * span + starts))
-    parents = np.searchsorted(places, depth * span + starts, side="right") - 1
-    children = np.bincount(parents, minlength=len(parents) + 1)
-    child_offsets = np.concatenate(([1], 1 + np.cumsum(children)))
+    # The first child of a node stands where the node does, and so is added by the same item. Inner nodes and first
+    # children are the same in number and order, which gives every child its parent without a search.
+    inner = np.concatenate(([True], lengths[starts] > depth + 1))
+    first_child = depth > common[starts]
+    first_child[0] = True
+    parents = np.flatnonzero(inner)[np.cumsum(first_child) - 1]
+    firsts = np.append(1 + np.flatnonzero(first_child), len(owner) + 1)
+    child_offsets = firsts[np.concatenate(([0], np.cumsum(inner)))]
+    starts = np.concatenate(([0], starts))
     return TrieArrays(
         order,
-        np.concatenate(([0], starts)),
-        _ends(np.concatenate(([0], starts)), added, child_offsets, level_bounds),
-        np.concatenate(([-1], tokens[begins[starts] + depth])),
+        starts,
+        _ends(starts, added, child_offsets, inner, level_bounds),
+        np.concatenate(([-1], tokens[begins[starts[1:]] + depth])),
         np.concatenate(([-1], parents)),
         child_offsets,
         level_bounds.astype(np.int64),
@@ -120,9 +127,12 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
             break
         key = np.zeros(len(places), dtype=np.int64)
         for column in range(columns):
-            there = left > column
             key <<= bits
-            key[there] |= tokens[begins[there] + column] + 1
+            there = left > column
+            if there.all():
+                key |= tokens[begins + column] + 1
+            else:
+                key[there] |= tokens[begins[there] + column] + 1
         by_key = _argsort(key, bits * columns) if done == 0 else np.lexsort((key, group))
         order[places], key, left = unsettled[by_key], key[by_key], left[by_key]
         # Sorted by group first, so the groups are where they were.
@@ -151,12 +161,16 @@ def _argsort(keys: np.ndarray, bits: int) -> np.ndarray:
 def _common_with_previous(begins: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """How many first tokens each place of the order has in common with the place before it, int64 [I]."""
     common = np.zeros(len(begins), dtype=np.int64)
-    places, done = np.arange(1, len(begins)), 0
+    places, shorter, done = np.arange(1, len(begins)), np.minimum(lengths[1:], lengths[:-1]), 0
+    here, before = begins[1:], begins[:-1]
     while len(places):
-        places = places[np.minimum(lengths[places], lengths[places - 1]) > done]
-        places = places[tokens[begins[places] + done] == tokens[begins[places - 1] + done]]
+        same = np.flatnonzero(tokens[here + done] == tokens[before + done])
+        places, shorter, here, before = places[same], shorter[same], here[same], before[same]
         done += 1
         common[places] = done
+        on = np.flatnonzero(shorter > done)
+        if len(on) < len(places):
+            places, shorter, here, before = places[on], shorter[on], here[on], before[on]
     return common
 
 
@@ -178,13 +192,14 @@ def _shortened(tokens: list[int], most: int = 6) -> str:
     return " ".join(map(str, tokens[:most])) + (" ..." if len(tokens) > most else "")
 
 
-def _ends(starts: np.ndarray, added: np.ndarray, child_offsets: np.ndarray, level_bounds: np.ndarray) -> np.ndarray:
+def _ends(
+    starts: np.ndarray, added: np.ndarray, child_offsets: np.ndarray, inner: np.ndarray, level_bounds: np.ndarray
+) -> np.ndarray:
     """A node's items end where those of its last child do; a leaf's where the next item differs."""
     distinct = np.flatnonzero(added)
     following = np.zeros(len(added), dtype=np.int64)
     following[distinct] = np.append(distinct[1:], len(added))
-    ends = following[starts] if len(added) else np.zeros(1, dtype=np.int64)
-    inner = np.diff(child_offsets) > 0
+    ends = following[starts]
     for low, high in zip(level_bounds[-2::-1], level_bounds[:0:-1]):
         nodes = low + np.flatnonzero(inner[low:high])
         ends[nodes] = ends[child_offsets[nodes + 1] - 1]
