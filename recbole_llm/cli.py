@@ -27,12 +27,16 @@ verbs
   tune     search a model's settings on the valid rows; goes on where it stood, and writes a YAML that `run` takes
            recbole-llm tune --model=LightGCN --dataset=ml-100k [--space=FILE] [--trials=20] [--seconds=N] [--output=DIR]
            [--write=FILE.yaml] [--key=value ...]
+  prepare  give a model's items their tokens without training the model, and tokens to items that came later
+           recbole-llm prepare --model=SASRecCodes --dataset=ml-100k [--index_file=PATH] [--new_items=FILE.item]
+           [--new_interactions=FILE.inter] [--key=value ...]
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
   inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
            takes of a GPU
            recbole-llm inspect dataset NAME [--key=value ...] | inspect run FOLDER | inspect settings MODEL
            recbole-llm inspect alignment FOLDER [--states=true]
+           recbole-llm inspect codebook FOLDER
            recbole-llm inspect backbone LLM [--rows=8 --tokens=347 --prefix=38] [--key=value ...]
 
 Settings are read from the shipped properties/, then files, then the command line; `inspect settings MODEL` lists them.
@@ -86,6 +90,13 @@ def _tune(arguments: list[str]) -> int:
     return 0
 
 
+def _prepare(arguments: list[str]) -> int:
+    from recbole_llm.training.prepare import prepare
+
+    print(prepare(arguments))
+    return 0
+
+
 def _models(arguments: list[str]) -> int:
     from recbole_llm.registry import entries
 
@@ -125,6 +136,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "leaderboard": _leaderboard,
     "compare": _compare,
     "tune": _tune,
+    "prepare": _prepare,
     "models": _models,
     "inspect": _inspect,
 }

@@ -163,11 +163,14 @@ class Config(RecBoleConfig):
         own = properties_dir()
         training = [own / "training.yaml"] if hasattr(model_class, "stage_loss") else []
         data = own / "dataset" / f"{dataset}.yaml"
-        files = [own / "overall.yaml", *training, data, *model_files(model, model_class)]
+        tokens = [own / "item_tokens" / "overall.yaml"] if hasattr(model_class, "take_item_tokens") else []
+        files = [own / "overall.yaml", *training, data, *tokens, *model_files(model, model_class)]
         for file in files:
             if file.is_file():
                 self._specs.update(read_specs(file))
                 self.internal_config_dict.update(self._shipped(file, stock, registry.is_recboles(model)))
+        if tokens:
+            self._load_recipe(own / "item_tokens")
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
@@ -206,6 +209,16 @@ class Config(RecBoleConfig):
                     # The name stands for the model that the file names.
                     self.external_config_dict["llm"] = values["llm"]
                 self.internal_config_dict.update(values)
+
+    def _load_recipe(self, folder: Path) -> None:
+        """The settings of the recipe for item tokens that is asked for, above their defaults."""
+        recipes = sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "overall")
+        name = self._setting("item_tokens")
+        if name not in recipes:
+            raise UserError(
+                f"item_tokens: there is no recipe '{name}'{did_you_mean(str(name), recipes)} ({', '.join(recipes)})"
+            )
+        self.internal_config_dict.update(copy.deepcopy(read_yaml(folder / f"{name}.yaml")))
 
     def _load_tuned(self, model: str, dataset: str) -> None:
         """What the project's own search found for this model and data set, above all that is shipped otherwise.
@@ -268,7 +281,7 @@ class Config(RecBoleConfig):
         """Refuse what cannot be run, before any work starts."""
         if self._setting("policy") == "recbole":
             view: str = getattr(model_class, "train_view", "")
-            if view or hasattr(model_class, "stage_loss"):
+            if view or hasattr(model_class, "stages"):
                 raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
             if self._setting("refit_on_valid"):
                 raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
@@ -288,8 +301,10 @@ class Config(RecBoleConfig):
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
-            if kind.type != ModelType.GENERAL:
-                raise UserError(f"{part} should be a general recommender with user and item embeddings, not {name}")
+            items_only = part in getattr(model_class, "item_parts", ())
+            if kind.type != ModelType.GENERAL and not (items_only and kind.type == ModelType.SEQUENTIAL):
+                wanted = "recommender with item" if items_only else "general recommender with user and item"
+                raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
 
     def _withholds(self) -> str:
         """The setting that keeps rows from training, for a message; empty where none does."""

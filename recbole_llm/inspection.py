@@ -15,8 +15,8 @@ def inspect(arguments: Sequence[str]) -> str:
     """What the verb prints.
 
     Args:
-        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER``, ``settings MODEL`` or
-            ``backbone LLM [--key=value ...]``.
+        arguments: ``dataset NAME [--key=value ...]``, ``run FOLDER``, ``alignment FOLDER``, ``codebook FOLDER``,
+            ``settings MODEL`` or ``backbone LLM [--key=value ...]``.
 
     Raises:
         UserError: anything else.
@@ -105,6 +105,31 @@ def _alignment(path: str, arguments: list[str]) -> str:
     return inspect_alignment(path, arguments)
 
 
+def _codebook(path: str, arguments: list[str]) -> str:
+    """The quality card of the codebook that a run's items have tokens of, and its picture."""
+    from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_codebook
+    from recbole_llm.evaluation.results import read_run, result_file
+    from recbole_llm.itemid.quality_text import as_text
+    from recbole_llm.training.item_tokens import CARD
+
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not understood here; inspect codebook takes a run's folder only")
+    file = result_file(path).with_name(CARD)
+    if not file.is_file():
+        result, _ = read_run(path)
+        why = "it made no codebook" if "code_method" in result["config"] else "it reads no item tokens"
+        raise UserError(f"{path} has no codebook: {result['model']}, {why}")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        text = as_text(card)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r})") from None
+    picture = file.with_suffix(".png")
+    if can_draw():
+        draw_codebook(card, picture)
+    return f"{text}\n\ncard        {file}\npicture     {picture if can_draw() else MISSING_PLOTS}"
+
+
 def _backbone(llm: str, arguments: list[str]) -> str:
     """Parameters and memory of a language model, from its configuration alone.
 
@@ -131,6 +156,7 @@ _VIEWS: dict[str, Callable[[str, list[str]], str]] = {
     "dataset": _dataset,
     "run": _run,
     "alignment": _alignment,
+    "codebook": _codebook,
     "settings": _settings,
     "backbone": _backbone,
 }

@@ -49,6 +49,10 @@ _OURS = (
     ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
+    Entry(
+        "SASRecCodes", "recbole_llm.model.sasrec_codes", "sequential",
+        ("embedding_model", "backbone", "item_tokens", "train"), ("time", "item text"), base="SASRec",
+    ),
     Entry("SASRecAllPositions", "recbole_llm.model.sasrec_all_positions", "sequential", needs=("time",), base="SASRec"),
 )  # fmt: skip
 _FAST = (

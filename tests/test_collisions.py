@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.codebook import ResidualCodebook
-from recbole_llm.itemid.collisions import colliding, resolve
+from recbole_llm.itemid.collisions import colliding, place_new, resolve
 from recbole_llm.itemid.sinkhorn import balanced, centred, sinkhorn
 
 
@@ -112,7 +112,8 @@ def test_an_extra_token_counts_within_a_group(seed: int, n: int) -> None:
     for group in np.unique(codes.numpy(), axis=0):
         members = found.codes[(codes.numpy() == group).all(axis=1), 2]
         assert sorted(members) == list(range(len(members)))
-    assert found.sizes == (2, 2, found.codes[:, 2].max() + 1)
+    # Never fewer than a level has, so that an item that comes later finds a number.
+    assert found.sizes == (2, 2, max(2, found.codes[:, 2].max() + 1))
 
 
 def test_the_nearest_of_a_group_keeps_its_codes() -> None:
@@ -183,3 +184,39 @@ def test_what_cannot_be_is_told() -> None:
         resolve("nearest", book, points, codes)
     with pytest.raises(UserError, match=r"nearest, sinkhorn, extra_token, keep, but is 'extra'"):
         resolve("extra", book, points, codes)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 20))
+def test_items_that_come_later_leave_the_others_alone(seed: int, old: int, new: int) -> None:
+    book, points, codes = case(seed, old + new, 3, 4)
+    keys = np.random.default_rng(seed).permutation(new)
+    settled = resolve("nearest", book, points[:old], codes[:old]).codes
+    placed = place_new("nearest", book, points[old:], codes[old:], settled, keys)
+    assert len(np.unique(np.concatenate([settled, placed]), axis=0)) == old + new
+    # Numbered in another way they get the same codes.
+    order = np.random.default_rng(seed + 1).permutation(new)
+    again = place_new("nearest", book, points[old:][order], codes[old:][order], settled, keys[order])
+    assert np.array_equal(placed[order], again)
+    # Who finds its own codes free has them.
+    free = ~(codes[old:, None].numpy() == settled[None]).all(-1).any(1)
+    first = np.argsort(keys, kind="stable")[0]
+    assert not free[first] or np.array_equal(placed[first], codes[old:][first].numpy())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 20))
+def test_extra_tokens_of_later_items_go_on_counting(seed: int, old: int, new: int) -> None:
+    book, points, codes = case(seed, old + new, 2, 2)
+    settled = resolve("extra_token", book, points[:old], codes[:old]).codes
+    placed = place_new("extra_token", book, points[old:], codes[old:], settled, np.arange(new))
+    whole = np.concatenate([settled, placed])
+    assert np.array_equal(placed[:, :2], codes[old:].numpy()) and len(np.unique(whole, axis=0)) == old + new
+    for group in np.unique(codes.numpy(), axis=0):
+        members = whole[(codes.numpy() == group).all(axis=1), 2]
+        assert sorted(members) == list(range(len(members)))
+
+
+def test_no_room_for_later_items() -> None:
+    book, points, codes = case(0, 5, 1, 4)
+    settled = resolve("nearest", book, points[:4], codes[:4]).codes
+    with pytest.raises(UserError, match="1 new items find 0 sequences of codes left"):
+        place_new("nearest", book, points[4:], codes[4:], settled, np.arange(1))

@@ -23,7 +23,10 @@ from recbole_llm.config import Config
 from recbole_llm.training import trainer as trainer_module
 from recbole_llm.training.runs import run
 
-MODELS = ("BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "EASE", "DCCF", "GLTA")
+MODELS = (
+    "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "EASE", "DCCF",
+    "GLTA",
+)  # fmt: skip
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",
@@ -48,7 +51,7 @@ def test_a_run_reports_repeats_and_recommends_what_is_allowed(
     assert all(0 <= value <= 1 for value in written["test"].values())
     assert set(written["stages"][0]) == {"name", "fingerprint", "seconds", "cached", "peak_memory_mb", "tokens"}
     read = [stage["tokens"] for stage in written["stages"]]
-    assert (sum(read) > 0) == (model == "GLTA")
+    assert (sum(read) > 0) == (model in ("GLTA", "SASRecCodes"))
     assert model == "EASE" or len(written["curves"]["loss"]) == written["config"]["epochs"]
     assert Path(first["log_file"]).read_text(encoding="utf-8")
 

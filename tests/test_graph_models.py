@@ -10,8 +10,8 @@ import pytest
 
 from recbole_llm import Config, run
 from recbole_llm.errors import UserError
+from recbole_llm.training.embeddings import graph_embeddings
 from recbole_llm.training.pipeline import fit, store_of
-from recbole_llm.training.staged import graph_embeddings
 
 TINY: dict[str, Any] = {
     "epochs": 1, "alignment_epochs": 1, "llm_layers": 1, "llm_hidden_size": 16, "llm_heads": 2, "llm_vocab_size": 320,

@@ -26,6 +26,7 @@ QUICK = (
     "BERT4Rec",
     "BERT4RecWindows",
     "SASRecAllPositions",
+    "SASRecCodes",
     "EASE",
     "ItemKNN",
     "DCCF",
@@ -37,6 +38,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "BERT4RecWindows": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "SASRecAllPositions": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "GRU4Rec": {"embedding_size": 16, "hidden_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
+    "SASRecCodes": {
+        "hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10, "llm_train_steps": 2, "llm_hidden_size": 16,
+        "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400, "embedding_model.epochs": 1,
+        "embedding_model.eval_step": 0, "code_levels": 4, "code_size": 8, "code_epochs": 3,
+    },
     "GLTA": {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,

@@ -51,6 +51,25 @@ def colliding(codes: np.ndarray) -> np.ndarray:
     return np.bincount(groups)[groups] > 1
 
 
+def check_room(policy: str, items: int, size: int, levels: int) -> None:
+    """Refuse, before anything is trained, a policy that cannot keep so many items apart.
+
+    Args:
+        policy: see :func:`resolve`.
+        items: how many are to have codes.
+        size: codes of a level.
+        levels: of an item.
+
+    Raises:
+        UserError: ``nearest`` with more items than there are sequences of codes.
+    """
+    if policy == "nearest" and items > size**levels:
+        raise UserError(
+            f"{items} items cannot have codes of their own: {levels} level(s) of {size} codes make {size**levels}; "
+            "take more levels, more codes or another collision policy"
+        )
+
+
 def resolve(
     policy: str, codebook: ResidualCodebook, points: Tensor, codes: Tensor, keys: np.ndarray | None = None
 ) -> Resolved:
@@ -83,11 +102,7 @@ def resolve(
         )
     before = codes.cpu().numpy()
     sizes = (codebook.size,) * codebook.depth
-    if policy == "nearest" and len(before) > codebook.size**codebook.depth:
-        raise UserError(
-            f"{len(before)} items cannot have codes of their own: {codebook.depth} level(s) of {codebook.size} codes "
-            f"make {codebook.size**codebook.depth}; take more levels, more codes or another collision policy"
-        )
+    check_room(policy, len(before), codebook.size, codebook.depth)
     struck = np.flatnonzero(colliding(before))
     after = before.copy()
     if len(struck) and policy != "keep":
@@ -101,8 +116,55 @@ def resolve(
         extra = np.zeros((len(before), 1), dtype=np.int64)
         if len(struck):
             extra[order, 0] = _places(groups_of(before)[order])
-        after, sizes = np.concatenate([after, extra], axis=1), (*sizes, int(extra.max(initial=0)) + 1)
+        after, sizes = (
+            np.concatenate([after, extra], axis=1),
+            (*sizes, max(codebook.size, int(extra.max(initial=0)) + 1)),
+        )
     return Resolved(after, sizes, changed, len(struck), int(colliding(after).sum()))
+
+
+def place_new(
+    policy: str, codebook: ResidualCodebook, points: Tensor, codes: Tensor, settled: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """The policy for items that come later: those that have their codes keep them.
+
+    Args:
+        policy: as for :func:`resolve`; ``sinkhorn`` deals with a whole catalogue at once and leaves new items as they
+            are, like ``keep``.
+        codebook: what the codes are of.
+        points: ``[n, d]`` of the new items.
+        codes: int64 ``[n, N]``, as encoded.
+        settled: int64 ``[m, N]``, the codes of the others (``[m, N + 1]`` under ``extra_token``).
+        keys: ``[n]``, sortable and all different: new items take their places in this order.
+
+    Returns:
+        int64, like ``settled`` ``[n, ...]``.
+
+    Raises:
+        UserError: there is no sequence of codes left for all of them.
+    """
+    made = codes.cpu().numpy().copy()
+    if policy == "nearest":
+        if len(made) + len(settled) > codebook.size**codebook.depth:
+            raise UserError(
+                f"{len(made)} new items find {codebook.size**codebook.depth - len(settled)} sequences of codes left; "
+                "make the item tokens anew with more levels or more codes"
+            )
+        taken = _Taken(codebook, settled)
+        order = np.argsort(keys, kind="stable")
+        for item, nearest in _last_codes_by_distance(codebook, points, made, order):
+            own = tuple(made[item].tolist())
+            if own in taken.taken:
+                made[item] = taken.place(made[item], nearest, points[int(item)])
+            else:
+                taken.add(own)
+    elif policy == "extra_token":
+        whole = np.concatenate([settled[:, :-1], made])
+        order = np.concatenate([np.lexsort((settled[:, -1],)), len(settled) + np.argsort(keys, kind="stable")])
+        extra = np.empty(len(whole), dtype=np.int64)
+        extra[order] = _places(groups_of(whole)[order])
+        made = np.concatenate([made, extra[len(settled) :, None]], axis=1)
+    return made
 
 
 def _in_order(
@@ -180,9 +242,13 @@ class _Taken:
             while self._full(prefix):
                 prefix = prefix[:-1]
             found = self._search(prefix, point)
-        self.taken.add(found)
-        self.counts.update(found[:length] for length in range(len(found)))
+        self.add(found)
         return found
+
+    def add(self, codes: tuple[int, ...]) -> None:
+        """A sequence is no longer free."""
+        self.taken.add(codes)
+        self.counts.update(codes[:length] for length in range(len(codes)))
 
     def _search(self, prefix: tuple[int, ...], point: Tensor) -> tuple[int, ...]:
         """Under a prefix that is not full: at each level the nearest code under which something is free."""

@@ -17,10 +17,15 @@ def get_trainer(model_type: Any, model_name: str) -> type:
     """
     from recbole_llm.registry import get_model
 
-    if hasattr(get_model(model_name), "stage_loss"):
+    model_class = get_model(model_name)
+    if hasattr(model_class, "stage_loss"):
         from recbole_llm.training.standalone import StandaloneTrainer
 
         return StandaloneTrainer
+    if hasattr(model_class, "take_item_tokens"):
+        from recbole_llm.training.tokenized import tokenized_trainer
+
+        return tokenized_trainer(model_type, model_name, standalone=True)
     from recbole_llm.training.trainer import trainer_class
 
     return trainer_class(model_type, model_name)

@@ -170,12 +170,13 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watc
         model = model(config, train_data._dataset).to(config["device"])
         trainer = make_trainer(config, model)
     upstream, stages = [], []
-    staged = hasattr(model, "stage_loss")
+    staged = hasattr(model, "stages")
     if staged:
         upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
         stages = list(trainer.stages)
-        # What trains is reported, also where the stage is found rather than trained.
-        model.begin_stage(model.stages[-1])
+        if hasattr(model, "begin_stage"):
+            # What trains is reported, also where the stage is found rather than trained.
+            model.begin_stage(model.stages[-1])
     name = model.stages[-1] if staged else f"train-{config['model']}"
     stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream, watch)
     trainer.load_best(stage.folder / WEIGHTS)
@@ -266,4 +267,8 @@ def make_trainer(config: Config, model: Any) -> Any:
         from recbole_llm.training.staged import StagedTrainer
 
         return StagedTrainer(config, model)
+    if hasattr(model, "take_item_tokens"):
+        from recbole_llm.training.tokenized import tokenized_trainer
+
+        return tokenized_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     return trainer_class(config["MODEL_TYPE"], config["model"])(config, model)

@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
     rankings = Rankings.of(measured, fitted.test_data, fitted.dataset) if split and test_users else None
     if processes.is_main():
+        for name, made in getattr(trainer, "artefacts", {}).items():
+            write_whole(folder / name, partial(shutil.copyfile, made))
         _write_result(folder / "result.json", "", result, arrays, rankings)
     if result_file and processes.is_main():
         copy = Path(result_file)

@@ -27,8 +27,9 @@ from recbole_llm.backbone.checkpointing import checkpoint_layers
 from recbole_llm.backbone.load import load_with_head
 from recbole_llm.backbone.text_projector import cold_item_embeddings, text_features
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.errors import TrainingStoppedError, UserError
+from recbole_llm.errors import TrainingStoppedError
 from recbole_llm.progress import Steps
+from recbole_llm.training.embeddings import graph_embeddings
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import TrainingLoop, check_settings
 from recbole_llm.training.sharding import check_sharding, shard, sharding
@@ -269,47 +270,3 @@ def _resume_alignment(
     loop.load_state_dict(state["loop"])
     set_rng_state(state["rng"], generator)
     return list(state["losses"])
-
-
-def graph_embeddings(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """User [n_users, d] and item [n_items, d] embeddings of a trained collaborative model.
-
-    Args:
-        model: has ``graph_embeddings()``, or a ``forward()`` that returns both tables (RecBole's graph models), or
-            embedding layers named ``user_embedding`` and ``item_embedding``.
-        name: what to call it in an error.
-
-    Raises:
-        UserError: the model has no such tables.
-    """
-    model.eval()
-    with torch.no_grad():
-        if hasattr(model, "graph_embeddings"):
-            tables = model.graph_embeddings()
-        else:
-            tables = _forward_tables(model)
-    if tables is None:
-        raise UserError(
-            f"graph_model: {name} has no user and item embeddings; take one such as LightGCN, NGCF, SGL or BPR"
-        )
-    return tables[0].detach().cpu().numpy(), tables[1].detach().cpu().numpy()
-
-
-def _forward_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if hasattr(model, "GcEncoder"):  # GCMC's forward takes pairs; its encoder makes the tables
-        return model.GcEncoder(model.user_features, model.item_features)
-    try:
-        output = model.forward()
-    except TypeError:
-        output = None
-    if (
-        isinstance(output, tuple)
-        and len(output) >= 2
-        and len(output[0]) == model.n_users
-        and len(output[1]) == model.n_items
-    ):
-        return output[0], output[1]
-    user, item = getattr(model, "user_embedding", None), getattr(model, "item_embedding", None)
-    if isinstance(user, nn.Embedding) and isinstance(item, nn.Embedding):
-        return user.weight, item.weight
-    return None

@@ -1,0 +1,117 @@
+"""From settings to a trained codebook: alignment tokenization, an RQ-VAE, or residual k-means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recbole_llm.errors import UserError
+from recbole_llm.itemid.alignment import Aligned, AlignmentSettings, train_alignment
+from recbole_llm.itemid.codebook import ResidualCodebook, residual_kmeans
+from recbole_llm.itemid.rqvae import RQVAE, RQVAESettings
+from recbole_llm.itemid.rqvae_training import train_rqvae
+from recbole_llm.training.state import ResumeFile
+
+CODEBOOK = "codebook.safetensors"
+AUTOENCODER = "autoencoder"
+
+# Fields whose setting is not called `code_<field>`; those without a name keep their own defaults.
+_SETTINGS = {"hidden_sizes": "code_layers", "latent_size": "code_dim", "codes": "code_size", "steps": ""}
+
+
+@dataclass
+class Quantiser:
+    """What turns a point into codes.
+
+    Attributes:
+        codebook: the codes.
+        autoencoder: what brings a point to where the codes are, where there is one.
+        aligned: how they were aligned with texts, where they were.
+        losses: of every pass, where they were kept.
+    """
+
+    codebook: ResidualCodebook
+    autoencoder: RQVAE | None = None
+    aligned: Aligned | None = None
+    losses: list[float] = field(default_factory=list)
+
+    def latent(self, points: np.ndarray) -> Tensor:
+        """Where the codebook takes points, float32 ``[n, d]``."""
+        x = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
+        return x if self.autoencoder is None else self.autoencoder.latent(x)
+
+    def project(self, texts: np.ndarray) -> Tensor:
+        """Where the projection learned with the codes puts texts.
+
+        Args:
+            texts: float32 ``[n, H]``.
+
+        Returns:
+            float32 ``[n, d]``, for the codebook.
+
+        Raises:
+            UserError: no projection of texts was learned.
+        """
+        learned = self.autoencoder or self.aligned
+        if learned is None:
+            raise UserError("unseen_items: projection needs code_method: alignment or rqvae; say unseen_items: text")
+        return learned.project(torch.from_numpy(texts)).cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write what is needed to give a new item its codes; see :meth:`load`."""
+        self.codebook.save(folder / CODEBOOK)
+        if self.autoencoder is not None:
+            (folder / AUTOENCODER).mkdir(exist_ok=True)
+            self.autoencoder.save(folder / AUTOENCODER)
+
+    @classmethod
+    def load(cls, folder: Path) -> Quantiser:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        autoencoder = RQVAE.load(folder / AUTOENCODER) if (folder / AUTOENCODER).is_dir() else None
+        return cls(ResidualCodebook.load(folder / CODEBOOK), autoencoder)
+
+
+def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, resume: ResumeFile) -> Quantiser:
+    """Train what ``code_method`` names.
+
+    Args:
+        config: the run's; keys ``code_...``.
+        points: float32 ``[n, d]``, of the items to learn from.
+        texts: float32 ``[n, H]`` of the same items.
+        resume: where to keep what is needed to go on.
+
+    Raises:
+        UserError: fewer items than codes, or values that are no numbers.
+        TrainingStoppedError: the codebook collapsed.
+    """
+    method, seed, device = config["code_method"], config["seed"], config["device"]
+    if method == "kmeans":
+        sizes = [config["code_size"]] * config["code_levels"]
+        return Quantiser(residual_kmeans(points, sizes, config["code_distance"], config["code_residual"], seed))
+    if method == "rqvae":
+        model = train_rqvae(
+            points, _settings(RQVAESettings, config), seed=seed, texts=texts, device=device, resume=resume
+        )
+        model = model.cpu()
+        return Quantiser(model.codebook, model, losses=[float(loss) for loss in model.figures["losses"]])
+    made = train_alignment(
+        points, texts, _settings(AlignmentSettings, config), seed=seed, device=device, resume=resume,
+        show_progress=config["show_progress"],
+    )  # fmt: skip
+    return Quantiser(made.codebook.to("cpu"), aligned=made, losses=made.losses.sum(axis=1).tolist())
+
+
+def _settings(kind: Any, config: Any) -> Any:
+    """The fields of a settings class out of the run's settings."""
+    named = {entry.name: _SETTINGS.get(entry.name, f"code_{entry.name}") for entry in fields(kind)}
+    return kind(**{name: config[key] for name, key in named.items() if key})

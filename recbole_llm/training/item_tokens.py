@@ -1,0 +1,249 @@
+"""The stage that gives every item its tokens, and what it needs first: item embeddings, texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recbole.utils import init_seed
+
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.data.item_text import ItemText
+from recbole_llm.disk import write_whole
+from recbole_llm.errors import UserError
+from recbole_llm.itemid import quality
+from recbole_llm.itemid.collisions import check_room, resolve
+from recbole_llm.itemid.index_file import read_index, write_index
+from recbole_llm.itemid.item_tokens import ARRAYS, ItemTokens, pool_of
+from recbole_llm.itemid.item_tokens import CARD as TOKENS
+from recbole_llm.itemid.kmeans import check_count
+from recbole_llm.itemid.new_items import from_text
+from recbole_llm.training.codebooks import train_quantiser
+from recbole_llm.training.embeddings import item_embeddings, text_embeddings
+from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
+from recbole_llm.training.state import RESUME_FILE, ResumeFile
+from recbole_llm.training.store import Stage, StageStore, fingerprint_of
+
+logger = logging.getLogger("recbole_llm")
+
+# Raised when the code of the stage changes what it makes.
+TOKENS_VERSION = 1
+CARD, INDEX = "codebook.json", "items.index.json"
+# What a run keeps of the stage: its folder can be handed to another run (code_tokens).
+KEPT = (TOKENS, ARRAYS, INDEX, CARD)
+# Settings that say how tokens are made; `item_tokens` itself only names a set of them.
+PREFIX = "code_"
+
+
+@dataclass
+class Sources:
+    """What codes are made from.
+
+    Attributes:
+        points: float32 ``[n_items, d]``, what is quantised; ``None`` for raw ids.
+        texts: float32 ``[n_items, H]``, the items' texts in the language model; ``None`` where they have no part.
+        seen: bool ``[n_items]``, items with a train interaction.
+        marks: fingerprints of what the two were made by.
+        lines: of ``result.json``, for the stages that were run.
+        parts: fits of recommenders, by config key.
+        item_text: the texts themselves.
+        backbone: the language model, where texts have a part.
+    """
+
+    seen: np.ndarray
+    points: np.ndarray | None = None
+    texts: np.ndarray | None = None
+    marks: list[str] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    parts: dict[str, Any] = field(default_factory=dict)
+    item_text: ItemText | None = None
+    backbone: Backbone | None = None
+
+
+@dataclass
+class Tokenized:
+    """Items with tokens: the tokens, the stage that made them, and what they were made from."""
+
+    tokens: ItemTokens
+    stage: Stage
+    sources: Sources
+
+
+def has_codebook(config: Any) -> bool:
+    """Whether a codebook is made; one level of tokens is raw ids (the paper's table 5, first row)."""
+    return config["code_tokens"] is None and config["code_method"] != "raw" and config["code_levels"] > 1
+
+
+def tokenize_items(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any]) -> Tokenized:
+    """Run (or find) every stage up to the items' tokens.
+
+    Args:
+        config: the run's; the keys of ``properties/item_tokens``.
+        dataset: the train data set.
+        store: the stage cache.
+        fit_part: trains the recommender that a config key names and returns its fit.
+
+    Raises:
+        UserError: texts are asked for and there are none, there are fewer items than codes, or the codebook collapsed.
+    """
+    raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
+    given = None if config["code_tokens"] is None else _given(Path(config["code_tokens"]), raw_ids)
+    sources = gather(config, dataset, store, fit_part)
+    if has_codebook(config):
+        keys = {key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX)}
+        keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
+    else:
+        keys = {"code_tokens": given.fingerprint() if given else None}
+    inputs = {
+        "config": keys,
+        "upstream": sources.marks,
+        "seen": hashlib.sha256(np.packbits(sources.seen).tobytes()).hexdigest(),
+        "pool": pool_of(raw_ids),
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        if sources.points is not None:
+            return _make(config, sources, raw_ids, folder)
+        tokens = given or ItemTokens.raw(len(raw_ids), raw_ids)
+        _write(tokens, raw_ids, folder)
+        return {"method": "given" if given else "raw", "vocabulary": tokens.size}
+
+    stage = store.run("item_tokens", TOKENS_VERSION, inputs, make)
+    return Tokenized(ItemTokens.load(stage.folder, raw_ids), stage, sources)
+
+
+def _given(path: Path, raw_ids: list[str]) -> ItemTokens:
+    if path.is_dir():
+        return ItemTokens.load(path, raw_ids)
+    return read_index(path, raw_ids)
+
+
+def _write(tokens: ItemTokens, raw_ids: list[str], folder: Path) -> None:
+    tokens.save(folder)
+    if tokens.kind == "codes":
+        write_index(folder / INDEX, tokens, raw_ids)
+
+
+def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any]) -> Sources:
+    """Item embeddings and texts as the settings ask for them, with points for items that training has not seen.
+
+    Args:
+        config: the run's.
+        dataset: the train data set.
+        store: the stage cache.
+        fit_part: trains the recommender that a config key names.
+    """
+    seen = np.zeros(dataset.item_num, dtype=bool)
+    seen[dataset.train_histories.items] = True
+    sources = Sources(seen)
+    if not has_codebook(config):
+        return sources
+    behaviour = config["code_input"] == "behaviour"
+    check_room(config["code_collisions"], len(seen) - 1, config["code_size"], config["code_levels"])
+    check_count(int(seen.sum()) if behaviour else len(seen) - 1, config["code_size"])
+    unseen = np.flatnonzero(~seen[1:]) + 1 if behaviour else np.array([], dtype=np.int64)
+    named = None
+    if _needs_texts(config, len(unseen)):
+        # What the user may have got wrong comes first: a graph model is minutes of training.
+        sources.item_text = _texts_of(config, dataset)
+        named = named_backbone(config)
+    if behaviour:
+        fit = fit_part("embedding_model")
+        sources.parts["embedding_model"] = fit
+        sources.lines += [{**line, "name": "embedding_model"} for line in fit.stages]
+        sources.points = item_embeddings(fit.model, config["embedding_model"], config["embedding_layer"])
+        sources.marks += [fit.fingerprint, config["embedding_layer"]]
+    if sources.item_text is not None:
+        read_texts(config, dataset, store, sources, named)
+    if not behaviour:
+        sources.points = sources.texts
+    elif len(unseen) and config["unseen_items"] == "text" and sources.texts is not None:
+        assert sources.points is not None
+        sources.points = sources.points.copy()
+        sources.points[unseen] = from_text(sources.points, sources.texts, seen, unseen)
+        logger.info(
+            "items without train interactions: %d of %d get a point from their text", len(unseen), len(seen) - 1
+        )
+    return sources
+
+
+def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> None:
+    """Put the language model and what it makes of ``sources.item_text`` into the sources.
+
+    Args:
+        config: the run's.
+        dataset: the train data set.
+        store: the stage cache.
+        sources: with the texts.
+        named: see :func:`~recbole_llm.training.language.take_backbone`.
+    """
+    assert sources.item_text is not None
+    sources.backbone, mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+    sources.lines += lines
+    kind, limit = config["text_embedding"], config["text_embedding_tokens"]
+    sources.texts = text_embeddings(sources.backbone, sources.item_text.texts, kind, limit)
+    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit])]
+
+
+def _needs_texts(config: Any, unseen: int) -> bool:
+    if config["code_input"] == "text" or config["code_text_weight"] > 0:
+        return True
+    return bool(unseen) and config["unseen_items"] == "text" and bool(config["item_text"])
+
+
+def _texts_of(config: Any, dataset: Any) -> ItemText:
+    try:
+        return read_item_text(config, dataset)
+    except UserError as error:
+        if config["code_input"] == "text":
+            raise
+        raise UserError(f"{error}; or leave texts out: code_text_weight=0") from None
+
+
+def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> dict[str, Any]:
+    """Train the codebook on the items that training has seen, and give every item its codes."""
+    assert sources.points is not None
+    init_seed(config["seed"], config["reproducibility"])
+    points, texts, seen = sources.points, sources.texts, sources.seen
+    rows = np.flatnonzero(seen if config["code_input"] == "behaviour" else np.arange(len(seen)) > 0)
+    quantiser = train_quantiser(
+        config, points[rows], None if texts is None else texts[rows], ResumeFile(folder / RESUME_FILE)
+    )
+    latent = quantiser.latent(points[1:])
+    if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and not seen[1:].all():
+        if texts is None:
+            raise UserError("unseen_items: projection needs code_text_weight above 0; or say unseen_items: text")
+        latent[~seen[1:]] = quantiser.project(texts[~seen][1:])
+    codebook = quantiser.codebook
+    chosen, _ = codebook.encode(latent)
+    policy = config["code_collisions"]
+    final = resolve(policy, codebook, latent, chosen, keys=np.array(raw_ids[1:]))
+    codes = with_padding(final.codes)
+    tokens = ItemTokens.from_codes(codes, final.sizes, raw_ids)
+    _write(tokens, raw_ids, folder)
+    quantiser.save(folder)
+    card = quality.card(
+        with_padding(chosen.numpy()), [codebook.size] * codebook.depth, final_codes=codes, policy=policy,
+        embeddings=points, texts=texts, codebook=None if quantiser.autoencoder else codebook, names=raw_ids,
+        titles=None if sources.item_text is None else sources.item_text.texts,
+        neighbours=config["code_neighbours"], seed=config["seed"],
+    )  # fmt: skip
+    write_whole(folder / CARD, lambda part: part.write_text(json.dumps(card, indent=1), encoding="utf-8"))
+    if final.colliding:
+        logger.info("item tokens: %d items share theirs with another (code_collisions: %s)", final.colliding, policy)
+    figures = quantiser.autoencoder.figures if quantiser.autoencoder else {}
+    return {
+        "method": config["code_method"], "vocabulary": tokens.size, "losses": quantiser.losses, "figures": figures,
+        "tokens": 0,
+    }  # fmt: skip
+
+
+def with_padding(table: np.ndarray, fill: int = -1) -> np.ndarray:
+    """A table of items ``[n_items - 1, ...]`` with the padding item's row before it."""
+    return np.concatenate([np.full_like(table[:1], fill), table])

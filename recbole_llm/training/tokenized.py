@@ -1,0 +1,73 @@
+"""Training of recommenders that read items as tokens and are otherwise any RecBole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recbole.utils import get_trainer as recbole_trainer
+from recbole.utils import init_seed
+
+from recbole_llm.data.item_text import ItemText
+from recbole_llm.training.item_tokens import KEPT, tokenize_items
+from recbole_llm.training.store import StageStore
+from recbole_llm.training.trainer import TrainerMixin
+
+
+class TokenizedMixin(TrainerMixin):
+    """Makes (or finds) the items' tokens before RecBole's ``fit``.
+
+    The model says what it is by ``take_item_tokens``, and by ``stages`` and ``parts`` as a staged recommender does.
+    """
+
+    def __init__(self, config: Any, model: Any) -> None:
+        super().__init__(config, model)
+        self.stages: list[dict[str, Any]] = []
+        self.artefacts: dict[str, Path] = {}
+        self.item_text: ItemText | None = None
+        self._upstream: list[str] | None = None
+
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+        """Run (or find) every stage but the last and hand the model its tokens.
+
+        Args:
+            train_data: the training loader.
+            store: the stage cache.
+            fit_part: trains the recommender that a config key names and returns its fit.
+
+        Returns:
+            Fingerprints of what the last stage builds on.
+        """
+        made = tokenize_items(self.config, train_data._dataset, store, fit_part)
+        self.part_fits, self.item_text = made.sources.parts, made.sources.item_text
+        self.stages = [*made.sources.lines, made.stage.as_dict()]
+        files = {name: made.stage.folder / name for name in KEPT}
+        self.artefacts = {name: file for name, file in files.items() if file.is_file()}
+        init_seed(self.config["seed"], self.config["reproducibility"])
+        self.model.take_item_tokens(made.tokens)
+        self.optimizer = self._build_optimizer()  # type: ignore[attr-defined]
+        self._upstream = [made.stage.fingerprint]
+        return self._upstream
+
+
+def tokenized_trainer(model_type: Any, model_name: str, standalone: bool = False) -> type:
+    """RecBole's trainer for a model that reads tokens.
+
+    Args:
+        model_type: RecBole's ModelType.
+        model_name: the model's name.
+        standalone: for RecBole's own calls: ``fit`` runs the earlier stages itself, through the cache.
+    """
+    base = recbole_trainer(model_type, model_name)
+    return type(f"RecBoleLLM{base.__name__}", (_Standalone if standalone else TokenizedMixin, base), {})
+
+
+class _Standalone(TokenizedMixin):
+    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's ``fit``."""
+        from recbole_llm.training.pipeline import fit_parts_of, store_of
+
+        if self._upstream is None:
+            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
+        return super().fit(train_data, *args, **kwargs)
