@@ -138,7 +138,8 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
             key <<= bits
             there = left > column
             if there.all():
-                key |= tokens[begins + column] + 1
+                key |= tokens.take(begins + column)
+                key += 1  # a number below 2 ** bits, so that nothing is carried
             else:
                 key[there] |= tokens[begins[there] + column] + 1
         if room >= bits:
