@@ -63,29 +63,35 @@ def build(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.ndarray)
     # The sequences one after the other in their new order: from here on memory is read from front to back.
     bounds = np.cumsum(lengths)
     begins = bounds - lengths
-    tokens = tokens[np.arange(lengths.sum()) + np.repeat(offsets[order] - begins, lengths)]
+    places = np.repeat(offsets[order] - begins, lengths)
+    places += np.arange(len(places))
+    tokens = tokens.take(places)
     common = _common_with_previous(begins, lengths, tokens)
     _refuse_prefixes(order, lengths, common, begins, tokens)
 
     # An item adds to the trie the nodes below what it has in common with the one before it.
     added = lengths - common
+    last = np.cumsum(added)
     owner = np.repeat(np.arange(len(order)), added)
-    depth = np.arange(len(owner)) - np.repeat(np.cumsum(added) - lengths, added)  # of the parent
+    depth = np.arange(len(owner))
+    depth -= np.repeat(last - lengths, added)  # of the parent
     longest = int(lengths.max())
     # Stable sorting of 16-bit numbers is linear.
     depth = depth.astype(np.uint16 if longest < 2**16 else np.int64)
     breadth_first = np.argsort(depth, kind="stable")
-    starts, depth = owner[breadth_first], depth[breadth_first].astype(np.int64)
+    starts, depth = owner.take(breadth_first), depth.take(breadth_first).astype(np.int64)
     level_bounds = np.concatenate(([0, 1], 1 + np.cumsum(np.bincount(depth, minlength=longest)[:longest])))
 
     # The first child of a node stands where the node does, and so is added by the same item. Inner nodes and first
     # children are the same in number and order, which gives every child its parent without a search.
-    inner = np.concatenate(([True], lengths[starts] > depth + 1))
-    first_child = depth > common[starts]
-    first_child[0] = True
-    parents = np.flatnonzero(inner)[np.cumsum(first_child) - 1]
+    adders = np.flatnonzero(added)
+    inner, first_child = np.ones((2, len(owner)), dtype=bool)
+    inner[last[adders] - 1] = False
+    first_child[(last - added)[adders[1:]]] = False
+    inner, first_child = np.append(True, inner.take(breadth_first)), first_child.take(breadth_first)
+    parents = np.flatnonzero(inner).take(np.cumsum(first_child) - 1)
     firsts = np.append(1 + np.flatnonzero(first_child), len(owner) + 1)
-    child_offsets = firsts[np.concatenate(([0], np.cumsum(inner)))]
+    child_offsets = firsts.take(np.append(0, np.cumsum(inner)))
     starts = np.concatenate(([0], starts))
     return TrieArrays(
         order,
@@ -114,7 +120,6 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
     """
     order = items.copy()
     bits = int(size).bit_length()
-    step = KEY_BITS // bits if bits else 1
     places = np.arange(len(order))  # that are not settled yet; those of one group are neighbours
     group = np.zeros(len(order), dtype=np.int64)
     done = 0
@@ -122,7 +127,10 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
         unsettled = order[places]
         begins = offsets[unsettled] + done
         left = offsets[unsettled + 1] - begins
-        columns = min(step, int(left.max()))
+        # Groups, tokens and places in one number, if they fit, are sorted several times as fast as one by the other.
+        place_bits = len(places).bit_length()
+        room = KEY_BITS - place_bits * (2 if done else 1)
+        columns = min((room if room >= bits else KEY_BITS) // bits, int(left.max()))
         if not columns:
             break
         key = np.zeros(len(places), dtype=np.int64)
@@ -130,10 +138,15 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
             key <<= bits
             there = left > column
             if there.all():
-                key |= tokens[begins + column] + 1
+                key |= tokens.take(begins + column)
+                key += 1  # a number below 2 ** bits, so that nothing is carried
             else:
                 key[there] |= tokens[begins[there] + column] + 1
-        by_key = _argsort(key, bits * columns) if done == 0 else np.lexsort((key, group))
+        if room >= bits:
+            whole = (((group << bits * columns) | key) << place_bits) | np.arange(len(places))
+            by_key = np.sort(whole) & ((1 << place_bits) - 1)
+        else:
+            by_key = np.lexsort((key, group))
         order[places], key, left = unsettled[by_key], key[by_key], left[by_key]
         # Sorted by group first, so the groups are where they were.
         begin = np.ones(len(places), dtype=bool)
@@ -145,17 +158,6 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
         on = tied & (left >= columns)
         places, group = places[on], group[on]
     return order
-
-
-def _argsort(keys: np.ndarray, bits: int) -> np.ndarray:
-    """Stable order of keys of so many bits.
-
-    With the keys' places in the bits left over, the keys themselves can be sorted, which is several times as fast.
-    """
-    place_bits = len(keys).bit_length()
-    if bits + place_bits > KEY_BITS:
-        return np.argsort(keys, kind="stable")
-    return np.sort((keys << place_bits) | np.arange(len(keys))) & ((1 << place_bits) - 1)
 
 
 def _common_with_previous(begins: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
