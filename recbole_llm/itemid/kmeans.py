@@ -140,29 +140,24 @@ def _spread_out(points: np.ndarray, size: int, generator: np.random.Generator) -
     Each next row is the best of a few, drawn in proportion to the squared distance from the rows chosen before (D.
     Arthur, S. Vassilvitskii: k-means++, SODA 2007; as many candidates as scikit-learn has).
     """
-    squares = np.einsum("nd,nd->n", points, points)
+    squares = np.einsum("nd,nd->n", points, points)[:, None]
+    ones = np.ones_like(squares)
+    # |x|^2 - 2 x.c + |c|^2 as one product.
+    seen, asked = np.hstack([points, squares, ones]), np.hstack([-2 * points, ones, squares])
     chosen = np.empty(size, dtype=np.int64)
     chosen[0] = generator.integers(len(points))
-    gaps = _gaps(points, squares, chosen[:1])[0]
+    gaps = np.maximum(seen @ asked[chosen[0]], 0)
     candidates = 2 + int(np.log(size))
     for place in range(1, size):
         cumulative = np.cumsum(gaps, dtype=np.float64)
         marks = generator.random(candidates) * cumulative[-1]
         # Where all that is left is a copy of a chosen row, the marks are 0 and one more copy is chosen.
         drawn = np.minimum(np.searchsorted(cumulative, marks, side="right"), len(points) - 1)
-        left = np.minimum(gaps, _gaps(points, squares, drawn))
+        left = asked[drawn] @ seen.T
+        np.minimum(left, gaps, out=left)
         best = left.sum(axis=1).argmin()
-        gaps, chosen[place] = left[best], drawn[best]
+        gaps, chosen[place] = np.maximum(left[best], 0), drawn[best]
     return chosen
-
-
-def _gaps(points: np.ndarray, squares: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Squared distances of all points from some of them, ``[rows, n]``."""
-    gaps = points[rows] @ points.T
-    gaps *= -2
-    gaps += squares
-    gaps += squares[rows, None]
-    return np.maximum(gaps, 0, out=gaps)
 
 
 class _Clusters:
