@@ -66,7 +66,7 @@ class TestHarness:
         assert harness.parser("x").parse_args(["--quick"]).quick is True
 
 
-@pytest.mark.parametrize("name", ["sasrec_step", pytest.param("lightgcn_epoch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["codebook", "sasrec_step", pytest.param("lightgcn_epoch", marks=pytest.mark.slow)])
 def test_quick_run(name: str, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--quick", "--threads", "1"],

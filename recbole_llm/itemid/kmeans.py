@@ -24,7 +24,7 @@ from recbole_llm.errors import UserError
 Distance = Literal["cosine", "l2"]
 
 # The start looks at the points in at most so many dimensions.
-START_DIMENSIONS = 64
+START_DIMENSIONS = 128
 # Points are exchanged so many blocks a pass: between blocks the centres move.
 BLOCKS = 8
 # An objective that falls by less than this share in a pass is as good as there.
