@@ -133,7 +133,7 @@ def _draw_agreement(axis: Any, views: Mapping[str, Sequence[Mapping[str, Any]]])
         drawn = axis.bar(at, np.maximum(bars[name], floor), width * 0.94, label=name, color=color)
         axis.bar_label(drawn, [_share_label(value) for value in bars[name]], fontsize=8, padding=2)
     axis.set_yscale("log")
-    axis.set_ylim(floor, 3)
+    axis.set_ylim(floor, 6)  # room for the legend
     axis.set_xticks(
         range(len(first)), ["level 1" if row["levels"] == 1 else f"levels 1-{row['levels']}" for row in first]
     )
