@@ -10,6 +10,8 @@ import numpy as np
 
 from recbole_llm.errors import UserError, did_you_mean
 
+LONG = 20
+
 
 def inspect(arguments: Sequence[str]) -> str:
     """What the verb prints.
@@ -34,20 +36,28 @@ def inspect(arguments: Sequence[str]) -> str:
 def _dataset(name: str, arguments: list[str]) -> str:
     from recbole_llm.config import Config
     from recbole_llm.data import create_dataset
-    from recbole_llm.data.split import TRAIN
+    from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
 
     config = Config("BPR", name, command_line=arguments)
     if config["policy"] != "unified":
         raise UserError("inspect dataset shows the one split of policy: unified; RecBole's own is made by its run")
     dataset = create_dataset(config)
     split = dataset.make_split(config.split_protocol())
-    lengths = split.histories(TRAIN).lengths
-    lengths = lengths[lengths > 0]
     lines = [f"{name} in {config['data_path']}"]
     lines += [f"  {key:16}{value}" for key, value in split.as_dict().items()]
-    lines.append(f"  train items a user: min {lengths.min()}, median {np.median(lengths):g}, max {lengths.max()}")
+    lines.append(_lengths_line("items a user", split.histories(TRAIN, VALID, TEST, WITHHELD).lengths))
+    lines.append(_lengths_line("train items a user", split.histories(TRAIN).lengths))
     lines += _text_lines(config, dataset)
     return "\n".join(lines)
+
+
+def _lengths_line(what: str, lengths: np.ndarray) -> str:
+    """How long histories are; "long" is what "Semantic Convergence" (table 2) counts so."""
+    lengths = lengths[lengths > 0]
+    return (
+        f"  {what}: {lengths.sum()} of {len(lengths)} users; mean {lengths.mean():.3f}, min {lengths.min()}, "
+        f"median {np.median(lengths):g}, max {lengths.max()}; {(lengths > LONG).mean():.2%} have more than {LONG}"
+    )
 
 
 def _text_lines(config: Any, dataset: Any) -> list[str]:

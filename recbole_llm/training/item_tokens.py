@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
@@ -222,6 +223,9 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
         latent[~seen[1:]] = quantiser.project(texts[~seen][1:])
     codebook = quantiser.codebook
     chosen, _ = codebook.encode(latent)
+    if config["code_shuffle"]:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(config["seed"]))
+        chosen, latent = chosen[order], latent[order]
     policy = config["code_collisions"]
     final = resolve(policy, codebook, latent, chosen, keys=np.array(raw_ids[1:]))
     codes = with_padding(final.codes)
@@ -230,7 +234,8 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
     quantiser.save(folder)
     card = quality.card(
         with_padding(chosen.numpy()), [codebook.size] * codebook.depth, final_codes=codes, policy=policy,
-        embeddings=points, texts=texts, codebook=None if quantiser.autoencoder else codebook, names=raw_ids,
+        embeddings=points, texts=texts, names=raw_ids,
+        codebook=None if quantiser.autoencoder or config["code_shuffle"] else codebook,
         titles=None if sources.item_text is None else sources.item_text.texts,
         neighbours=config["code_neighbours"], seed=config["seed"],
     )  # fmt: skip
