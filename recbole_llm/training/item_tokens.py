@@ -20,6 +20,7 @@ from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid import quality
 from recbole_llm.itemid.collisions import check_room, resolve
+from recbole_llm.itemid.even import encode_evenly
 from recbole_llm.itemid.index_file import read_index, write_index
 from recbole_llm.itemid.item_tokens import ARRAYS, ItemTokens, pool_of
 from recbole_llm.itemid.item_tokens import CARD as TOKENS
@@ -222,7 +223,13 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
             raise UserError("unseen_items: projection needs code_text_weight above 0; or say unseen_items: text")
         latent[~seen[1:]] = quantiser.project(texts[~seen][1:])
     codebook = quantiser.codebook
-    chosen, _ = codebook.encode(latent)
+    chosen = encode_evenly(
+        codebook,
+        latent,
+        config["code_even_levels"],
+        config["code_sinkhorn_epsilon"],
+        config["code_sinkhorn_iterations"],
+    )
     if config["code_shuffle"]:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(config["seed"]))
         chosen, latent = chosen[order], latent[order]
