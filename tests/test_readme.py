@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("README.md", "CONTRIBUTING.md", "docs/install.md", "dataset/README.md")
+GUIDES = ("README.md", "CONTRIBUTING.md", "docs/install.md", "docs/item-tokens.md", "dataset/README.md")
 BIN = Path(sys.executable).parent
 
 # What happens here to a command of a guide; one that none of these matches whole, or more than one, fails the test.
@@ -27,9 +27,11 @@ KINDS = {
     ),
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (
-        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec) .*",
+        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes) .*",
         r"\.venv/bin/python run_recbole_llm\.py --model=GLTA .*",
     ),
+    # Runs, and the file that it names is there.
+    "prepare": (r"\S+/bin/recbole-llm prepare --model=SASRecCodes --dataset=tiny .*--index_file=\S+",),
     # The target has to exist. What runs these tests is itself one of them.
     "make": (r"make [a-z-]+",),
     # Would test these tests, or has run before them.
@@ -106,6 +108,22 @@ def test_the_two_commands_come_first() -> None:
 @pytest.mark.parametrize("command", of_kind("quick"))
 def test_quick_command(command: str, tmp_path: Path) -> None:
     check_run(command, tmp_path, timeout=300)
+
+
+@pytest.mark.parametrize("command", of_kind("prepare"))
+def test_prepare_command(command: str, tmp_path: Path) -> None:
+    run_here(command, tmp_path, timeout=300)
+    assert (tmp_path / command.rpartition("--index_file=")[2]).is_file()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_of_a_guide(number: int, tmp_path: Path) -> None:
+    guide, block = blocks("python")[number]
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{guide}\n{done.stderr}"
+    # What a line prints stands in its comment.
+    said = re.findall(r"print.*# what may follow: (.*)", block)
+    assert said == ([done.stdout.strip()] if said else [])
 
 
 @pytest.mark.slow
