@@ -26,7 +26,7 @@ from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
-from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
@@ -199,7 +199,9 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     sources.lines += lines
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     sources.texts = text_embeddings(sources.backbone, sources.item_text.texts, kind, limit)
-    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit])]
+    # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
+    options = {key: value for key, value in backbone_options(config).items() if key != "device"}
+    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit, options])]
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:
@@ -232,6 +234,8 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
     latent = quantiser.latent(points[1:])
     if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and not seen[1:].all():
         assert texts is not None
+        # It shares the points' memory, and those the embedding model's own table.
+        latent = latent.clone()
         latent[~seen[1:]] = quantiser.project(texts[~seen][1:])
     codebook = quantiser.codebook
     chosen, _ = codebook.encode(latent)

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from recbole_llm.atomic import open_atomic
 from recbole_llm.data.item_text import load_item_text, read_columns
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.collisions import place_new
+from recbole_llm.itemid.collisions import check_room, place_new
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.new_items import from_neighbours, from_text
 from recbole_llm.training.codebooks import Quantiser
@@ -74,6 +74,8 @@ def read_new_items(config: Any, dataset: Any, item_file: Path, inter_file: Path 
     new = sorted(set(listed) - set(dataset.field2id_token[dataset.iid_field].tolist()))
     if not new:
         raise UserError(f"{item_file} has no item that '{config['dataset']}' does not have")
+    room = dataset.item_num - 1 + len(new), config["code_size"], config["code_levels"]
+    check_room(config["code_collisions"], *room)
     users = sp.csr_matrix((len(new), dataset.user_num))
     if inter_file is not None and config["code_input"] == "behaviour":
         users = _users_of(config, dataset, new, inter_file)
