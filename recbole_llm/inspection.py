@@ -120,23 +120,25 @@ def _codebook(path: str, arguments: list[str]) -> str:
     from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_codebook
     from recbole_llm.evaluation.results import read_run, result_file
     from recbole_llm.itemid.quality_text import as_text
-    from recbole_llm.training.item_tokens import CARD
+    from recbole_llm.training.item_tokens import CARD, TOKENS
 
     if arguments:
         raise UserError(f"{arguments[0]!r} is not understood here; inspect codebook takes a run's folder only")
     file = result_file(path).with_name(CARD)
     if not file.is_file():
+        if file.with_name(TOKENS).is_file() and not result_file(path).is_file():
+            raise UserError(f"{path} has no codebook: its tokens are raw ids, or were given")
         result, _ = read_run(path)
         why = "it made no codebook" if "code_method" in result["config"] else "it reads no item tokens"
         raise UserError(f"{path} has no codebook: {result['model']}, {why}")
+    picture = file.with_suffix(".png")
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         text = as_text(card)
-    except (ValueError, KeyError, TypeError) as error:
+        if can_draw():
+            draw_codebook(card, picture)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r})") from None
-    picture = file.with_suffix(".png")
-    if can_draw():
-        draw_codebook(card, picture)
     return f"{text}\n\ncard        {file}\npicture     {picture if can_draw() else MISSING_PLOTS}"
 
 

@@ -22,6 +22,8 @@ AUTOENCODER = "autoencoder"
 
 # Fields whose setting is not called `code_<field>`; those without a name keep their own defaults.
 _SETTINGS = {"hidden_sizes": "code_layers", "latent_size": "code_dim", "codes": "code_size", "steps": ""}
+# What is trained in passes.
+_KINDS: dict[str, Any] = {"alignment": AlignmentSettings, "rqvae": RQVAESettings}
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Quantiser:
         codebook: the codes.
         autoencoder: what brings a point to where the codes are, where there is one.
         aligned: how they were aligned with texts, where they were.
-        losses: of every pass, where they were kept.
+        losses: of every pass; none where there were no passes, or the autoencoder tells of them in its figures.
     """
 
     codebook: ResidualCodebook
@@ -53,13 +55,9 @@ class Quantiser:
 
         Returns:
             float32 ``[n, d]``, for the codebook.
-
-        Raises:
-            UserError: no projection of texts was learned.
         """
         learned = self.autoencoder or self.aligned
-        if learned is None:
-            raise UserError("unseen_items: projection needs code_method: alignment or rqvae; say unseen_items: text")
+        assert learned is not None  # see check_settings
         return learned.project(torch.from_numpy(texts)).cpu()
 
     def save(self, folder: Path) -> None:
@@ -81,6 +79,27 @@ class Quantiser:
         return cls(ResidualCodebook.load(folder / CODEBOOK), autoencoder)
 
 
+def check_settings(config: Any, projected: bool) -> None:
+    """Refuse what :func:`train_quantiser` would, before the models that it needs are trained.
+
+    Args:
+        config: the run's; keys ``code_...``.
+        projected: whether items are to be placed by the projection of texts that is learned with the codes.
+
+    Raises:
+        UserError: a value that cannot be, or a projection of texts that nothing learns.
+    """
+    if not all(isinstance(width, int) and width > 0 for width in config["code_layers"]):
+        raise UserError(f"code_layers should be a list of widths, each at least 1, but is {config['code_layers']}")
+    if config["code_method"] in _KINDS:
+        _settings(config)
+    if projected and (config["code_method"] not in _KINDS or not config["code_text_weight"]):
+        raise UserError(
+            "unseen_items: projection needs code_text_weight above 0 and code_method: alignment or rqvae; "
+            "say unseen_items: text"
+        )
+
+
 def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, resume: ResumeFile) -> Quantiser:
     """Train what ``code_method`` names.
 
@@ -94,24 +113,27 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
         UserError: fewer items than codes, or values that are no numbers.
         TrainingStoppedError: the codebook collapsed.
     """
-    method, seed, device = config["code_method"], config["seed"], config["device"]
+    method, seed, device, shown = (config[key] for key in ("code_method", "seed", "device", "show_progress"))
     if method == "kmeans":
         sizes = [config["code_size"]] * config["code_levels"]
         return Quantiser(residual_kmeans(points, sizes, config["code_distance"], config["code_residual"], seed))
     if method == "rqvae":
         model = train_rqvae(
-            points, _settings(RQVAESettings, config), seed=seed, texts=texts, device=device, resume=resume
-        )
-        model = model.cpu()
-        return Quantiser(model.codebook, model, losses=[float(loss) for loss in model.figures["losses"]])
+            points, _settings(config), seed=seed, texts=texts, device=device, resume=resume, show_progress=shown
+        ).cpu()
+        return Quantiser(model.codebook, model)
     made = train_alignment(
-        points, texts, _settings(AlignmentSettings, config), seed=seed, device=device, resume=resume,
-        show_progress=config["show_progress"],
-    )  # fmt: skip
+        points, texts, _settings(config), seed=seed, device=device, resume=resume, show_progress=shown
+    )
     return Quantiser(made.codebook.to("cpu"), aligned=made, losses=made.losses.sum(axis=1).tolist())
 
 
-def _settings(kind: Any, config: Any) -> Any:
-    """The fields of a settings class out of the run's settings."""
+def _settings(config: Any) -> Any:
+    """The settings of a method out of the run's."""
+    kind = _KINDS[config["code_method"]]
     named = {entry.name: _SETTINGS.get(entry.name, f"code_{entry.name}") for entry in fields(kind)}
-    return kind(**{name: config[key] for name, key in named.items() if key})
+    try:
+        return kind(**{name: config[key] for name, key in named.items() if key})
+    except UserError as error:
+        # It speaks of its fields, which the user knows by other names.
+        raise UserError(f"code_{str(error).removeprefix('RQ-VAE: ')}") from None

@@ -26,9 +26,9 @@ from recbole_llm.itemid.item_tokens import ARRAYS, ItemTokens, pool_of
 from recbole_llm.itemid.item_tokens import CARD as TOKENS
 from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
-from recbole_llm.training.codebooks import train_quantiser
+from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
-from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
@@ -92,7 +92,7 @@ def tokenize_items(config: Any, dataset: Any, store: StageStore, fit_part: Calla
         fit_part: trains the recommender that a config key names and returns its fit.
 
     Raises:
-        UserError: texts are asked for and there are none, there are fewer items than codes, or the codebook collapsed.
+        UserError: see :func:`gather`, or the codebook collapsed.
     """
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
     given = None if config["code_tokens"] is None else _given(Path(config["code_tokens"]), raw_ids)
@@ -140,6 +140,10 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
         dataset: the train data set.
         store: the stage cache.
         fit_part: trains the recommender that a config key names.
+
+    Raises:
+        UserError: texts are asked for and there are none, there are fewer items than codes, too many for the collision
+            policy, or settings that cannot be; all of them before anything is trained.
     """
     seen = np.zeros(dataset.item_num, dtype=bool)
     seen[dataset.train_histories.items] = True
@@ -150,9 +154,10 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
     check_room(config["code_collisions"], len(seen) - 1, config["code_size"], config["code_levels"])
     check_count(int(seen.sum()) if behaviour else len(seen) - 1, config["code_size"])
     unseen = np.flatnonzero(~seen[1:]) + 1 if behaviour else np.array([], dtype=np.int64)
+    # What the user may have got wrong comes first: a graph model is minutes of training.
+    check_settings(config, projected=len(unseen) > 0 and config["unseen_items"] == "projection")
     named = None
     if _needs_texts(config, len(unseen)):
-        # What the user may have got wrong comes first: a graph model is minutes of training.
         sources.item_text = _texts_of(config, dataset)
         named = named_backbone(config)
     if behaviour:
@@ -165,14 +170,20 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
         read_texts(config, dataset, store, sources, named)
     if not behaviour:
         sources.points = sources.texts
-    elif len(unseen) and config["unseen_items"] == "text" and sources.texts is not None:
-        assert sources.points is not None
-        sources.points = sources.points.copy()
-        sources.points[unseen] = from_text(sources.points, sources.texts, seen, unseen)
-        logger.info(
-            "items without train interactions: %d of %d get a point from their text", len(unseen), len(seen) - 1
-        )
+    elif len(unseen) and config["unseen_items"] == "text":
+        _place_unseen(sources, unseen)
     return sources
+
+
+def _place_unseen(sources: Sources, unseen: np.ndarray) -> None:
+    assert sources.points is not None
+    counts = len(unseen), len(sources.seen) - 1
+    if sources.texts is None:
+        logger.info("items without train interactions: %d of %d have codes that say nothing: no item_text", *counts)
+        return
+    sources.points = sources.points.copy()
+    sources.points[unseen] = from_text(sources.points, sources.texts, sources.seen, unseen)
+    logger.info("items without train interactions: %d of %d get a point from their text", *counts)
 
 
 def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> None:
@@ -190,7 +201,9 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     sources.lines += lines
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     sources.texts = text_embeddings(sources.backbone, sources.item_text.texts, kind, limit)
-    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit])]
+    # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
+    options = {key: value for key, value in backbone_options(config).items() if key != "device"}
+    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit, options])]
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:
@@ -205,7 +218,10 @@ def _texts_of(config: Any, dataset: Any) -> ItemText:
     except UserError as error:
         if config["code_input"] == "text":
             raise
-        raise UserError(f"{error}; or leave texts out: code_text_weight=0") from None
+        ways = ["code_text_weight=0"] if config["code_text_weight"] else []
+        if config["unseen_items"] == "text" and config["item_text"]:
+            ways.append("unseen_items=embedding")
+        raise UserError(f"{error}; or leave texts out: {' '.join(ways)}") from None
 
 
 def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> dict[str, Any]:
@@ -219,8 +235,9 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
     )
     latent = quantiser.latent(points[1:])
     if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and not seen[1:].all():
-        if texts is None:
-            raise UserError("unseen_items: projection needs code_text_weight above 0; or say unseen_items: text")
+        assert texts is not None
+        # It shares the points' memory, and those the embedding model's own table.
+        latent = latent.clone()
         latent[~seen[1:]] = quantiser.project(texts[~seen][1:])
     codebook = quantiser.codebook
     chosen = encode_evenly(

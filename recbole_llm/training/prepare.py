@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.config import Config
+from recbole_llm.disk import full_disk_told
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.index_file import write_index
 from recbole_llm.progress import clock
 from recbole_llm.training.item_tokens import KEPT, tokenize_items
 from recbole_llm.training.logs import run_logging
-from recbole_llm.training.new_items import tokenize_new_items
+from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import fit_parts_of, prepared, store_of
 from recbole_llm.training.runs import new_run_folder, writable
 
@@ -50,7 +51,7 @@ def prepare(arguments: Sequence[str]) -> str:
     config["tensorboard_dir"] = None
     folder = new_run_folder(config)
     try:
-        with run_logging(folder / "run.log", config["state"]):
+        with full_disk_told(folder.parent), run_logging(folder / "run.log", config["state"]):
             return _prepare(config, own, folder)
     except UserError:
         shutil.rmtree(folder)
@@ -60,20 +61,20 @@ def prepare(arguments: Sequence[str]) -> str:
 def _prepare(config: Config, own: dict[str, Path], folder: Path) -> str:
     _, train_data, _, _ = prepared(config)
     dataset, store = train_data._dataset, store_of(config)
+    arrivals = None
+    if own.get("new_items"):
+        arrivals = read_new_items(config, dataset, own["new_items"], own.get("new_interactions"))
     made = tokenize_items(config, dataset, store, fit_parts_of(config, store))
     lines = [_stage_line(line) for line in (*made.sources.lines, made.stage.as_dict())]
     tokens, raw_ids = made.tokens, dataset.field2id_token[dataset.iid_field].tolist()
     lines += ["", f"{tokens.n_items - 1} items, {tokens.size} tokens; {tokens.collision_rate():.4f} collide"]
-    if own.get("new_items"):
-        new = tokenize_new_items(config, dataset, store, made, own["new_items"], own.get("new_interactions"))
-        lines.append(
-            f"{len(new.raw_ids) - len(raw_ids)} new items: {new.placed['interactions']} placed by their interactions, "
-            f"{new.placed['text']} by their text"
-        )
-        for item in range(len(raw_ids), min(len(raw_ids) + SHOWN, len(new.raw_ids))):
-            text = new.texts[item - len(raw_ids)]
-            lines.append(f"  {new.raw_ids[item]}  {''.join(new.tokens.strings(item))}  {text}".rstrip())
+    if arrivals is not None:
+        first, count, placed = len(raw_ids), len(arrivals.raw_ids), int(arrivals.placed.sum())
+        new = tokenize_new_items(config, dataset, store, made, arrivals)
         tokens, raw_ids = new.tokens, new.raw_ids
+        lines.append(f"{count} new items: {placed} placed by their interactions, {count - placed} by their text")
+        for item, text in enumerate(arrivals.texts[:SHOWN], first):
+            lines.append(f"  {raw_ids[item]}  {''.join(tokens.strings(item))}  {text}".rstrip())
     if own.get("index_file"):
         if tokens.kind != "codes":
             raise UserError(f"--index_file has codes, and these tokens are {tokens.kind}")
