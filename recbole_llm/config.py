@@ -302,7 +302,8 @@ class Config(RecBoleConfig):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
             items_only = part in getattr(model_class, "item_parts", ())
-            if kind.type != ModelType.GENERAL and not (items_only and kind.type == ModelType.SEQUENTIAL):
+            fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
+            if not fits or hasattr(kind, "stages"):
                 wanted = "recommender with item" if items_only else "general recommender with user and item"
                 raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
 

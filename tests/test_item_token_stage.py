@@ -179,7 +179,8 @@ def test_every_setting_of_the_codes_makes_the_stage_anew(base: tuple[dict[str, A
     assert len(keys) > 30
     for key in sorted({*keys, "unseen_items"}):
         value = config[key]
-        config[key] = another(config.specs[key].text, value)
+        # An autoencoder has one distance and one residual, which are not those of this recipe.
+        config[key] = "kmeans" if key == "code_method" else another(config.specs[key].text, value)
         assert noted() != before, key
         config[key] = value
 

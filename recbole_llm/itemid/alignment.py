@@ -26,7 +26,8 @@ from recbole_llm.itemid.kmeans import Distance, check_count, check_points
 from recbole_llm.itemid.text_projection import Projection, TextSide
 from recbole_llm.progress import Steps
 
-REMEDIES = "reseed_dead, fewer codes, a lower text_weight or a learned projection"
+# By the names of the settings that users know.
+REMEDIES = "code_reseed_dead: true, a smaller code_size, a lower code_text_weight or code_projection: learned"
 
 
 class Resume(Protocol):

@@ -23,7 +23,11 @@ from recbole_llm.progress import Steps
 
 # All items are looked at in batches of this size.
 LOOK_BATCH = 8192
-REMEDIES = "reseed_dead, fewer codes, more kmeans_points, a lower learning_rate or text_weight"
+# By the names of the settings that users know.
+REMEDIES = (
+    "code_reseed_dead: true, a smaller code_size, more code_kmeans_points, a lower code_learning_rate or "
+    "code_text_weight"
+)
 
 
 @dataclasses.dataclass

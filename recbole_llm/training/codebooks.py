@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.alignment import Aligned, AlignmentSettings, train_alignment
 from recbole_llm.itemid.codebook import ResidualCodebook, residual_kmeans
@@ -19,6 +21,7 @@ from recbole_llm.training.state import ResumeFile
 
 CODEBOOK = "codebook.safetensors"
 AUTOENCODER = "autoencoder"
+PROJECTION = "projection.safetensors"
 
 # Fields whose setting is not called `code_<field>`; those without a name keep their own defaults.
 _SETTINGS = {"hidden_sizes": "code_layers", "latent_size": "code_dim", "codes": "code_size", "steps": ""}
@@ -33,13 +36,14 @@ class Quantiser:
     Attributes:
         codebook: the codes.
         autoencoder: what brings a point to where the codes are, where there is one.
-        aligned: how they were aligned with texts, where they were.
+        projection: weight and bias of the map from texts that was learned with the codes, where there is no
+            autoencoder, which has its own; ``[d, H]`` and ``[d]``.
         losses: of every pass; none where there were no passes, or the autoencoder tells of them in its figures.
     """
 
     codebook: ResidualCodebook
     autoencoder: RQVAE | None = None
-    aligned: Aligned | None = None
+    projection: tuple[Tensor, Tensor] | None = None
     losses: list[float] = field(default_factory=list)
 
     def latent(self, points: np.ndarray) -> Tensor:
@@ -56,9 +60,12 @@ class Quantiser:
         Returns:
             float32 ``[n, d]``, for the codebook.
         """
-        learned = self.autoencoder or self.aligned
-        assert learned is not None  # see check_settings
-        return learned.project(torch.from_numpy(texts)).cpu()
+        x = torch.from_numpy(texts)
+        if self.autoencoder is not None:
+            return self.autoencoder.project(x)
+        assert self.projection is not None  # see check_settings
+        weight, bias = self.projection
+        return torch.addmm(bias, x, weight.T)
 
     def save(self, folder: Path) -> None:
         """Write what is needed to give a new item its codes; see :meth:`load`."""
@@ -66,6 +73,9 @@ class Quantiser:
         if self.autoencoder is not None:
             (folder / AUTOENCODER).mkdir(exist_ok=True)
             self.autoencoder.save(folder / AUTOENCODER)
+        if self.projection is not None:
+            tensors = dict(zip(("weight", "bias"), self.projection, strict=True))
+            write_whole(folder / PROJECTION, lambda part: save_file(tensors, part))
 
     @classmethod
     def load(cls, folder: Path) -> Quantiser:
@@ -76,7 +86,11 @@ class Quantiser:
         """
         folder = Path(folder)
         autoencoder = RQVAE.load(folder / AUTOENCODER) if (folder / AUTOENCODER).is_dir() else None
-        return cls(ResidualCodebook.load(folder / CODEBOOK), autoencoder)
+        projection = load_file(folder / PROJECTION) if (folder / PROJECTION).is_file() else None
+        return cls(
+            ResidualCodebook.load(folder / CODEBOOK), autoencoder,
+            None if projection is None else (projection["weight"], projection["bias"]),
+        )  # fmt: skip
 
 
 def check_settings(config: Any, projected: bool) -> None:
@@ -93,6 +107,10 @@ def check_settings(config: Any, projected: bool) -> None:
         raise UserError(f"code_layers should be a list of widths, each at least 1, but is {config['code_layers']}")
     if config["code_method"] in _KINDS:
         _settings(config)
+    if config["code_method"] == "rqvae" and (config["code_distance"], config["code_residual"]) != ("l2", "signed"):
+        raise UserError(
+            "code_method: rqvae has code_distance: l2 and code_residual: signed; say so, or take item_tokens=ed"
+        )
     if projected and (config["code_method"] not in _KINDS or not config["code_text_weight"]):
         raise UserError(
             "unseen_items: projection needs code_text_weight above 0 and code_method: alignment or rqvae; "
@@ -125,7 +143,18 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
     made = train_alignment(
         points, texts, _settings(config), seed=seed, device=device, resume=resume, show_progress=shown
     )
-    return Quantiser(made.codebook.to("cpu"), aligned=made, losses=made.losses.sum(axis=1).tolist())
+    return Quantiser(made.codebook.to("cpu"), projection=_of_texts(made), losses=made.losses.sum(axis=1).tolist())
+
+
+def _of_texts(made: Aligned) -> tuple[Tensor, Tensor] | None:
+    """The learned map as one from texts to points; of ``code_up``, a map from codes to texts, its pseudo-inverse."""
+    if made.weight is None or made.bias is None:
+        return None
+    weight, bias = made.weight.cpu(), made.bias.cpu()
+    if made.projection == "code_up":
+        weight = torch.linalg.pinv(weight)
+        bias = -weight @ bias
+    return weight.contiguous(), bias.contiguous()
 
 
 def _settings(config: Any) -> Any:

@@ -34,8 +34,10 @@ from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
 logger = logging.getLogger("recbole_llm")
 
-# Raised when the code of the stage changes what it makes.
+# Raised when the code of a stage changes what it makes.
+TEXTS_VERSION = 1
 TOKENS_VERSION = 1
+VECTORS = "vectors.npz"
 CARD, INDEX = "codebook.json", "items.index.json"
 # What a run keeps of the stage: its folder can be handed to another run (code_tokens).
 KEPT = (TOKENS, ARRAYS, INDEX, CARD)
@@ -199,11 +201,23 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     assert sources.item_text is not None
     sources.backbone, mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
     sources.lines += lines
+    backbone, texts = sources.backbone, sources.item_text.texts
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
-    sources.texts = text_embeddings(sources.backbone, sources.item_text.texts, kind, limit)
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
     options = {key: value for key, value in backbone_options(config).items() if key != "device"}
-    sources.marks += [mark, fingerprint_of([sources.item_text.texts, kind, limit, options])]
+    inputs = {"backbone": mark, "texts": fingerprint_of(texts), "kind": kind, "limit": limit, "options": options}
+
+    def make(folder: Path) -> dict[str, Any]:
+        before = backbone.tokens_read
+        vectors = text_embeddings(backbone, texts, kind, limit)
+        np.savez(folder / VECTORS, vectors=vectors)
+        return {"tokens": backbone.tokens_read - before}
+
+    stage = store.run("item_texts", TEXTS_VERSION, inputs, make)
+    sources.lines.append(stage.as_dict())
+    with np.load(stage.folder / VECTORS, allow_pickle=False) as arrays:
+        sources.texts = arrays["vectors"]
+    sources.marks.append(stage.fingerprint)
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:

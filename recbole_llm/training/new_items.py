@@ -16,7 +16,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.collisions import check_room, place_new
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.new_items import from_neighbours, from_text
-from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.codebooks import Quantiser, check_settings
 from recbole_llm.training.embeddings import text_embeddings
 from recbole_llm.training.item_tokens import Tokenized, has_codebook, read_texts
 from recbole_llm.training.language import named_backbone, read_item_text
@@ -68,6 +68,9 @@ def read_new_items(config: Any, dataset: Any, item_file: Path, inter_file: Path 
     """
     if not has_codebook(config):
         raise UserError("a new item has no token among raw ids, nor among tokens that were given; make a codebook")
+    if config["code_shuffle"]:
+        raise UserError("code_shuffle is a control, whose codes say nothing of an item: none are there for a new one")
+    check_settings(config, projected=config["unseen_items"] == "projection")
     listed = read_columns(
         item_file, config["ITEM_ID_FIELD"], (), config["field_separator"], config["encoding"] or "utf-8"
     )
@@ -106,7 +109,12 @@ def tokenize_new_items(config: Any, dataset: Any, store: StageStore, made: Token
         UserError: no codes are left for a new item.
     """
     quantiser = Quantiser.load(made.stage.folder)
-    latent = quantiser.latent(_points(config, dataset, store, made, arrivals))
+    points, texts = _points(config, dataset, store, made, arrivals)
+    latent = quantiser.latent(points)
+    rest = ~arrivals.placed
+    if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and rest.any():
+        latent = latent.clone()
+        latent[rest] = quantiser.project(texts[rest])
     chosen, _ = quantiser.codebook.encode(latent)
     old = made.tokens.codes.numpy()
     final = place_new(
@@ -120,8 +128,10 @@ def tokenize_new_items(config: Any, dataset: Any, store: StageStore, made: Token
     return NewItems(raw_ids, tokens)
 
 
-def _points(config: Any, dataset: Any, store: StageStore, made: Tokenized, arrivals: Arrivals) -> np.ndarray:
-    """Where the new items stand, float32 ``[n_new, d]``."""
+def _points(
+    config: Any, dataset: Any, store: StageStore, made: Tokenized, arrivals: Arrivals
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the new items stand, float32 ``[n_new, d]``, and their texts ``[n_new, H]`` where some stand by these."""
     sources = made.sources
     assert sources.points is not None
     histories = dataset.train_histories
@@ -131,19 +141,19 @@ def _points(config: Any, dataset: Any, store: StageStore, made: Tokenized, arriv
     points = from_neighbours(sources.points, history, arrivals.users)
     rest = np.flatnonzero(~arrivals.placed)
     if not len(rest):
-        return points
+        return points, points[:, :0]
     if sources.item_text is None:
         sources.item_text = read_item_text(config, dataset)
         read_texts(config, dataset, store, sources, named_backbone(config))
     assert sources.backbone is not None and sources.texts is not None
     texts = text_embeddings(sources.backbone, arrivals.texts, config["text_embedding"], config["text_embedding_tokens"])
     if config["code_input"] == "text":
-        return texts
+        return texts, texts
     points[rest] = from_text(
         np.concatenate([sources.points, points]), np.concatenate([sources.texts, texts]),
         np.append(sources.seen, np.zeros(len(points), dtype=bool)), len(sources.texts) + rest,
     )  # fmt: skip
-    return points
+    return points, texts
 
 
 def _users_of(config: Any, dataset: Any, new: Sequence[str], inter_file: Path) -> sp.csr_matrix:
