@@ -11,35 +11,52 @@ import scipy.sparse as sp
 from recbole_llm.errors import UserError
 
 # How much the ridge may bend, in units of the features' mean square.
-PENALTY = 0.1
+PENALTY = 0.01
 
 
 def from_neighbours(points: np.ndarray, history: sp.csr_matrix, users: sp.csr_matrix) -> np.ndarray:
-    """New items among the points of the items that their users have had.
+    """New items where the items that their users have had say.
 
-    A new item is the mean over its users of the mean over each user's items (two steps of a random walk on the graph),
-    stretched to the items' usual length: an average is shorter than what it averages, and codes know lengths.
+    What is seen of an item is the mean over its users of the mean over each user's other items: two steps on the graph.
+    These means lie close together, as all users have had the popular items; where an item stands is read from them by a
+    linear map, fitted on the known items, each seen without itself (ridge regression), and stretched to the items'
+    usual length.
 
     Args:
         points: float ``[n_items, d]`` of the known items.
-        history: what users have had of the known items, ``[n_users, n_items]``; values are weights.
-        users: who had each new item, ``[n_new, n_users]``.
+        history: what users have had of the known items, ``[n_users, n_items]``, 1 for each.
+        users: who had each new item, ``[n_new, n_users]``, likewise.
 
     Returns:
         float32 ``[n_new, d]``; 0 for an item without a user, or whose users have had none of the known items.
     """
-    walk = _by_row(users) @ (_by_row(history) @ np.asarray(points, dtype=np.float64))
-    known = np.unique(history.indices)
-    usual = np.linalg.norm(points[known], axis=1).mean() if len(known) else 0.0
-    length = np.linalg.norm(walk, axis=1, keepdims=True)
-    return np.divide(walk * usual, length, out=np.zeros_like(walk), where=length > 0).astype(np.float32)
+    points = np.asarray(points, dtype=np.float64)
+    sums, counts = history @ points, np.asarray(history.sum(axis=1)).ravel()
+    others = np.divide(1.0, counts - 1, out=np.zeros_like(sums[:, 0]), where=counts > 1)
+    seen = history.T @ (others[:, None] * sums) - (history.T @ others)[:, None] * points
+    owners = history.T @ (counts > 1).astype(np.float64)
+    known = np.flatnonzero(owners)
+    whole = np.divide(1.0, counts, out=np.zeros_like(others), where=counts > 0)
+    wanted, had = users @ (whole[:, None] * sums), users @ (counts > 0).astype(np.float64)
+    made = np.zeros_like(wanted)
+    rows = np.flatnonzero(had)
+    if len(rows) and len(known):
+        x, new = seen[known] / owners[known, None], wanted[rows] / had[rows, None]
+        made[rows] = _regressed(x, points[known], new)
+    return made.astype(np.float32)
 
 
-def _by_row(matrix: sp.csr_matrix) -> sp.csr_matrix:
-    """Each row over its sum; empty rows stay."""
-    sums = np.asarray(matrix.sum(axis=1)).ravel()
-    scale = np.divide(1.0, sums, out=np.zeros_like(sums, dtype=np.float64), where=sums > 0)
-    return sp.diags(scale) @ matrix
+def _regressed(x: np.ndarray, points: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Points of ``new`` by a ridge regression with an intercept of ``points`` on ``x``, as long as points are."""
+    from sklearn.linear_model import Ridge  # slow to import
+
+    centre = x.mean(0)
+    scale = np.sqrt(np.square(x - centre).mean()) or 1.0
+    ridge = Ridge(alpha=PENALTY * len(x)).fit((x - centre) / scale, points)
+    made = ridge.predict((new - centre) / scale)
+    length = np.linalg.norm(made, axis=1, keepdims=True)
+    usual = np.linalg.norm(points, axis=1).mean()
+    return np.divide(made * usual, length, out=np.zeros_like(made), where=length > 0)
 
 
 def from_text(points: np.ndarray, texts: np.ndarray, known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -61,15 +78,7 @@ def from_text(points: np.ndarray, texts: np.ndarray, known: np.ndarray, wanted: 
     Raises:
         UserError: no item is known.
     """
-    from sklearn.linear_model import Ridge  # slow to import
-
     if not known.any():
         raise UserError("no item has a train interaction, so nothing says where a text belongs")
     x = np.asarray(texts, dtype=np.float64)
-    centre = x[known].mean(0)
-    scale = np.sqrt(np.square(x[known] - centre).mean()) or 1.0
-    ridge = Ridge(alpha=PENALTY * known.sum()).fit((x[known] - centre) / scale, np.asarray(points)[known])
-    made = ridge.predict((x[wanted] - centre) / scale)
-    usual = np.linalg.norm(points[known], axis=1).mean()
-    length = np.linalg.norm(made, axis=1, keepdims=True)
-    return np.divide(made * usual, length, out=np.zeros_like(made), where=length > 0).astype(np.float32)
+    return _regressed(x[known], np.asarray(points, dtype=np.float64)[known], x[wanted]).astype(np.float32)
