@@ -1,0 +1,121 @@
+"""Beam search on the trie: against scoring every item, against transformers' own search, and what it may never do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_folders import KINDS, WINDOW
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from recbole_llm.data.ties import tie_order
+from recbole_llm.decoding.beam_search import BeamSearch, best
+from recbole_llm.decoding.head import Head, decoder_of
+from recbole_llm.errors import UserError
+from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.itemid.item_tokens import ItemTokens
+
+LM_SIZE = 97
+SIZES = (4, 3, 5)
+END = 2
+NORMALISERS = ("vocabulary", "level", "legal")
+# One prompt is longer than the windows of those models that have one, and it is not the longest's neighbour.
+PROMPTS = [[5, 9, 3], list(range(3, 3 + WINDOW + 5)), [7], [11, 12, 13, 14, 15, 16, 17]]
+
+
+def language_model(kind: str, size: int = LM_SIZE + sum(SIZES)) -> Any:
+    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": None}
+    config = KINDS[kind].config(vocab_size=size, tie_word_embeddings=KINDS[kind].tied, **ids)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+    yield language_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return language_model("llama")
+
+
+def random_codes(items: int, seed: int = 0, distinct: bool = True) -> ItemTokens:
+    rng = np.random.default_rng(seed)
+    every = np.stack(np.meshgrid(*(np.arange(size) for size in SIZES), indexing="ij"), axis=-1).reshape(-1, len(SIZES))
+    chosen = every[rng.permutation(len(every))[:items] if distinct else rng.integers(0, len(every), items)]
+    return ItemTokens.from_codes(np.concatenate((np.full((1, len(SIZES)), -1), chosen)), SIZES)
+
+
+TITLES = ItemTokens.from_sequences(
+    [[], [5], [5, 6], [5, 6, 7, 8], [9], [5, 7], [9, 10, 11], [5, 6, 7], [12], [9, 10], [5, 6]], END
+)
+# The codes' rows do not lie in the order of the codes, so that a map that is not read shows.
+CODE_IDS = LM_SIZE + torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(0))
+
+
+def searcher(model: Any, item_tokens: ItemTokens, dtype: torch.dtype | None = None, **options: Any) -> BeamSearch:
+    lm_ids = CODE_IDS if item_tokens.kind == "codes" else None
+    return BeamSearch(decoder_of(model), Head.of(model, dtype), item_tokens, lm_ids=lm_ids, **options)
+
+
+@torch.no_grad()
+def exhaustive(model: Any, item_tokens: ItemTokens, prompt: list[int], normaliser: str) -> torch.Tensor:
+    """Every item's score, float64 [n_items], from a plain reading of prompt and tokens."""
+    lm_ids = CODE_IDS if item_tokens.lm_ids is None else item_tokens.lm_ids
+    sequences = [item_tokens.of(item) for item in range(item_tokens.n_items)]
+    scores = torch.full((item_tokens.n_items,), -torch.inf, dtype=torch.float64)
+    for item, tokens in enumerate(sequences):
+        if not tokens:
+            continue
+        text = torch.tensor([[*prompt, *lm_ids[tokens].tolist()]])
+        logits = model(input_ids=text).logits[0, len(prompt) - 1 : -1].double()
+        total = 0.0
+        for depth, token in enumerate(tokens):
+            if normaliser == "vocabulary":
+                among = list(range(logits.shape[1]))
+            elif normaliser == "legal":
+                begun = [other for other in sequences if other[:depth] == tokens[:depth] and len(other) > depth]
+                among = lm_ids[sorted({other[depth] for other in begun})].tolist()
+            elif item_tokens.kind == "codes":
+                low, high = item_tokens.level_offsets[depth : depth + 2]
+                among = lm_ids[low:high].tolist()
+            else:
+                among = lm_ids[sorted({other[depth] for other in sequences if len(other) > depth})].tolist()
+            total += float(logits[depth, lm_ids[token]] - logits[depth, among].logsumexp(0))
+        scores[item] = total
+    return scores
+
+
+def assert_same_ranking(items: list[int], scores: torch.Tensor, wanted: torch.Tensor) -> None:
+    """The items are the best, and in order wherever that is not a matter of rounding."""
+    expected = wanted.sort(descending=True).values[: len(items)]
+    torch.testing.assert_close(scores.double(), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(wanted[items], expected, atol=2e-4, rtol=1e-4)
+    assert len(set(items)) == len(items)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("kind", ["codes", "titles"])
+def test_equals_exhaustive_search(model: Any, kind: str, normaliser: str) -> None:
+    item_tokens = random_codes(12) if kind == "codes" else TITLES
+    count = item_tokens.n_items - 1
+    search = searcher(model, item_tokens, beams=count, normaliser=normaliser)
+    found = search(PROMPTS, leaked=True)
+    for row, prompt in enumerate(PROMPTS):
+        wanted = exhaustive(model, item_tokens, prompt, normaliser)
+        assert_same_ranking(found.items[row].tolist(), found.scores[row], wanted)
+        if normaliser != "vocabulary":
+            whole = exhaustive(model, item_tokens, prompt, "vocabulary")[found.items[row]]
+            share = (whole - wanted[found.items[row]]).exp()
+            torch.testing.assert_close(found.leaked[row].double(), 1 - share, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_are_shared_wherever_keys_and_values_are_all_there_is(model: Any) -> None:
+    assert searcher(model, TITLES, beams=2).shares_prompts == (model.config.model_type not in ("mamba", "lfm2"))
