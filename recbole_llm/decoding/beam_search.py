@@ -219,7 +219,7 @@ class BeamSearch(nn.Module):
         base = (grown if self.normaliser == "legal" else logits).logsumexp(-1)
         kept = beams.kept
         if leaked or self.normaliser == "vocabulary":
-            rest = self.head.log_sum_of_rest(states, level)
+            rest = self.head.log_sum_of_rest(states, level, logits.amax(-1))
             whole = torch.logaddexp(logits.logsumexp(-1) if self.normaliser == "legal" else base, rest)
             kept = kept + (base - whole)
             base = whole if self.normaliser == "vocabulary" else base

@@ -7,6 +7,7 @@ of the whole vocabulary never lie in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,29 +142,55 @@ class Head:
         with torch.autocast(states.device.type, enabled=False):
             return self._capped(functional.linear(states.float(), tokens.rows, tokens.bias))
 
-    def log_sum_of_rest(self, states: Tensor, tokens: TokenSet) -> Tensor:
+    def log_sum_of_rest(self, states: Tensor, tokens: TokenSet, about: Tensor) -> Tensor:
         """The logarithm of the sum of exp(logit) over all tokens but some.
 
         Args:
             states: the decoder's last, [..., hidden].
             tokens: those left out, from :meth:`tokens`.
+            about: what is taken off logits before they are raised, float32 [...]: the largest logit of the tokens left
+                out, so that a sum that comes to nothing is nothing beside theirs. On a CPU it saves looking for the
+                largest of all; where it is too small by far, that is done after all.
 
         Returns:
             float32 [...]; -inf where nothing is left.
         """
-        flat = states.reshape(-1, states.shape[-1]).to(self.dtype)
-        found = torch.full((len(flat),), -torch.inf, device=flat.device)
-        blocks = [block.to_mkldnn() if self._mkldnn else block for block in flat.split(self._block)]
-        totals = found.split(self._block)
+        flat, about = states.reshape(-1, states.shape[-1]).to(self.dtype), about.reshape(-1, 1)
         with torch.autocast(flat.device.type, enabled=False):
-            for piece, bias, places in zip(self._pieces, self._biases, tokens.places, strict=True):
-                for block, total in zip(blocks, totals, strict=True):
-                    made = functional.linear(block, piece, bias)
-                    logits = self._capped(made.to_dense() if self._mkldnn else made.float())
-                    if places is not None:
-                        logits.index_fill_(1, places, -torch.inf)
-                    torch.logaddexp(total, logits.logsumexp(1), out=total)
+            if flat.device.type != "cpu":
+                found = self._safe_sums(flat, tokens)
+            else:
+                found = self._quick_sums(flat, tokens, about)
+                if (found == torch.inf).any():
+                    found = self._safe_sums(flat, tokens)
         return found.view(states.shape[:-1])
+
+    def _quick_sums(self, states: Tensor, tokens: TokenSet, about: Tensor) -> Tensor:
+        totals = torch.zeros(len(states))
+        offsets = about.to(self.dtype)
+        for logits, places, block in self._logits_by_piece(states, tokens):
+            raised = logits.sub_(offsets[block]).exp_()
+            if places is not None:
+                raised.index_fill_(1, places, 0.0)
+            totals[block] += raised.sum(1, dtype=torch.float32)
+        return totals.log_() + offsets[:, 0]
+
+    def _safe_sums(self, states: Tensor, tokens: TokenSet) -> Tensor:
+        totals = torch.full((len(states),), -torch.inf, device=states.device)
+        for logits, places, block in self._logits_by_piece(states, tokens):
+            if places is not None:
+                logits.index_fill_(1, places, -torch.inf)
+            totals[block] = torch.logaddexp(totals[block], logits.float().logsumexp(1))
+        return totals
+
+    def _logits_by_piece(self, states: Tensor, tokens: TokenSet) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
+        """Logits in the head's type, the columns among them to leave out, and whose rows they are."""
+        blocks = [slice(start, start + self._block) for start in range(0, len(states), self._block)]
+        rows = [states[block].to_mkldnn() if self._mkldnn else states[block] for block in blocks]
+        for piece, bias, places in zip(self._pieces, self._biases, tokens.places, strict=True):
+            for block, given in zip(blocks, rows, strict=True):
+                made = functional.linear(given, piece, bias)
+                yield self._capped(made.to_dense() if self._mkldnn else made), places, block
 
 
 def decoder_of(model: Any) -> nn.Module:
