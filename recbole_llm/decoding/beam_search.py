@@ -1,0 +1,303 @@
+"""Beam search for items: the best sequences of tokens that a language model gives a prompt, among those of items only.
+
+Every prompt is read once and shared by its beams (``shared_cache.py``), legal tokens come from the trie of all items,
+and only the head's rows that count are multiplied (``head.py``). No loop runs over batch, beam or item.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recbole_llm.decoding.head import Head, TokenSet
+from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
+from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.itemid.trie import Trie
+
+logger = logging.getLogger("recbole_llm")
+
+NORMALISERS = ("vocabulary", "level", "legal")
+
+
+class Found(NamedTuple):
+    """The best items of each prompt.
+
+    Attributes:
+        items: internal ids, best first, int64 [B, k]; no two of a row are alike.
+        scores: log-probabilities of their tokens, float32 [B, k].
+        leaked: 1 - exp(what an item's score over the whole vocabulary is less than its score over the tokens of each
+            level, or over the legal ones), float32 [B, k]; ``None`` where it was not asked for.
+    """
+
+    items: Tensor
+    scores: Tensor
+    leaked: Tensor | None
+
+
+class _Beams(NamedTuple):
+    """Prefixes of items under way. All [B, K]; a row's live ones ascend by node.
+
+    Attributes:
+        nodes: of the trie, int64; -1 where a row has fewer.
+        scores: float32; -inf for -1.
+        kept: the logarithm of the mass that did not leak, float32.
+    """
+
+    nodes: Tensor
+    scores: Tensor
+    kept: Tensor
+
+
+class BeamSearch(nn.Module):
+    """Finds the k items whose tokens a language model thinks likeliest after a prompt.
+
+    An item's score is the sum of the log-probabilities of its tokens, the end token of a title among them, without
+    normalisation by length. A log-probability is relative to the ``vocabulary``, to the tokens of the ``level`` (all
+    codes of one; with titles all tokens that any item has at the place), or to the ``legal`` ones, those of the trie's
+    children, whether or not they are excluded for a user. Hence what is excluded never moves another item's score.
+
+    At every depth the best ``beams`` prefixes go on; items that end sooner than others wait apart and take no beam from
+    those under way, as in transformers' ``generate`` with ``length_penalty=0``. At a tie the earlier prefix goes on, by
+    its tokens; items of equal score, such as those of equal tokens, come in the tie order.
+
+    Args:
+        decoder: a Hugging Face base model, in evaluation mode.
+        head: its vocabulary head.
+        item_tokens: the tokens of every item.
+        beams: prefixes kept.
+        lm_ids: the language model's id of each token of ``item_tokens``, int64 [size]; titles have their own.
+        normaliser: ``vocabulary``, ``level`` or ``legal``.
+        tie_order: all item ids in the order in which equal scores are ranked, int64 [n_items]; by id if ``None``.
+
+    Attributes:
+        trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
+        shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else
+            read it once a beam and step.
+
+    Raises:
+        UserError: an unknown normaliser, no beams or no items.
+        ValueError: tokens that have no id, or share one.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, head: Head, item_tokens: ItemTokens, *, beams: int, lm_ids: Tensor | None = None,
+        normaliser: str = "vocabulary", tie_order: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if normaliser not in NORMALISERS:
+            known = ", ".join(NORMALISERS)
+            raise UserError(f"normaliser is '{normaliser}'{did_you_mean(normaliser, NORMALISERS)} (one of {known})")
+        if beams < 1:
+            raise UserError(f"beams is {beams}; a search needs at least 1")
+        lm_ids = item_tokens.lm_ids if lm_ids is None else lm_ids
+        if lm_ids is None or len(lm_ids) != item_tokens.size:
+            raise ValueError(f"the language model's ids of {item_tokens.size} tokens are needed")
+        self.decoder, self.head, self.beams, self.normaliser = decoder, head, beams, normaliser
+        device = head.weight.device
+        self.trie = Trie(item_tokens, tie_order).to(device)
+        if not len(self.trie.order):
+            raise UserError("no item has tokens; there is nothing to search for")
+        self._lm_ids = lm_ids.to(device)
+        order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order
+        self._rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
+        self._levels = [self._level(item_tokens, depth) for depth in range(len(self.trie.widths) - 1)]
+        # Known of the trie alone, so that no step has to ask the device: how many prefixes of each depth go on at most,
+        # whether items end there, and the most items that end at one node.
+        leaves = self.trie.is_leaf(torch.arange(len(self.trie), device=device))
+        by_depth = leaves.split([high - low for low, high in zip(self.trie.level_bounds, self.trie.level_bounds[1:])])
+        self._widths = [min(beams, int((~here).sum())) for here in by_depth]
+        self._ends = [bool(here.any()) for here in by_depth]
+        starts, ends = self.trie.ranges(self.trie.leaf_nodes)
+        self._most_equal = int((ends - starts).max())
+        self.shares_prompts = shares(decoder)
+        if not self.shares_prompts:
+            logger.info("a %s cannot share its prompts among beams: each beam reads its own", type(decoder).__name__)
+
+    def _level(self, item_tokens: ItemTokens, depth: int) -> tuple[TokenSet, Tensor]:
+        """The head's rows that a depth's tokens need, and the column of each of our tokens among them."""
+        if item_tokens.level_sizes:
+            low, high = item_tokens.level_offsets[depth : depth + 2]
+            tokens = torch.arange(low, high, device=self.trie.device)
+        else:
+            low, high = self.trie.level_bounds[depth + 1 : depth + 3]
+            tokens = self.trie.tokens[low:high].unique()
+        columns = torch.zeros(self.trie.size, dtype=torch.int64, device=self.trie.device)
+        columns[tokens] = torch.arange(len(tokens), device=self.trie.device)
+        return self.head.tokens(self._lm_ids[tokens]), columns
+
+    def check(self, k: int, exclude: Exclusion | None = None) -> None:
+        """Refuse what cannot be answered; :meth:`forward` does so before it reads anything.
+
+        Args:
+            k: items asked for.
+            exclude: what each row is not to be shown.
+
+        Raises:
+            UserError: k is more than the beams, or the beams are more than the items that a row may be shown.
+        """
+        if not 1 <= k <= self.beams:
+            raise UserError(f"{k} items are asked for and the search keeps {self.beams} beams; k is 1 to {self.beams}")
+        items, where = len(self.trie.order), ""
+        if exclude is not None and exclude.rows:
+            left = exclude.left(torch.zeros(exclude.rows, dtype=torch.int64, device=self.trie.device))
+            items, where = int(left.min()), f" to row {int(left.argmin())}, whose history is excluded"
+        if items < self.beams:
+            raise UserError(f"{self.beams} beams are more than the {items} items that can be recommended{where}")
+
+    def _lay_out(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        lengths = [len(prompt) for prompt in prompts]
+        if not prompts or not min(lengths):
+            raise UserError("a prompt has no tokens" if prompts else "there are no prompts")
+        config: Any = self.decoder.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest = max(lengths) + len(self._levels) - 1
+        if most and longest > most:
+            row = lengths.index(max(lengths))
+            raise UserError(
+                f"the prompt of row {row} has {max(lengths)} tokens and an item up to {len(self._levels)}; "
+                f"the language model reads {most}"
+            )
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.as_tensor(prompt)
+        return ids.to(self.trie.device), torch.tensor(lengths, device=self.trie.device)
+
+    @torch.no_grad()
+    def forward(
+        self, prompts: Sequence[Sequence[int]], k: int | None = None, exclude: Exclusion | None = None,
+        leaked: bool = False,
+    ) -> Found:  # fmt: skip
+        """Search.
+
+        Args:
+            prompts: the language model's token ids of each row, BOS included where it has one; of any lengths.
+            k: items asked for; as many as beams if ``None``.
+            exclude: made with :attr:`trie`, what each row is not to be shown.
+            leaked: whether to tell the mass that leaked; it costs what ``normaliser: vocabulary`` does.
+
+        Raises:
+            UserError: see :meth:`check`; or a prompt is empty or too long, or the model's scores are no numbers.
+        """
+        k = self.beams if k is None else k
+        self.check(k, exclude)
+        if exclude is not None and exclude.rows != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
+        ids, lengths = self._lay_out(prompts)
+        read = SharedPrompts if self.shares_prompts else WholePrompts
+        reader: Reader = read(self.decoder, ids, lengths, sum(self._widths[1:]))
+        zeros = torch.zeros(len(ids), 1, device=ids.device)
+        beams, ended = _Beams(zeros.long(), zeros, zeros), None
+        for depth in range(len(self._levels)):
+            tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked)
+            ended = self._end(grown, ended, depth + 1)
+            if not self._widths[depth + 1]:
+                break
+            beams, chosen = self._go_on(grown, depth + 1)
+            if self._is_decided(beams, ended, k):
+                break
+            chosen_tokens = tokens.flatten(1).gather(1, chosen).clamp(min=0)
+            reader.step(self._lm_ids[chosen_tokens], chosen // tokens.shape[-1])
+        assert ended is not None  # the deepest nodes are leaves
+        return self._items(ended, k, exclude, leaked)
+
+    def _grow(
+        self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool
+    ) -> tuple[Tensor, _Beams]:
+        """Every legal token of every beam: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
+        level, columns = self._levels[depth]
+        tokens, children = self.trie.legal_padded(beams.nodes, depth)
+        there = children >= 0
+        logits = self.head.logits(states, level)
+        grown = logits.gather(-1, columns[tokens.clamp(min=0)]).masked_fill_(~there, -torch.inf)
+        # Of a beam that is none every token is illegal, and its sum -inf; the score is masked below.
+        base = (grown if self.normaliser == "legal" else logits).logsumexp(-1)
+        kept = beams.kept
+        if leaked or self.normaliser == "vocabulary":
+            rest = self.head.log_sum_of_rest(states, level, logits.amax(-1))
+            whole = torch.logaddexp(logits.logsumexp(-1) if self.normaliser == "legal" else base, rest)
+            kept = kept + (base - whole)
+            base = whole if self.normaliser == "vocabulary" else base
+        if exclude is not None:
+            there = exclude.left(children) > 0
+            children = torch.where(there, children, -1)
+        scores = (beams.scores.unsqueeze(-1) + (grown - base.unsqueeze(-1))).masked_fill_(~there, -torch.inf)
+        kept = kept.unsqueeze(-1).expand_as(scores)
+        return tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
+
+    def _go_on(self, grown: _Beams, depth: int) -> tuple[_Beams, Tensor]:
+        """The best prefixes of a depth that do not end there [B, K], and their places among all [B, K]."""
+        if self._ends[depth]:
+            ends = self.trie.is_leaf(grown.nodes)
+            grown = grown._replace(
+                nodes=grown.nodes.masked_fill(ends, -1), scores=grown.scores.masked_fill(ends, -torch.inf)
+            )
+        # Back in the order of places, which is that of nodes: the next tie is decided by it.
+        chosen = best(grown.scores, self._widths[depth]).sort(dim=1).values
+        return _Beams(*(part.gather(1, chosen) for part in grown)), chosen
+
+    def _end(self, grown: _Beams, ended: _Beams | None, depth: int) -> _Beams | None:
+        """The best of the items that have ended so far, [B, at most the beams], best first."""
+        if not self._ends[depth]:
+            return ended
+        leaves = grown.nodes
+        if self._widths[depth]:
+            leaves = torch.where(self.trie.is_leaf(leaves), leaves, -1)
+        new = grown._replace(nodes=leaves, scores=grown.scores.masked_fill(leaves < 0, -torch.inf))
+        if ended is not None:
+            new = _Beams(*(torch.cat(pair, dim=1) for pair in zip(ended, new)))
+        first = self._rank[self.trie.order[self.trie.starts[new.nodes.clamp(min=0)]]]
+        chosen = best(new.scores, min(self.beams, new.scores.shape[1]), first)
+        return _Beams(*(part.gather(1, chosen) for part in new))
+
+    def _is_decided(self, beams: _Beams, ended: _Beams | None, k: int) -> bool:
+        """Whether no prefix under way can become one of the k best: scores only fall. Waits for the device."""
+        if ended is None or ended.scores.shape[1] < k:
+            return False
+        return bool((beams.scores.amax(dim=1) < ended.scores[:, k - 1]).all())
+
+    def _items(self, ended: _Beams, k: int, exclude: Exclusion | None, leaked: bool) -> Found:
+        """The k best items that end at the leaves found."""
+        starts, ends = (bound.unsqueeze(-1) for bound in self.trie.ranges(ended.nodes))
+        places = starts + torch.arange(self._most_equal, device=starts.device)
+        there = places < ends
+        places = torch.where(there, places, 0)
+        if exclude is not None:
+            there &= ~exclude.contains(torch.arange(len(places), device=places.device).view(-1, 1, 1), places)
+        items = self.trie.order[places].flatten(1)
+        scores = torch.where(there, ended.scores.unsqueeze(-1), -torch.inf).flatten(1)
+        chosen = best(scores, k, self._rank[items])
+        scores = scores.gather(1, chosen)
+        if not scores.isfinite().all():
+            raise UserError(
+                "the language model's scores are no numbers: its weights are damaged or their type too narrow"
+            )
+        leaks = None
+        if leaked:
+            leaks = -ended.kept.unsqueeze(-1).expand_as(there).flatten(1).gather(1, chosen).expm1()
+        return Found(items.gather(1, chosen), scores, leaks)
+
+
+def best(scores: Tensor, k: int, order: Tensor | None = None) -> Tensor:
+    """The places of the k best scores of each row, best first, equal ones in a given order.
+
+    ``torch.topk`` leaves ties open, so the order becomes part of what is compared, below the score's bits.
+
+    Args:
+        scores: float32 [B, N].
+        k: at most N.
+        order: int64 [B, N], smaller first and below 2**31; by place if ``None``.
+
+    Returns:
+        int64 [B, k].
+    """
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    if order is None:
+        order = torch.arange(scores.shape[1], device=scores.device)
+    return ((ascending << 32) - order).topk(k, dim=1).indices

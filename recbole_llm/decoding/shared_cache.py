@@ -1,0 +1,194 @@
+"""Prompts that are read once and continued by many beams each, over one set of keys and values a prompt.
+
+The beams of a prompt are rows of one sequence: behind the prompt's keys and values lie those of every token that any
+of its beams has had, and a mask lets each beam see the prompt and its own tokens, a path in the tree of them. So the
+prompt is neither copied nor expanded, and when beams are exchanged only rows of that mask move, no keys and values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+# How far states over shared keys and values may be from those of a plain reading, relative, by bytes a number.
+TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
+
+
+class Reader(Protocol):
+    """Prompts under way."""
+
+    state: Tensor
+    """The state at the last position of each beam, [B, K, hidden]; K is 1 after the prompt."""
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Read one more token a beam.
+
+        Args:
+            tokens: the language model's ids, int64 [B, K].
+            parents: the beam of the step before that each goes on from, int64 [B, K].
+
+        Returns:
+            The new :attr:`state`, [B, K, hidden].
+        """
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room behind them, so that taking in new ones copies nothing that is there."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room, self._used = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room; called by :meth:`update`."""
+        super().lazy_initialization(key_states, value_states)
+        rows, heads, length = key_states.shape[:3]
+        self.keys = key_states.new_empty(rows, heads, length + self._room, key_states.shape[3])
+        self.values = value_states.new_empty(rows, heads, length + self._room, value_states.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in ``[B, heads, T, head_dim]`` each and return all there are, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self._used = self._used, self._used + key_states.shape[-2]
+        self.keys[:, :, start : self._used] = key_states
+        self.values[:, :, start : self._used] = value_states
+        return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+
+    def get_seq_length(self) -> int:
+        """Positions taken in."""
+        return self._used
+
+
+def windows(config: Any) -> dict[str, int | None]:
+    """How far back each kind of a model's layers looks, in positions; ``None`` for all the way."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return {"sliding_attention" if window else "full_attention": window or None}
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+
+
+class SharedPrompts:
+    """Prompts whose beams share keys and values; see :class:`Reader`.
+
+    Args:
+        decoder: a Hugging Face base model that :func:`shares`.
+        ids: the prompts, filled up on the right with any token, int64 [B, P].
+        lengths: int64 [B], each at least 1.
+        room: tokens of beams that will be read at most, over all steps: the sum of their numbers of beams.
+    """
+
+    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
+        self._decoder, self._lengths = decoder, lengths
+        config: Any = decoder.config
+        text = config.get_text_config()
+        self._windows = windows(text)
+        self._cache = DynamicCache()
+        self._cache.layers.extend(_Roomy(room) for _ in range(text.num_hidden_layers))
+        # No position sees what follows it, so the filling needs no mask while the prompts are read.
+        states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
+        self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
+        self._places = torch.arange(ids.shape[1], device=ids.device)
+        # Which of the beams' tokens each beam has had, [B, K, tokens read], and how far behind the prompt each was.
+        self._path = torch.zeros(len(ids), 1, 0, dtype=torch.bool, device=ids.device)
+        self._steps: list[int] = []
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """See :class:`Reader`."""
+        beams = tokens.shape[1]
+        path = self._path.gather(1, parents.unsqueeze(-1).expand(-1, -1, self._path.shape[-1]))
+        own = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+        self._path = torch.cat((path, own), dim=-1)
+        at = self._steps[-1] + 1 if self._steps else 0
+        self._steps += [at] * beams
+        self.state = self._decoder(
+            input_ids=tokens,
+            position_ids=(self._lengths.unsqueeze(1) + at).expand(-1, beams),
+            attention_mask=self._masks(at),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.state
+
+    def _masks(self, at: int) -> Any:
+        """What to add to attention scores, [B, 1, K, P + tokens read], or one for each kind of layers by its name."""
+        masks = {kind: self._mask(at, window) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, at: int, window: int | None) -> Tensor:
+        seen, path = self._places < self._lengths.unsqueeze(1), self._path
+        if window is not None:
+            seen = seen & (self._places > (self._lengths + at - window).unsqueeze(1))
+            path = path & (torch.tensor(self._steps, device=path.device) > at - window)
+        mask = torch.cat((seen.unsqueeze(1).expand(-1, path.shape[1], -1), path), dim=-1).unsqueeze(1)
+        dtype = self.state.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+class WholePrompts:
+    """Prompts that are read anew at every step, once a beam; see :class:`Reader`.
+
+    For models that remember more than keys and values (Mamba), or count positions in a way of their own.
+
+    Args:
+        decoder: a Hugging Face base model.
+        ids: the prompts, filled up on the right with any token, int64 [B, P].
+        lengths: int64 [B], each at least 1.
+        room: plays no part.
+    """
+
+    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int = 0) -> None:
+        self._decoder, self._ids, self._lengths = decoder, ids.unsqueeze(1), lengths
+        self.state = self._read()
+
+    def _read(self) -> Tensor:
+        rows, beams, length = self._ids.shape
+        states = self._decoder(input_ids=self._ids.reshape(-1, length), use_cache=False).last_hidden_state
+        last = (self._lengths - 1).view(-1, 1, 1, 1).expand(-1, beams, 1, states.shape[-1])
+        return states.view(rows, beams, length, -1).gather(2, last).squeeze(2)
+
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """See :class:`Reader`."""
+        ids = self._ids.gather(1, parents.unsqueeze(-1).expand(-1, -1, self._ids.shape[-1]))
+        ids = torch.cat((ids, tokens.unsqueeze(-1)), dim=-1)
+        place = self._lengths.view(-1, 1, 1).expand(-1, ids.shape[1], 1)
+        self._ids = ids.scatter(2, place, tokens.unsqueeze(-1))
+        self._lengths = self._lengths + 1
+        self.state = self._read()
+        return self.state
+
+
+@torch.no_grad()
+def shares(decoder: nn.Module) -> bool:
+    """Whether a decoder's states over shared keys and values are those that it has when it reads each beam alone.
+
+    Asked of the model itself, with two short prompts of two beams: architectures differ in what they make of positions
+    and masks that they are given.
+
+    Args:
+        decoder: a Hugging Face base model, in evaluation mode.
+    """
+    config: Any = decoder.config
+    known = inspect.signature(decoder.forward).parameters
+    if not {"past_key_values", "position_ids", "attention_mask"} <= set(known):
+        return False
+    if not set(windows(config.get_text_config())) <= {"full_attention", "sliding_attention"}:
+        return False
+    device = next(decoder.parameters()).device
+    prompts, lengths = torch.tensor([[1, 2, 3], [2, 4, 0]], device=device), torch.tensor([3, 2], device=device)
+    steps = [([[5, 6], [6, 1]], [[0, 0], [0, 0]]), ([[3, 5], [2, 3]], [[1, 0], [0, 0]])]
+    readers: tuple[Reader, Reader] = (
+        SharedPrompts(decoder, prompts, lengths, 4),
+        WholePrompts(decoder, prompts, lengths),
+    )
+    for tokens, parents in steps:
+        for reader in readers:
+            reader.step(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+    shared, whole = (reader.state.float() for reader in readers)
+    error = (shared - whole).norm() / whole.norm()
+    return bool(error <= TOLERANCE[readers[0].state.element_size()])
