@@ -174,7 +174,7 @@ class TestCollapse:
 
     def test_the_watch_over_codes_in_use_stops_it(self) -> None:
         with pytest.raises(
-            TrainingStoppedError, match=r"collapsed: at level \d items use \d of 8 codes .*try reseed_dead"
+            TrainingStoppedError, match=r"collapsed: at level \d items use \d of 8 codes .*try code_reseed_dead"
         ):
             self.collapsing(least_usage=0.9)()
 
