@@ -64,8 +64,10 @@ class BeamSearch(nn.Module):
 
     At every depth the best ``beams`` prefixes go on; items that end sooner than others wait apart and take no beam from
     those under way. That is transformers' ``generate`` with ``length_penalty=0``, but for the items that it drops where
-    they end outside the best prefixes of a step. At a tie the earlier prefix goes on, by
-    its tokens; items of equal score, such as those of equal tokens, come in the tie order.
+    they end outside the best prefixes of a step. At a tie the earlier prefix goes on, by its tokens; items of equal
+    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any.
+
+    Weights of the head and places of tensors are those of the moment it is made: make a new one after training.
 
     Args:
         decoder: a Hugging Face base model, in evaluation mode.
@@ -105,7 +107,7 @@ class BeamSearch(nn.Module):
         if not len(self.trie.order):
             raise UserError("no item has tokens; there is nothing to search for")
         self._lm_ids = lm_ids.to(device)
-        order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order
+        order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order.cpu()
         self._rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
         self._levels = [self._level(item_tokens, depth) for depth in range(len(self.trie.widths) - 1)]
         # Known of the trie alone, so that no step has to ask the device: how many prefixes of each depth go on at most,
