@@ -67,7 +67,14 @@ class TestHarness:
 
 
 @pytest.mark.parametrize(
-    "name", ["codebook", "sasrec_step", "trie", pytest.param("lightgcn_epoch", marks=pytest.mark.slow)]
+    "name",
+    [
+        "codebook",
+        "sasrec_step",
+        "trie",
+        pytest.param("beam_search", marks=pytest.mark.slow),
+        pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
+    ],
 )
 def test_quick_run(name: str, tmp_path: Path) -> None:
     run = subprocess.run(

@@ -31,8 +31,8 @@ class Found(NamedTuple):
     Attributes:
         items: internal ids, best first, int64 [B, k]; no two of a row are alike.
         scores: log-probabilities of their tokens, float32 [B, k].
-        leaked: 1 - exp(what an item's score over the whole vocabulary is less than its score over the tokens of each
-            level, or over the legal ones), float32 [B, k]; ``None`` where it was not asked for.
+        leaked: 1 - exp(score over the whole vocabulary - score over the tokens of each level), or over the legal ones
+            where these are the normaliser, float32 [B, k]; ``None`` where it was not asked for.
     """
 
     items: Tensor
@@ -63,8 +63,11 @@ class BeamSearch(nn.Module):
     children, whether or not they are excluded for a user. Hence what is excluded never moves another item's score.
 
     At every depth the best ``beams`` prefixes go on; items that end sooner than others wait apart and take no beam from
-    those under way, as in transformers' ``generate`` with ``length_penalty=0``. At a tie the earlier prefix goes on, by
-    its tokens; items of equal score, such as those of equal tokens, come in the tie order.
+    those under way. That is transformers' ``generate`` with ``length_penalty=0``, but for the items that it drops where
+    they end outside the best prefixes of a step. At a tie the earlier prefix goes on, by its tokens; items of equal
+    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any.
+
+    Weights of the head and places of tensors are those of the moment it is made: make a new one after training.
 
     Args:
         decoder: a Hugging Face base model, in evaluation mode.
@@ -77,8 +80,8 @@ class BeamSearch(nn.Module):
 
     Attributes:
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
-        shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else
-            read it once a beam and step.
+        shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
+            and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
 
     Raises:
         UserError: an unknown normaliser, no beams or no items.
@@ -104,7 +107,7 @@ class BeamSearch(nn.Module):
         if not len(self.trie.order):
             raise UserError("no item has tokens; there is nothing to search for")
         self._lm_ids = lm_ids.to(device)
-        order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order
+        order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order.cpu()
         self._rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
         self._levels = [self._level(item_tokens, depth) for depth in range(len(self.trie.widths) - 1)]
         # Known of the trie alone, so that no step has to ask the device: how many prefixes of each depth go on at most,

@@ -177,6 +177,8 @@ def shares(decoder: nn.Module) -> bool:
     known = inspect.signature(decoder.forward).parameters
     if not {"past_key_values", "position_ids", "attention_mask"} <= set(known):
         return False
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
     if not set(windows(config.get_text_config())) <= {"full_attention", "sliding_attention"}:
         return False
     device = next(decoder.parameters()).device
