@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import SHARED
 
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.paper import beside_paper
@@ -192,7 +193,13 @@ def test_a_suite_that_is_not_there_is_named_with_the_nearest() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_suites_have_settings_that_every_cell_takes(path: Path, tmp_path: Path) -> None:
     suite = read_suite(path.stem)
-    made = marked(suite, tmp_path, [], {})
+    where = []
+    for name in suite.datasets:
+        if (SHARED / name).is_dir():
+            where = [f"--data_path={SHARED}"]
+        elif name.startswith("amazon"):
+            pytest.skip(f"REAL DATA MISSING: no folder {SHARED / name}; the settings of {path.stem} are not checked")
+    made = marked(suite, tmp_path, where, {})
     assert len({cell.mark for cell in made}) == len(made) == len(list(cells_of(suite)))
     assert path.read_text(encoding="utf-8").count(f"leaderboard --suite={path.stem} --output") == 1
 
