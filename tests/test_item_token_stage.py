@@ -504,6 +504,9 @@ def test_the_card_of_a_run(finished: Path) -> None:
         assert str(finished / CARD) in text and str(picture) in text
         assert picture.read_bytes().startswith(b"\x89PNG")
         picture.unlink()
+    picture.mkdir()
+    assert f"picture     {picture} cannot be written (" in inspect(["codebook", str(finished)])
+    picture.rmdir()
     with pytest.raises(UserError, match="'--fast' is not understood here"):
         inspect(["codebook", str(finished), "--fast"])
 
