@@ -132,14 +132,18 @@ def _codebook(path: str, arguments: list[str]) -> str:
         why = "it made no codebook" if "code_method" in result["config"] else "it reads no item tokens"
         raise UserError(f"{path} has no codebook: {result['model']}, {why}")
     picture = file.with_suffix(".png")
+    drawn = str(picture) if can_draw() else MISSING_PLOTS
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         text = as_text(card)
         if can_draw():
-            draw_codebook(card, picture)
+            try:
+                draw_codebook(card, picture)
+            except OSError as error:  # another's folder may be for reading only; the card is there all the same
+                drawn = f"{picture} cannot be written ({error.strerror})"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r})") from None
-    return f"{text}\n\ncard        {file}\npicture     {picture if can_draw() else MISSING_PLOTS}"
+    return f"{text}\n\ncard        {file}\npicture     {drawn}"
 
 
 def _backbone(llm: str, arguments: list[str]) -> str:

@@ -365,6 +365,8 @@ def test_tokens_of_another_data_set(finished: Path, small_data: Path, tmp_path: 
     for path, says in ((finished, "another data set or item pool"), (finished / INDEX, "item 'i.*is not in the data")):
         with pytest.raises(UserError, match=says):
             tokenized(quick(tmp_path, code_tokens=str(path), **more), "small")
+    with pytest.raises(UserError, match="code_shuffle swaps the codes of a codebook, and none is made"):
+        tokenized(quick(tmp_path, code_tokens=str(finished), code_shuffle=True))
     for path in (finished.parent, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"holds no item tokens|there is no index file"):
             tokenized(quick(tmp_path, code_tokens=str(path)))
@@ -393,6 +395,8 @@ def test_tokens_of_another_data_set(finished: Path, small_data: Path, tmp_path: 
         ),
         ({"item_text": "{titel}"}, "no column 'titel'; did you mean 'title'"),
         ({"llm": "no/such/folder"}, "no/such/folder"),
+        ({"code_shuffle": True, "item_tokens": "raw"}, "code_shuffle swaps the codes of a codebook, and none is made"),
+        ({"code_even_levels": 1, "code_sinkhorn_epsilon": 0.001}, "code_sinkhorn_epsilon"),
     ],
     ids=str,
 )
@@ -500,6 +504,9 @@ def test_the_card_of_a_run(finished: Path) -> None:
         assert str(finished / CARD) in text and str(picture) in text
         assert picture.read_bytes().startswith(b"\x89PNG")
         picture.unlink()
+    picture.mkdir()
+    assert f"picture     {picture} cannot be written (" in inspect(["codebook", str(finished)])
+    picture.rmdir()
     with pytest.raises(UserError, match="'--fast' is not understood here"):
         inspect(["codebook", str(finished), "--fast"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -9,9 +11,11 @@ import scipy.sparse.linalg  # noqa: F401
 import torch
 from conftest import ML100K
 
+from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.codebook import residual_kmeans
 from recbole_llm.itemid.new_items import PENALTY, from_neighbours, from_text
+from recbole_llm.training.new_items import had_by_users
 
 
 def test_neighbours_are_a_plain_loop_and_a_ridge_regression() -> None:
@@ -43,6 +47,15 @@ def test_neighbours_are_a_plain_loop_and_a_ridge_regression() -> None:
     expected *= np.linalg.norm(y, axis=1).mean() / np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(made[:2], expected, rtol=1e-5)
     assert (made[2:] == 0).all() and made.dtype == np.float32
+
+
+def test_what_a_user_has_had_twice_counts_once() -> None:
+    """An item is seen without itself, which its second time would bring back."""
+    items = np.array([3, 1, 3, 2], dtype=np.int64)
+    histories = Histories(np.array([0, 0, 3, 4], dtype=np.int64), items.copy())
+    made = had_by_users(SimpleNamespace(train_histories=histories, user_num=3, item_num=4))
+    assert made.toarray().tolist() == [[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]
+    assert np.array_equal(histories.items, items)
 
 
 def test_neighbours_find_the_cluster_of_a_hidden_item() -> None:

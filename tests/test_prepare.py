@@ -12,10 +12,11 @@ from conftest import ROOT
 from test_item_token_stage import quick, raw_ids_of, stages_in
 
 from recbole_llm.cli import main
-from recbole_llm.errors import UserError
+from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.inspection import inspect
 from recbole_llm.itemid.index_file import read_index
 from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.model.dccf import DCCF
 from recbole_llm.training.item_tokens import CARD, INDEX
 from recbole_llm.training.prepare import prepare
 from recbole_llm.training.runs import run
@@ -97,6 +98,24 @@ def test_an_index_file_is_written_and_read(output: Path, tmp_path: Path, capsys:
     assert index.read_bytes() == (folder_of(told.strip()) / INDEX).read_bytes()
     given = folder_of(prepare(arguments(tmp_path / "saved", code_tokens=index, index_file=tmp_path / "again.json")))
     assert (tmp_path / "again.json").read_bytes() == index.read_bytes() and not (given / CARD).exists()
+
+
+def test_without_a_cache_everything_stays_in_its_folder(tmp_path: Path) -> None:
+    folder = folder_of(prepare(arguments(tmp_path, cache="off", code_text_weight=0)))
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {name.rpartition("-")[0] for name in stages_in(folder / "stages")} == {"train-DCCF", "item_tokens"}
+
+
+def test_after_a_collapse_the_log_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alike(self: DCCF, layer: str = "final") -> tuple[torch.Tensor, torch.Tensor]:
+        users, items = self.forward()
+        return users, torch.ones_like(items)
+
+    monkeypatch.setattr(DCCF, "graph_embeddings", alike)
+    with pytest.raises(TrainingStoppedError, match="collapsed"):
+        prepare(arguments(tmp_path, code_text_weight=0, code_least_usage=1.0))
+    left = [folder for folder in tmp_path.iterdir() if folder.name != "cache"]
+    assert [[file.name for file in folder.iterdir()] for folder in left] == [["run.log"]]
 
 
 # --- items that come later -------------------------------------------------------------------------------------------

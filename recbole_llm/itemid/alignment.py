@@ -290,8 +290,8 @@ class _Training:
         means = (sums / len(self.points)).tolist()
         if not all(map(math.isfinite, means)):
             raise TrainingStoppedError(
-                f"the loss of alignment tokenization is no number after epoch {epoch + 1}; try a lower learning_rate "
-                f"(now {settings.learning_rate:g})"
+                f"the loss of alignment tokenization is no number after epoch {epoch + 1}; try a lower "
+                f"code_learning_rate (now {settings.learning_rate:g})"
             )
         self.losses.append(means)
         self._watch(counts)

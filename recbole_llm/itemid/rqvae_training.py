@@ -163,7 +163,8 @@ class _Training:
             total += parts["loss"].detach()
         if not torch.isfinite(total):
             raise TrainingStoppedError(
-                f"RQ-VAE: the loss is no number in epoch {self.epoch + 1}; try a lower learning_rate or a max_norm"
+                f"RQ-VAE: the loss is no number in epoch {self.epoch + 1}; "
+                "try a lower code_learning_rate or a code_max_norm"
             )
 
     def _look(self) -> Look:

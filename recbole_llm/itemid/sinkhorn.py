@@ -33,7 +33,7 @@ def sinkhorn(distances: Tensor, epsilon: float = EPSILON, iterations: int = ITER
 
     Args:
         distances: ``[..., n, C]``, at least one item; leading dimensions are batches of their own.
-        epsilon: the smaller, the closer to one code an item.
+        epsilon: the smaller, the closer to one code an item; from 0.003 on no share leaves double precision.
         iterations: of the alternation.
 
     Returns:

@@ -145,12 +145,15 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
 
     Raises:
         UserError: texts are asked for and there are none, there are fewer items than codes, too many for the collision
-            policy, or settings that cannot be; all of them before anything is trained.
+            policy, a control that has no codes to swap, or settings that cannot be; all of them before anything is
+            trained.
     """
     seen = np.zeros(dataset.item_num, dtype=bool)
     seen[dataset.train_histories.items] = True
     sources = Sources(seen)
     if not has_codebook(config):
+        if config["code_shuffle"]:
+            raise UserError("code_shuffle swaps the codes of a codebook, and none is made: leave it out")
         return sources
     behaviour = config["code_input"] == "behaviour"
     check_room(config["code_collisions"], len(seen) - 1, config["code_size"], config["code_levels"])

@@ -134,11 +134,7 @@ def _points(
     """Where the new items stand, float32 ``[n_new, d]``, and their texts ``[n_new, H]`` where some stand by these."""
     sources = made.sources
     assert sources.points is not None
-    histories = dataset.train_histories
-    history = sp.csr_matrix(
-        (np.ones(len(histories.items)), histories.items, histories.offsets), shape=(dataset.user_num, dataset.item_num)
-    )
-    points = from_neighbours(sources.points, history, arrivals.users)
+    points = from_neighbours(sources.points, had_by_users(dataset), arrivals.users)
     rest = np.flatnonzero(~arrivals.placed)
     if not len(rest):
         return points, points[:, :0]
@@ -154,6 +150,21 @@ def _points(
         np.append(sources.seen, np.zeros(len(points), dtype=bool)), len(sources.texts) + rest,
     )  # fmt: skip
     return points, texts
+
+
+def had_by_users(dataset: Any) -> sp.csr_matrix:
+    """Which items users have had in train: ``[n_users, n_items]``, 1 for each, however often.
+
+    Args:
+        dataset: the train data set.
+    """
+    histories = dataset.train_histories
+    shape = dataset.user_num, dataset.item_num
+    # A copy, as what follows sorts the items of each user in place.
+    history = sp.csr_matrix((np.ones(len(histories.items)), histories.items, histories.offsets), shape=shape, copy=True)
+    history.sum_duplicates()
+    history.data[:] = 1
+    return history
 
 
 def _users_of(config: Any, dataset: Any, new: Sequence[str], inter_file: Path) -> sp.csr_matrix:

@@ -9,14 +9,14 @@ from typing import Any
 
 from recbole_llm.config import Config
 from recbole_llm.disk import full_disk_told
-from recbole_llm.errors import UserError
+from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.itemid.index_file import write_index
 from recbole_llm.progress import clock
 from recbole_llm.training.item_tokens import KEPT, tokenize_items
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import fit_parts_of, prepared, store_of
-from recbole_llm.training.runs import new_run_folder, writable
+from recbole_llm.training.runs import new_run_folder, tidy, writable
 
 SHOWN = 5
 _OWN = ("index_file", "new_items", "new_interactions")
@@ -53,14 +53,14 @@ def prepare(arguments: Sequence[str]) -> str:
     try:
         with full_disk_told(folder.parent), run_logging(folder / "run.log", config["state"]):
             return _prepare(config, own, folder)
-    except UserError:
-        shutil.rmtree(folder)
+    except BaseException as error:
+        tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
         raise
 
 
 def _prepare(config: Config, own: dict[str, Path], folder: Path) -> str:
     _, train_data, _, _ = prepared(config)
-    dataset, store = train_data._dataset, store_of(config)
+    dataset, store = train_data._dataset, store_of(config, folder)
     arrivals = None
     if own.get("new_items"):
         arrivals = read_new_items(config, dataset, own["new_items"], own.get("new_interactions"))

@@ -68,7 +68,7 @@ def run(
         with full_disk_told(folder.parent), run_logging(folder / "run.log", config["state"]):
             return _run(config, folder)
     except BaseException as error:
-        _tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
+        tidy(folder, keep_log=isinstance(error, TrainingStoppedError) or not isinstance(error, UserError))
         raise
 
 
@@ -107,7 +107,7 @@ def writable(path: Path, key: str = "result_file") -> None:
         raise UserError(f"{key}: {path} cannot be written ({error.strerror})") from None
 
 
-def _tidy(folder: Path, keep_log: bool) -> None:
+def tidy(folder: Path, keep_log: bool) -> None:
     """A run that failed leaves nothing that looks like a result, and its log only where there is something to read."""
     for path in sorted(folder.iterdir()):
         if path.name == "stages" and keep_log:
