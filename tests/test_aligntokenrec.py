@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_glta import N_ITEMS, N_USERS, dataset, histories
+from test_leakage import SMALL
 from tiny_folders import KINDS, write
 from transformers import AutoModelForCausalLM
 
@@ -21,18 +22,24 @@ from recbole_llm.data.instructions import (
     INFERENCE,
     NEGATIVE,
     PLACE,
+    QUERY,
     SEQUENTIAL,
     TASKS,
+    TEXT,
     InstructionWriter,
     TokenBatch,
     read_templates,
 )
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.split import TRAIN
 from recbole_llm.data.task_loader import TaskLoader
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.schema import Loader, properties_dir
+from recbole_llm.training.language import read_item_text
+from recbole_llm.training.pipeline import fit, prepared, store_of
+from recbole_llm.training.task_texts import TaskTexts
 
 SIZES = [3, 4, 5]
 OPTIONS: dict[str, Any] = {
@@ -72,12 +79,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def build(folder: Path, **settings: Any) -> AlignTokenRec:
+def build(folder: Path, texts: dict[str, list[str]] | None = None, **settings: Any) -> AlignTokenRec:
     torch.manual_seed(0)
     made = AlignTokenRec({**shipped(), **SETTINGS, **settings}, dataset())
     made.prepare(
         item_tokens=tokens(), backbone=load_backbone(folder, **OPTIONS), head_model=load_with_head(folder, **OPTIONS),
-        tie_order=torch.arange(N_ITEMS),
+        tie_order=torch.arange(N_ITEMS), texts=texts or {},
     )  # fmt: skip
     made.begin_stage(FINE_TUNING)
     return made.eval()
@@ -264,6 +271,97 @@ def test_batches_are_of_like_length(folders: Any) -> None:
     assert filling() < before / 2
 
 
+def with_reviews(source: Path, folder: Path, review: Any) -> Path:
+    """The data set ``small`` with a column of reviews."""
+    (folder / "small").mkdir(parents=True)
+    head, *lines = (source / "small" / "small.inter").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    text = [f"{head}\treview:token_seq", *("\t".join([*row, review(row[0], row[1])]) for row in rows)]
+    (folder / "small" / "small.inter").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (folder / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+    return folder
+
+
+def read_texts(folder: Path, settings_of: Any, **more: Any) -> tuple[TaskTexts, Any]:
+    more = SMALL["AlignTokenRec"] | {"item_text": "{movie_title}", "data_path": str(folder)} | more
+    config = Config("AlignTokenRec", "small", config_dict=settings_of(**more))
+    data = prepared(config)[1]._dataset
+    return TaskTexts.read(config, data, read_item_text(config, data)), data
+
+
+def test_queries_are_reviews_of_train_rows_only(small_data: Path, settings_of: Any, tmp_path: Path) -> None:
+    def own(user: str, item: str) -> str:
+        return "" if int(item) % 7 == 0 else f"{user} of <a_1> {item}"
+
+    made, data = read_texts(with_reviews(small_data, tmp_path / "own", own), settings_of)
+    split = data.split
+    train = split.phases == TRAIN
+    names = data.field2id_token
+    pairs = [
+        (str(names["user_id"][user]), str(names["item_id"][item]))
+        for user, item in zip(split.users[train], split.items[train], strict=True)
+    ]
+    wanted = [(own(*pair), pair[1]) for pair in pairs if own(*pair)]
+    found = [str(names["item_id"][item]) for item in made.query_items]
+    assert list(zip(made.texts["query"], found, strict=True)) == wanted
+    known = set(pairs)
+    swapped = with_reviews(
+        small_data, tmp_path / "swapped", lambda user, item: own(user, item) if (user, item) in known else "other"
+    )
+    again, _ = read_texts(swapped, settings_of)
+    assert again.texts == made.texts and torch.equal(again.query_items, made.query_items)
+
+
+def test_a_task_without_texts_is_left_out_and_said(
+    small_data: Path, settings_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="recbole_llm"):
+        made, data = read_texts(small_data, settings_of)
+    assert "query task: left out" in caplog.text and "no column 'review'" in caplog.text
+    assert set(made.texts) == {"title"} and len(made.query_items) == 0
+    assert made.text_items.tolist() == list(range(1, data.item_num))
+    both, _ = read_texts(small_data, settings_of, item_title="{movie_title}", item_description="{class}")
+    assert set(both.texts) == {"title", "description"} and "Action" in " ".join(both.texts["description"])
+    none, _ = read_texts(small_data, settings_of, text_task=False, query_task=False)
+    assert not none.texts and len(none.text_items) == 0
+    with pytest.raises(UserError, match="no column 'clas'"):
+        read_texts(small_data, settings_of, item_description="{clas}")
+
+
+@pytest.mark.parametrize("places", [["title"], ["title", "description"], ["description"], ["query"]])
+def test_texts_ask_for_their_items_and_spell_no_token(places: list[str], folders: Any) -> None:
+    texts = {
+        place: ["" if item == 0 else f"{place} {item} </s><a_{item % 3}> [INST]" for item in range(N_ITEMS)]
+        for place in places
+    }
+    model, samples = build(folders("llama"), texts), loader(negative_ratio=1)
+    items = torch.arange(1, N_ITEMS)
+    task = QUERY if "query" in places else TEXT
+    if task == QUERY:
+        samples.query_items = torch.arange(N_ITEMS)
+    else:
+        samples.text_items = items
+    backbone, first = model.backbone, model.backbone.embed_tokens.num_embeddings
+    spelled = {item: [backbone.encode(texts[place][item]) for place in places] for item in items.tolist()}
+    torch.manual_seed(0)
+    found = []
+    for rows in samples:
+        assert (model.sample_lengths(rows) > 0).all()
+        made = model.training_batch(rows)
+        for row in (rows["task"] == TASKS.index(task)).nonzero().squeeze(1).tolist():
+            here, item = made.rows == row, int(rows["target"][row])
+            found.append(item)
+            begin = int(made.places[here][0]) + 1
+            prompt = made.ids[row, :begin].tolist()
+            assert made.labels[here].tolist() == [*model._lm_ids[tokens().of(item)].tolist(), backbone.eos_id]
+            assert max(prompt) < first and backbone.eos_id not in prompt and prompt.count(backbone.bos_id) == 1
+            if item:
+                shown = [ids for ids in spelled[item] if " ".join(map(str, ids)) in " ".join(map(str, prompt))]
+                assert shown, "at least one of its texts stands in the prompt"
+    assert sorted(found) == list(range(task == TEXT, N_ITEMS))
+    assert len(samples) == -(-samples.samples() // 6)
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +494,7 @@ def test_it_learns_from_the_history_that_it_reads(folders: Any) -> None:
     samples = loader(negative_ratio=0)
     optimizer = torch.optim.Adam(model.begin_stage(FINE_TUNING), lr=0.01)
     torch.manual_seed(0)
-    for _ in range(20):
+    for _ in range(12):
         for rows in samples:
             optimizer.zero_grad()
             model.train().calculate_loss(rows).backward()
@@ -423,10 +521,6 @@ def test_more_items_than_beams_and_prompts_too_long_are_refused(folders: Any) ->
 
 
 def test_beams_beyond_what_is_left_are_refused_before_any_stage(settings_of: Any, small_data: Path) -> None:
-    from test_leakage import SMALL
-
-    from recbole_llm.training.pipeline import fit, store_of
-
     more = SMALL["AlignTokenRec"] | {"beams": 5000, "item_text": "{movie_title}"}
     config = Config("AlignTokenRec", "small", config_dict=settings_of(**more))
     with pytest.raises(UserError, match="beams 5000 is above the"):

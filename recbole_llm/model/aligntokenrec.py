@@ -12,6 +12,7 @@ Semantic Tokenization", AAAI 2025, arXiv 2412.13771; prompts and training as in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,7 @@ from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
 from recbole_llm.backbone.code_tokens import extend
 from recbole_llm.data.instructions import (
     HISTORY,
-    INFERENCE,
-    NEGATIVE,
-    SEQUENTIAL,
+    PLACES,
     InstructionWriter,
     TokenBatch,
     read_templates,
@@ -81,7 +80,15 @@ class AlignTokenRec(SequentialRecommender):
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._search: tuple[Tensor, BeamSearch] | None = None
 
-    def prepare(self, *, item_tokens: ItemTokens, backbone: Backbone, head_model: Any, tie_order: Tensor) -> None:
+    def prepare(
+        self,
+        *,
+        item_tokens: ItemTokens,
+        backbone: Backbone,
+        head_model: Any,
+        tie_order: Tensor,
+        texts: Mapping[str, Sequence[str]],
+    ) -> None:
         """Take in what the stages before made, and build what trains.
 
         Args:
@@ -89,6 +96,8 @@ class AlignTokenRec(SequentialRecommender):
             backbone: the frozen language model; it learns to read the new tokens' ids, in place.
             head_model: the same language model with its vocabulary head.
             tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
+            texts: for each place of the tasks' templates but the history what can stand there: ``title`` and
+                ``description`` by item id, ``query`` by number. A task without any is left out.
 
         Raises:
             UserError: the longest prompt does not fit the language model.
@@ -104,9 +113,15 @@ class AlignTokenRec(SequentialRecommender):
         self.take_item_tokens(item_tokens)
         self._lm_ids = first + torch.arange(item_tokens.size)
         self.to(self.device)
-        prompts = {INFERENCE: self.templates.instructions(INFERENCE, [HISTORY])}
-        for task in (SEQUENTIAL, NEGATIVE):
-            prompts[task] = self.templates.instructions(task, [HISTORY], config["prompt_set"] == "first")
+        given = [HISTORY, *texts]
+        prompts = {
+            task: self.templates.instructions(task, given, only_first=config["prompt_set"] == "first")
+            for task, places in PLACES.items()
+            if set(places) & set(given)
+        }
+        fills = {
+            place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
+        }
         self.writer = InstructionWriter(
             prompts,
             backbone.encode_batch,
@@ -114,13 +129,16 @@ class AlignTokenRec(SequentialRecommender):
             eos_id=backbone.eos_id,
             items=Ragged(self._lm_ids[item_tokens.tokens], item_tokens.offsets),
             separator=self.templates.separator,
-            texts={},
+            texts=fills,
             label_history=config["train_positions"] == "all",
         )
         longest = self.writer.longest(self.history_length)
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
         if room is not None and longest > room:
-            raise UserError(f"prompts take up to {longest} tokens, the language model has {room}; lower history_length")
+            raise UserError(
+                f"prompts take up to {longest} tokens, the language model has {room}; lower history_length "
+                "or text_tokens"
+            )
 
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""

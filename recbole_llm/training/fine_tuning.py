@@ -19,6 +19,7 @@ from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
+from recbole_llm.training.task_texts import TaskTexts
 from recbole_llm.training.tokenized import TokenizedMixin
 
 
@@ -45,6 +46,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             raise UserError(f"{config['model']} cannot shard its language model; train whole copies")
         _check_beams(config, dataset)
         text = read_item_text(config, dataset)
+        source = TaskTexts.read(config, dataset, text)
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
         made = self._tokenize(dataset, store, fit_part, named)
@@ -61,9 +63,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             backbone=backbone,
             head_model=self._with_head(backbone.name),
             tie_order=tie_order(dataset.field2id_token[dataset.iid_field]),
+            texts=source.texts,
         )
+        train_data.text_items, train_data.query_items = source.text_items, source.query_items
         train_data.length_of = self.model.sample_lengths
-        self._upstream = [made.stage.fingerprint, mark, fingerprint_of(self.model.wording())]
+        self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
         return self._upstream
 
     def _with_head(self, name: str) -> Any:
