@@ -47,6 +47,10 @@ _OURS = (
         "GLTA", "recbole_llm.model.glta", "language",
         ("graph_model", "backbone", "item_text_alignment", "user_item_alignment"), ("item text",),
     ),
+    Entry(
+        "AlignTokenRec", "recbole_llm.model.aligntokenrec", "language",
+        ("embedding_model", "backbone", "item_texts", "item_tokens", "fine_tuning"), ("time", "item text"),
+    ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
     Entry(

@@ -144,7 +144,7 @@ def damage_archive(run: Path) -> None:
         ({"policy": "recbole"}, None, "policy recbole .*unified"),
         ({"exclude_history": False}, None, "exclude_history False .*True"),
         ({"eval_unit": "row"}, None, "eval_unit row .*user"),
-        ({"ranking": "beam"}, None, "ranking beam .*full"),
+        ({"ranking": "sampled"}, None, "ranking sampled .*full"),
         ({"fingerprint": None}, None, "no fingerprint"),
         ({"users": [f"v{number}" for number in range(200)]}, None, "other users: .* both have 0"),
         ({"seed": 1}, None, "seed 1 stands twice"),
@@ -178,6 +178,13 @@ def test_what_was_not_judged_alike_is_refused_by_name_and_counts_nowhere(
         row = found["rows"][-1]
         assert (row["name"], row["metrics"], row["seeds"], row["runs"]) == ("GLTA", {}, [], [])
         assert row["refused"][0]["reason"] and found["best_baseline"] in ("BPR", "Pop")
+
+
+def test_a_search_of_the_whole_catalogue_stands_beside_full_rankings(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", "BPR", 1, around(0.2, 1))
+    beam = write_run(tmp_path / "beam", "GLTA", 1, around(0.3, 2), ranking="beam")
+    found = table([RowRuns("BPR", [base]), RowRuns("GLTA", [beam])])
+    assert not named(found, "GLTA")["refused"] and named(found, "GLTA")["seeds"] == [1]
 
 
 def test_the_table_is_for_what_the_most_runs_were_judged_on(tmp_path: Path) -> None:

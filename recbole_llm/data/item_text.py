@@ -8,7 +8,7 @@ put together by a template.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -164,22 +164,45 @@ def read_columns(
     Raises:
         UserError: no such file or column, or a file that is broken (line named).
     """
+    rows: dict[str, tuple[str, ...]] = {}
+    for number, (raw_id, *texts) in read_rows(path, (id_field, *columns), separator, encoding):
+        if not raw_id:
+            raise UserError(f"{path}, line {number}: column '{id_field}' is empty")
+        rows.setdefault(raw_id, tuple(texts))
+    return rows
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], separator: str = "\t", encoding: str = "utf-8"
+) -> Iterator[tuple[int, list[str]]]:
+    """Columns of every row of an atomic file as text, character by character as they stand there.
+
+    Args:
+        path: the file; its first line reads ``name:type`` for every column.
+        columns: the columns to read.
+        separator: between fields; nothing quotes or escapes it.
+        encoding: of the file.
+
+    Yields:
+        The line's number and its columns' texts.
+
+    Raises:
+        UserError: no such file or column, or a file that is broken (line named).
+    """
     path = Path(path)
     file = open_atomic(path, separator, encoding)
     places = []
-    for column in (id_field, *columns):
+    for column in columns:
         if column not in file.names:
             raise UserError(
                 f"{path} has no column '{column}'{did_you_mean(column, file.names)} (it has {', '.join(file.names)})"
             )
         places.append(file.names.index(column))
-    id_place, *text_places = places
 
     # Only "\n" ends a line (str.splitlines would also cut titles at U+2028 and its like), and a "\r" before it belongs
     # to the line end only where the header's own line ends so.
     header, *lines = file.data.decode(encoding).split("\n")
     dos = header.endswith("\r")
-    rows: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, start=2):
         if dos:
             line = line.removesuffix("\r")
@@ -188,11 +211,7 @@ def read_columns(
         fields = line.split(separator)
         if len(fields) != len(file.names):
             raise UserError(f"{path}, line {number}: {len(fields)} fields where the header has {len(file.names)}")
-        raw_id = fields[id_place]
-        if not raw_id:
-            raise UserError(f"{path}, line {number}: column '{id_field}' is empty")
-        rows.setdefault(raw_id, tuple(fields[place] for place in text_places))
-    return rows
+        yield number, [fields[place] for place in places]
 
 
 def first_words(text: str, count: int) -> str:

@@ -44,6 +44,11 @@ def make_train_loader(config: Any, train: Any) -> Any:
     if not len(train.inter_feat):
         raise UserError("no training interaction is left after the split; check eval_args and short_users")
     view = getattr(config.model_class, "train_view", "")
+    if view == "tasks":
+        # Not at the top: it builds on this module.
+        from recbole_llm.data.task_loader import TaskLoader
+
+        return TaskLoader(config, train)
     if view:
         return {"users": UserLoader, "windows": WindowLoader}[view](config, train)
     negatives = config["train_neg_sample_args"]

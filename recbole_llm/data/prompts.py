@@ -109,6 +109,13 @@ class Ragged:
         """The values of ``padded`` ``[R, T]`` where the boolean ``keep`` ``[R, T]`` holds, in order."""
         return cls.from_lengths(padded[keep], keep.sum(1))
 
+    @classmethod
+    def from_slices(cls, values: Tensor, starts: Tensor, stops: Tensor) -> Ragged:
+        """Rows ``values[starts[r]:stops[r]]`` of flat ``values``; ``starts`` and ``stops`` are int64 ``[R]``."""
+        cut = cls.from_lengths(values, stops - starts)  # only its offsets are of use: they are the result's
+        shift = (starts - cut.offsets[:-1]).repeat_interleave(stops - starts)
+        return cls(values[torch.arange(len(shift)) + shift], cut.offsets)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -129,10 +136,7 @@ class Ragged:
 
     def take(self, rows: Tensor) -> Ragged:
         """The given rows (int64 ``[B]``, repeats allowed), in that order."""
-        lengths = self.lengths[rows]
-        taken = Ragged.from_lengths(self.values, lengths)  # only its offsets are of use: they are the result's
-        shift = (self.offsets[rows] - taken.offsets[:-1]).repeat_interleave(lengths)
-        return Ragged(self.values[torch.arange(len(shift)) + shift], taken.offsets)
+        return Ragged.from_slices(self.values, self.offsets[rows], self.offsets[rows + 1])
 
     def keep(self, mask: Tensor) -> Ragged:
         """The values where ``mask`` (bool ``[N]``) holds; as many rows as before."""

@@ -90,7 +90,9 @@ class Run:
     def judged(self) -> dict[str, Any]:
         """What its figures depend on beside the model: the split's fingerprint and the policy."""
         evaluation = self.result["evaluation"]
-        return {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
+        judged = {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
+        # A beam search chooses among the whole catalogue too; what it misses is its own loss.
+        return judged | {"ranking": "full" if judged["ranking"] == "beam" else judged["ranking"]}
 
 
 def _at_k(file: Path, result: Mapping[str, Any], users: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,9 +19,9 @@ def get_trainer(model_type: Any, model_name: str) -> type:
 
     model_class = get_model(model_name)
     if hasattr(model_class, "stage_loss"):
-        from recbole_llm.training.standalone import StandaloneTrainer
+        from recbole_llm.training.standalone import standalone_trainer
 
-        return StandaloneTrainer
+        return standalone_trainer(model_class)
     if hasattr(model_class, "take_item_tokens"):
         from recbole_llm.training.tokenized import tokenized_trainer
 

@@ -58,6 +58,7 @@ class Sources:
         parts: fits of recommenders, by config key.
         item_text: the texts themselves.
         backbone: the language model, where texts have a part.
+        backbone_mark: its fingerprint.
     """
 
     seen: np.ndarray
@@ -68,6 +69,7 @@ class Sources:
     parts: dict[str, Any] = field(default_factory=dict)
     item_text: ItemText | None = None
     backbone: Backbone | None = None
+    backbone_mark: str = ""
 
 
 @dataclass
@@ -84,7 +86,9 @@ def has_codebook(config: Any) -> bool:
     return config["code_tokens"] is None and config["code_method"] != "raw" and config["code_levels"] > 1
 
 
-def tokenize_items(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any]) -> Tokenized:
+def tokenize_items(
+    config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+) -> Tokenized:
     """Run (or find) every stage up to the items' tokens.
 
     Args:
@@ -92,13 +96,14 @@ def tokenize_items(config: Any, dataset: Any, store: StageStore, fit_part: Calla
         dataset: the train data set.
         store: the stage cache.
         fit_part: trains the recommender that a config key names and returns its fit.
+        named: the language model that ``llm`` names, where it is loaded already.
 
     Raises:
         UserError: see :func:`gather`, or the codebook collapsed.
     """
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
     given = None if config["code_tokens"] is None else _given(Path(config["code_tokens"]), raw_ids)
-    sources = gather(config, dataset, store, fit_part)
+    sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
         keys = {key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX)}
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
@@ -134,7 +139,9 @@ def _write(tokens: ItemTokens, raw_ids: list[str], folder: Path) -> None:
         write_index(folder / INDEX, tokens, raw_ids)
 
 
-def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any]) -> Sources:
+def gather(
+    config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+) -> Sources:
     """Item embeddings and texts as the settings ask for them, with points for items that training has not seen.
 
     Args:
@@ -142,6 +149,7 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
         dataset: the train data set.
         store: the stage cache.
         fit_part: trains the recommender that a config key names.
+        named: the language model that ``llm`` names, where it is loaded already.
 
     Raises:
         UserError: texts are asked for and there are none, there are fewer items than codes, too many for the collision
@@ -161,10 +169,9 @@ def gather(config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str
     unseen = np.flatnonzero(~seen[1:]) + 1 if behaviour else np.array([], dtype=np.int64)
     # What the user may have got wrong comes first: a graph model is minutes of training.
     check_settings(config, projected=len(unseen) > 0 and config["unseen_items"] == "projection")
-    named = None
     if _needs_texts(config, len(unseen)):
         sources.item_text = _texts_of(config, dataset)
-        named = named_backbone(config)
+        named = named or named_backbone(config)
     if behaviour:
         fit = fit_part("embedding_model")
         sources.parts["embedding_model"] = fit
@@ -203,6 +210,7 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     """
     assert sources.item_text is not None
     sources.backbone, mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+    sources.backbone_mark = mark
     sources.lines += lines
     backbone, texts = sources.backbone, sources.item_text.texts
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]

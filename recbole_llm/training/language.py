@@ -26,18 +26,23 @@ logger = logging.getLogger("recbole_llm")
 BACKBONE_VERSION = 1
 
 
-def read_item_text(config: Any, dataset: Any) -> ItemText:
+def read_item_text(config: Any, dataset: Any, key: str = "item_text") -> ItemText:
     """The texts of a data set's items, by internal id, read out of band.
+
+    Args:
+        config: the run's.
+        dataset: the train data set.
+        key: the setting that says how columns make a text.
 
     Raises:
         UserError: the data set has no template or no item file.
     """
-    name, template = config["dataset"], config["item_text"]
+    name, template = config["dataset"], config[key]
     file = Path(config["data_path"]) / f"{name}.item"
     if not template:
         raise UserError(
             f"{config['model']} needs item text, but '{name}' has no template; "
-            f"set item_text: '{{column}}' with columns of {file}"
+            f"set {key}: '{{column}}' with columns of {file}"
         )
     tokens = dataset.field2id_token[dataset.iid_field].tolist()
     text = load_item_text(

@@ -264,9 +264,9 @@ def make_trainer(config: Config, model: Any) -> Any:
     """The trainer of a model: staged where the model has stages, RecBole's with our additions elsewhere."""
     if hasattr(model, "stage_loss"):
         # It brings transformers, peft and accelerate, which take as long to import as all the rest.
-        from recbole_llm.training.staged import StagedTrainer
+        from recbole_llm.training.fine_tuning import staged_trainer
 
-        return StagedTrainer(config, model)
+        return staged_trainer(type(model))(config, model)
     if hasattr(model, "take_item_tokens"):
         from recbole_llm.training.tokenized import tokenized_trainer
 

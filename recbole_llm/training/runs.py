@@ -166,7 +166,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "split": split.as_dict()
         if split
         else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
-        "evaluation": _evaluation(config, test_users, sequential=fitted.test_data.is_sequential),
+        "evaluation": _evaluation(config, test_users, fitted),
         "valid": dict(valid),
         "test": dict(test),
         "per_user": "per_user.npz" if measured.per_user else None,
@@ -229,13 +229,14 @@ def _curves(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _evaluation(config: Config, test_users: int, sequential: bool) -> dict[str, Any]:
-    recbole = config["policy"] == "recbole"
+def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
+    recbole, sequential = config["policy"] == "recbole", fitted.test_data.is_sequential
     return {
         "policy": config["policy"],
         "exclude_history": "recbole" if recbole else config["exclude_history"],
         "eval_unit": "row" if sequential and (recbole or config["eval_unit"] == "row") else "user",
-        "ranking": "full",
+        # A search finds the best of the whole catalogue, and nothing of the order below them.
+        "ranking": getattr(fitted.model, "ranking", "full"),
         "topk": config["topk"],
         "test_users": test_users,
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.

@@ -9,8 +9,9 @@ from typing import Any
 from recbole.utils import get_trainer as recbole_trainer
 from recbole.utils import init_seed
 
+from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.training.item_tokens import KEPT, tokenize_items
+from recbole_llm.training.item_tokens import KEPT, Tokenized, tokenize_items
 from recbole_llm.training.store import StageStore
 from recbole_llm.training.trainer import TrainerMixin
 
@@ -39,16 +40,23 @@ class TokenizedMixin(TrainerMixin):
         Returns:
             Fingerprints of what the last stage builds on.
         """
-        made = tokenize_items(self.config, train_data._dataset, store, fit_part)
-        self.part_fits, self.item_text = made.sources.parts, made.sources.item_text
-        self.stages = [*made.sources.lines, made.stage.as_dict()]
-        files = {name: made.stage.folder / name for name in KEPT}
-        self.artefacts = {name: file for name, file in files.items() if file.is_file()}
+        made = self._tokenize(train_data._dataset, store, fit_part)
         init_seed(self.config["seed"], self.config["reproducibility"])
         self.model.take_item_tokens(made.tokens)
         self.optimizer = self._build_optimizer()  # type: ignore[attr-defined]
         self._upstream = [made.stage.fingerprint]
         return self._upstream
+
+    def _tokenize(
+        self, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+    ) -> Tokenized:
+        """Run (or find) the stages up to the tokens, and note what a run reports of them."""
+        made = tokenize_items(self.config, dataset, store, fit_part, named)
+        self.part_fits, self.item_text = made.sources.parts, made.sources.item_text
+        self.stages = [*made.sources.lines, made.stage.as_dict()]
+        files = {name: made.stage.folder / name for name in KEPT}
+        self.artefacts = {name: file for name, file in files.items() if file.is_file()}
+        return made
 
 
 def tokenized_trainer(model_type: Any, model_name: str, standalone: bool = False) -> type:

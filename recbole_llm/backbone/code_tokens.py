@@ -1,0 +1,130 @@
+"""Further tokens for a language model: rows of their own behind its table of embeddings and behind its vocabulary head.
+
+The model's own tables stay as they are; an id from their size on is a new token. Where input and output share a
+table, so do the new rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_llm.backbone.base import Backbone
+from recbole_llm.decoding.head import Head
+
+
+class CodeTokens(nn.Module):
+    """The rows of new tokens, in float32 whatever the type of the language model: Adam's steps are lost in less.
+
+    Args:
+        count: new tokens.
+        inputs: the language model's table, ``[V, H]``; rows are drawn at the size of its own.
+        outputs: its head's rows likewise, ``None`` where it has those of the table.
+
+    Attributes:
+        inputs: ``[count, H]``.
+        outputs: ``[count, H]``; the same parameter where the head shares its rows with the table.
+    """
+
+    def __init__(self, count: int, inputs: Tensor, outputs: Tensor | None) -> None:
+        super().__init__()
+        self.inputs = self._rows(count, inputs)
+        self.own_outputs = None if outputs is None else self._rows(count, outputs)
+
+    @staticmethod
+    def _rows(count: int, like: Tensor) -> nn.Parameter:
+        size = float(like.detach().float().square().mean().sqrt())
+        return nn.Parameter(torch.randn(count, like.shape[1]) * size)
+
+    @property
+    def outputs(self) -> nn.Parameter:
+        """Rows of the head."""
+        return self.inputs if self.own_outputs is None else self.own_outputs
+
+
+class ExtendedEmbedding(nn.Module):
+    """A table of embeddings with further rows behind it; stands where the language model's own stood.
+
+    Args:
+        table: the model's own, kept.
+        rows: ``[count, H]``, those of ids from the table's size on.
+    """
+
+    def __init__(self, table: nn.Embedding, rows: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.rows = table, rows
+        self.embedding_dim, self.num_embeddings = table.embedding_dim, table.num_embeddings + len(rows)
+        self._scale = _factor(table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., H]`` of ids int64 ``[...]``, in the table's type."""
+        first = self.table.num_embeddings
+        known = self.table(ids.clamp(max=first - 1))
+        new = F.embedding((ids - first).clamp(min=0), self.rows) * self._scale
+        return torch.where((ids >= first).unsqueeze(-1), new.to(known.dtype), known)
+
+
+@torch.no_grad()
+def _factor(table: nn.Embedding) -> float:
+    """What an embedding module multiplies its rows with; Gemma's has the root of the width."""
+    row = table.weight.detach().float().norm(dim=1).argmax()
+    return float(table(row).float().norm() / table.weight[row].float().norm())
+
+
+class ExtendedHead:
+    """A vocabulary head with further rows behind its own, as it stands at each moment of the training.
+
+    Args:
+        head: the language model's.
+        weight: its rows ``[V, H]``, live.
+        rows: ``[count, H]``, live.
+    """
+
+    def __init__(self, head: Head, weight: Tensor, rows: Tensor) -> None:
+        self._scale, self._softcap, self._bias = head.scale, head.softcap, head.bias
+        self._weight, self._rows = weight, rows
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of all tokens, the new ones last.
+
+        Args:
+            states: ``[L, H]``.
+
+        Returns:
+            float32 ``[L, V + count]``.
+        """
+        states = states.to(self._weight.dtype)
+        known, new = F.linear(states, self._weight, self._bias), F.linear(states, self._rows.to(states.dtype))
+        logits = torch.cat([known, new], dim=-1).float() * self._scale
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    @torch.no_grad()
+    def for_search(self) -> Head:
+        """The head as a search reads it; later training does not reach it."""
+        weight = torch.cat([self._weight, self._rows.to(self._weight)])
+        bias = None if self._bias is None else F.pad(self._bias, (0, len(self._rows)))
+        return Head(weight, bias, scale=self._scale, softcap=self._softcap)
+
+
+def extend(backbone: Backbone, model: Any, count: int) -> tuple[CodeTokens, nn.Parameter | None, ExtendedHead]:
+    """Give a language model new tokens: it reads ids from the size of its table on.
+
+    Args:
+        backbone: whose decoder gets them, in place.
+        model: the same language model with its vocabulary head.
+        count: new tokens.
+
+    Returns:
+        The new rows; the head's own rows, ``None`` where they are the table's; the head with both.
+    """
+    table = backbone.embed_tokens
+    head, output = Head.of(model), model.get_output_embeddings().weight
+    tied = output is model.get_input_embeddings().weight
+    own = None if tied else nn.Parameter(output.detach(), requires_grad=False)
+    tokens = CodeTokens(count, table.weight, own).to(table.weight.device)
+    decoder: Any = backbone.decoder
+    decoder.set_input_embeddings(ExtendedEmbedding(table, tokens.inputs))
+    return tokens, own, ExtendedHead(head, table.weight if own is None else own, tokens.outputs)

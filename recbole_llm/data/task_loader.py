@@ -1,0 +1,114 @@
+"""Samples of several tasks over the same interactions, drawn anew for each epoch, in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_llm.data.instructions import NEGATIVE, QUERY, SEQUENTIAL, TASKS, TEXT
+from recbole_llm.data.loaders import _IndexLoader
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.sampler import NegativeSampler
+
+# Batches whose samples are sorted by length together: enough to leave little filling, few enough to stay random.
+SORTED_TOGETHER = 50
+
+
+class TaskLoader(_IndexLoader):
+    """One row a sample: its task, whose history up to where, what its text is, which item it asks for.
+
+    - ``sequential``: a prefix of a user's train items and the item after it;
+    - ``negative``: the same prefixes, each ``negative_ratio`` times, and an item that the user has no train row of;
+    - ``text``: an item and itself (:attr:`text_items`);
+    - ``query``: a text of a user's and its item (:attr:`query_items`).
+
+    Args:
+        config: ``history_length``, ``prefixes_per_user``, ``negative_ratio``, ``train_batch_size``, ``shuffle`` and
+            ``seed``.
+        dataset: the train data set.
+
+    Attributes:
+        text_items: items that have a text, int64; whoever reads texts sets it.
+        query_items: the items of the queries, int64, by number of the query; likewise.
+        length_of: from a batch to its samples' lengths in tokens; without one batches are of any lengths.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        histories = dataset.train_histories
+        self.items = torch.from_numpy(histories.items).long()
+        offsets = torch.from_numpy(histories.offsets).long()
+        users = torch.repeat_interleave(offsets.diff())
+        places = torch.arange(len(users))
+        after_another = places > offsets[users]
+        self._users, self._stops = users[after_another], places[after_another]
+        self._starts = torch.maximum(offsets[self._users], self._stops - config["history_length"])
+        self._each = config["prefixes_per_user"]
+        self._ratio: int = config["negative_ratio"]
+        counts = torch.bincount(self._users)
+        self._prefixes = int((counts if self._each is None else counts.clamp(max=self._each)).sum())
+        self.text_items = self.query_items = torch.empty(0, dtype=torch.long)
+        self.length_of: Callable[[Any], Tensor] | None = None
+        super().__init__(config, dataset, self._prefixes, config["train_batch_size"], config["shuffle"])
+        if self._ratio:
+            self._sampler = NegativeSampler(
+                histories, dataset.item_num, dataset.split.candidates, seed=config["seed"]
+            )  # fmt: skip
+
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return self._prefixes * (1 + self._ratio) + len(self.text_items) + len(self.query_items)
+
+    def __len__(self) -> int:
+        return -(-self.samples() // self.step)
+
+    def __iter__(self) -> Iterator[Interaction]:
+        drawn = self._drawn()
+        for rows in self._batches(drawn):
+            yield Interaction({name: values[rows] for name, values in drawn.items()})
+
+    def _chosen(self) -> Tensor:
+        """The prefixes of this epoch: all, or some of each user's at random."""
+        if self._each is None:
+            return torch.arange(len(self._users))
+        keys = self._users + torch.rand(len(self._users), generator=self.generator, dtype=torch.double)
+        order = keys.argsort()
+        places = Ragged.from_lengths(order, torch.bincount(self._users)).positions
+        return order[places < self._each]
+
+    def _drawn(self) -> dict[str, Tensor]:
+        chosen = self._chosen()
+        users, starts, stops = self._users[chosen], self._starts[chosen], self._stops[chosen]
+        parts = [(SEQUENTIAL, starts, stops, torch.zeros_like(users), self.items[stops])]
+        if self._ratio:
+            negatives = torch.from_numpy(self._sampler.sample(users.numpy(), self._ratio))
+            starts, stops = starts.repeat(self._ratio), stops.repeat(self._ratio)
+            parts.append((NEGATIVE, starts, stops, torch.zeros_like(negatives), negatives))
+        for task, sources, targets in (
+            (TEXT, self.text_items, self.text_items),
+            (QUERY, torch.arange(len(self.query_items)), self.query_items),
+        ):
+            none = torch.zeros_like(targets)
+            parts.append((task, none, none, sources, targets))
+        tasks = torch.cat([torch.full_like(targets, TASKS.index(task)) for task, *_, targets in parts])
+        starts, stops, sources, targets = (torch.cat([part[column] for part in parts]) for column in (1, 2, 3, 4))  # type: ignore[misc]
+        return {"task": tasks, "start": starts, "stop": stops, "source": sources, "target": targets}
+
+    def _batches(self, drawn: dict[str, Tensor]) -> list[Tensor]:
+        count = len(drawn["task"])
+        if not self.shuffle:
+            return list(torch.arange(count).split(self.step))
+        order = torch.randperm(count, generator=self.generator)
+        if self.length_of is not None:
+            lengths = self.length_of(drawn)[order]
+            together = torch.arange(count) // (self.step * SORTED_TOGETHER)
+            order = order[(together * (int(lengths.max()) + 1) + lengths).argsort(stable=True)]
+        batches = order.split(self.step)
+        return [batches[place] for place in torch.randperm(len(batches), generator=self.generator).tolist()]
+
+    def histories(self, interaction: Any) -> Ragged:
+        """The items that each sample shows, oldest first."""
+        return Ragged.from_slices(self.items, interaction["start"], interaction["stop"])

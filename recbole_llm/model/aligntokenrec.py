@@ -1,0 +1,256 @@
+"""AlignTokenRec: a causal language model that reads histories as item tokens and generates the next item's.
+
+Items become tokens first (``properties/item_tokens``: alignment tokenization of a collaborative model's embeddings).
+The tokens join the language model's vocabulary, untrained, and it is fine-tuned on instructions of several tasks. Items
+are ranked by beam search among the tokens of items alone.
+
+Source: Li et al., "Semantic Convergence: Harmonizing Recommender Systems via Two-Stage Alignment and Behavioral
+Semantic Tokenization", AAAI 2025, arXiv 2412.13771; prompts and training as in LC-Rec (Zheng et al., ICDE 2024, arXiv
+2311.09049), on which it builds. What the paper leaves open is a setting, explained in
+``properties/model/AlignTokenRec.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
+from recbole_llm.backbone.code_tokens import extend
+from recbole_llm.data.instructions import (
+    HISTORY,
+    PLACES,
+    InstructionWriter,
+    TokenBatch,
+    read_templates,
+)
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.decoding.beam_search import BeamSearch
+from recbole_llm.errors import UserError
+from recbole_llm.itemid.exclusion import Exclusion
+
+if TYPE_CHECKING:
+    from recbole_llm.backbone.base import Backbone
+    from recbole_llm.itemid.item_tokens import ItemTokens
+
+FINE_TUNING = "fine_tuning"
+
+
+class AlignTokenRec(SequentialRecommender):
+    """AlignTokenRec (arXiv 2412.13771) as a RecBole recommender.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+    """
+
+    input_type = InputType.POINTWISE
+    train_view = "tasks"
+    parts = ("embedding_model",)
+    item_parts = ("embedding_model",)
+    stages = (FINE_TUNING,)
+    ranking = "beam"
+
+    backbone: Backbone
+    item_tokens: ItemTokens
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        check_adapter(config)
+        self.config = config
+        if max(config["topk"]) > config["beams"]:
+            raise UserError(
+                f"topk asks for {max(config['topk'])} items and the search keeps {config['beams']} beams; "
+                f"set beams to {max(config['topk'])}"
+            )
+        self.history_length: int = config["history_length"]
+        if self.history_length > self.max_seq_length:
+            raise UserError(
+                f"history_length {self.history_length} is above MAX_ITEM_LIST_LENGTH {self.max_seq_length}; "
+                f"set MAX_ITEM_LIST_LENGTH to {self.history_length} as well"
+            )
+        self.templates = read_templates(config["prompts"])
+        self._train_items = torch.from_numpy(dataset.train_histories.items).long()
+        self._search: tuple[Tensor, BeamSearch] | None = None
+
+    def prepare(
+        self,
+        *,
+        item_tokens: ItemTokens,
+        backbone: Backbone,
+        head_model: Any,
+        tie_order: Tensor,
+        texts: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Take in what the stages before made, and build what trains.
+
+        Args:
+            item_tokens: of every item.
+            backbone: the frozen language model; it learns to read the new tokens' ids, in place.
+            head_model: the same language model with its vocabulary head.
+            tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
+            texts: for each place of the tasks' templates but the history what can stand there: ``title`` and
+                ``description`` by item id, ``query`` by number. A task without any is left out.
+
+        Raises:
+            UserError: the longest prompt does not fit the language model.
+        """
+        config = self.config
+        # Not a submodule: of the language model only what trains is part of the model's state and parameters.
+        self.__dict__["backbone"] = backbone
+        self._tie_order = tie_order
+        self.adapter: Adapter | None = adapt(backbone.decoder, config)
+        first = backbone.embed_tokens.num_embeddings
+        self.code_tokens, own, self.__dict__["head"] = extend(backbone, head_model, item_tokens.size)
+        self.head_weight: nn.Parameter | None = own if config["adapter"] == "full" else None
+        self.take_item_tokens(item_tokens)
+        self._lm_ids = first + torch.arange(item_tokens.size)
+        self.to(self.device)
+        given = [HISTORY, *texts]
+        prompts = {
+            task: self.templates.instructions(task, given, only_first=config["prompt_set"] == "first")
+            for task, places in PLACES.items()
+            if set(places) & set(given)
+        }
+        fills = {
+            place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
+        }
+        self.writer = InstructionWriter(
+            prompts,
+            backbone.encode_batch,
+            bos_id=backbone.bos_id,
+            eos_id=backbone.eos_id,
+            items=Ragged(self._lm_ids[item_tokens.tokens], item_tokens.offsets),
+            separator=self.templates.separator,
+            texts=fills,
+            label_history=config["train_positions"] == "all",
+        )
+        longest = self.writer.longest(self.history_length)
+        room = getattr(backbone.decoder.config, "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise UserError(
+                f"prompts take up to {longest} tokens, the language model has {room}; lower history_length "
+                "or text_tokens"
+            )
+
+    def take_item_tokens(self, tokens: ItemTokens) -> None:
+        """Note what the tokens of every item are."""
+        self.item_tokens = tokens
+
+    def wording(self) -> list[Any]:
+        """What the prompts are made of, for a fingerprint."""
+        return [self.templates.wrapper, self.templates.separator, self.templates.tasks]
+
+    # Training
+
+    def begin_stage(self, stage: str) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """Free what trains: the new tokens' rows, and what ``adapter`` says of the language model.
+
+        Returns:
+            The parameters, as an optimizer takes them; an adapter's are a group with a learning rate of its own.
+        """
+        self.requires_grad_(True)
+        trained = list(self.parameters())
+        return trained if self.adapter is None else self.adapter.groups(trained)
+
+    def sample_lengths(self, samples: Any) -> Tensor:
+        """About how many tokens each sample of the train loader will have: int64 ``[B]``."""
+        return self.writer.lengths(samples["task"], samples["stop"] - samples["start"], samples["source"])
+
+    def training_batch(self, interaction: Any) -> TokenBatch:
+        """Prompts and answers of the train loader's samples; templates by torch's own generator."""
+        templates = self.writer.draw(interaction["task"], torch.default_generator)
+        histories = Ragged.from_slices(self._train_items, interaction["start"], interaction["stop"])
+        return self.writer.write(templates, histories, interaction["source"], interaction["target"])
+
+    def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the labels; the head reads their states only."""
+        batch = batch.to(self.device)
+        hidden = self.backbone.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return F.cross_entropy(self.head.logits(hidden[batch.rows, batch.places]), batch.labels)
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """The loss of a batch of the train loader."""
+        return self.stage_loss(FINE_TUNING, self.training_batch(interaction))
+
+    # Inference
+
+    def train(self, mode: bool = True) -> AlignTokenRec:
+        """Training or evaluation mode; the search is made anew, as weights may have changed."""
+        self._search = None
+        return super().train(mode)
+
+    def searcher(self, candidates: Tensor) -> BeamSearch:
+        """The search among some items, with the weights as they are.
+
+        Args:
+            candidates: bool ``[n_items]``, the items that may be found.
+        """
+        candidates = candidates.cpu()
+        if self._search is None or not torch.equal(self._search[0], candidates):
+            tokens = self.item_tokens
+            kept = candidates.repeat_interleave(tokens.lengths)
+            offsets = torch.cat([tokens.offsets[:1], (tokens.lengths * candidates).cumsum(0)])
+            search = BeamSearch(
+                self.backbone.decoder, self.head.for_search(),
+                replace(tokens, offsets=offsets, tokens=tokens.tokens[kept]),
+                beams=self.config["beams"], lm_ids=self._lm_ids, normaliser=self.config["normaliser"],
+                tie_order=self._tie_order,
+            )  # fmt: skip
+            self._search = candidates, search
+        return self._search[1]
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores over the catalogue with nothing excluded but the padding item, ``[B, n_items]``."""
+        none = torch.empty(0, dtype=torch.long)
+        return self.full_sort_predict_excluding(interaction, none, none, torch.ones(self.n_items, dtype=torch.bool))
+
+    @torch.no_grad()
+    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+        """Scores over the catalogue: log-probabilities of the items that were found, one value below them for others.
+
+        Args:
+            interaction: users' item lists (0-padded on the right, oldest first).
+            rows: int64 ``[E]`` rows of the batch.
+            items: int64 ``[E]``; ``items[e]`` may not be recommended in row ``rows[e]``.
+            candidates: bool ``[n_items]``.
+
+        Returns:
+            ``[B, n_items]``: finite, but ``-inf`` for the padding item and what may not be recommended.
+        """
+        lists, lengths = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu().unsqueeze(1)
+        places = torch.arange(lists.shape[1])
+        history = Ragged.from_padded(lists, (places < lengths) & (places >= lengths - self.history_length))
+        excluded = self._by_row(len(lists), rows.cpu(), items.cpu())
+        candidates = candidates.cpu().clone()
+        candidates[0] = False
+        search = self.searcher(candidates)
+        scores = torch.full((len(lists), self.n_items), -torch.inf, device=self.device)
+        scores[:, candidates.to(self.device)] = 0.0
+        for part in torch.arange(len(lists)).split(self.config["inference_batch_size"]):
+            asked, barred = self.writer.ask(history.take(part)), excluded.take(part)
+            prompts = asked.values.split(asked.lengths.tolist())
+            found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
+            own = scores[part.to(self.device)]
+            # Below the least of them by one; equal, so that the tie order alone ranks them.
+            own = own + (found.scores[:, -1:] - 1.0)
+            scores[part.to(self.device)] = own.scatter(1, found.items, found.scores)
+        scores[rows.to(self.device), items.to(self.device)] = -torch.inf
+        return scores
+
+    @staticmethod
+    def _by_row(count: int, rows: Tensor, items: Tensor) -> Ragged:
+        order = rows.argsort(stable=True)
+        return Ragged.from_lengths(items[order], torch.bincount(rows, minlength=count))
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of the items in the interaction, one a row."""
+        scores = self.full_sort_predict(interaction)
+        return scores.gather(1, interaction[self.ITEM_ID].to(scores.device).unsqueeze(1)).squeeze(1)
