@@ -29,7 +29,7 @@ from recbole_llm.itemid.rqvae import RQVAE
 from recbole_llm.model.dccf import DCCF
 from recbole_llm.training import state
 from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, text_embeddings
-from recbole_llm.training.item_tokens import CARD, INDEX, TOKENS, Tokenized, tokenize_items
+from recbole_llm.training.item_tokens import CARD, INDEX, ORIGIN, TOKENS, Tokenized, tokenize_items
 from recbole_llm.training.pipeline import fit, fit_parts_of, prepared, store_of
 from recbole_llm.training.runs import run
 from recbole_llm.training.store import Stage, StageStore
@@ -324,6 +324,16 @@ def test_tokens_that_are_there_already(finished: Path, tmp_path: Path) -> None:
     assert [stage["name"] for stage in result["stages"]] == ["item_tokens", "train-SASRecCodes"]
     folder = Path(result["result_file"]).parent
     assert (folder / INDEX).read_bytes() == (finished / INDEX).read_bytes() and not (folder / CARD).exists()
+
+
+def test_tokens_made_from_other_rows_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Another split's train rows may be test rows here."""
+    for more in ({"cold_item_share": 0.2}, {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO"}}):
+        with pytest.raises(UserError, match="made from other train rows than this run's"):
+            tokenized(quick(tmp_path, code_tokens=str(finished), **more))
+    known = tokenized(quick(tmp_path, code_tokens=str(finished)))
+    unknown = tokenized(quick(tmp_path, code_tokens=str(finished / INDEX)))
+    assert (known.stage.folder / ORIGIN).is_file() and not (unknown.stage.folder / ORIGIN).exists()
 
 
 def damage(folder: Path, name: str, content: str | bytes | None) -> Path:

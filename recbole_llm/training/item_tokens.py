@@ -16,6 +16,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
+from recbole_llm.data.split import TRAIN
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid import quality
@@ -38,9 +39,9 @@ logger = logging.getLogger("recbole_llm")
 TEXTS_VERSION = 1
 TOKENS_VERSION = 1
 VECTORS = "vectors.npz"
-CARD, INDEX = "codebook.json", "items.index.json"
+CARD, INDEX, ORIGIN = "codebook.json", "items.index.json", "train_rows.json"
 # What a run keeps of the stage: its folder can be handed to another run (code_tokens).
-KEPT = (TOKENS, ARRAYS, INDEX, CARD)
+KEPT = (TOKENS, ARRAYS, INDEX, CARD, ORIGIN)
 # Settings that say how tokens are made; `item_tokens` itself only names a set of them.
 PREFIX = "code_"
 
@@ -102,13 +103,16 @@ def tokenize_items(
         UserError: see :func:`gather`, or the codebook collapsed.
     """
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
-    given = None if config["code_tokens"] is None else _given(Path(config["code_tokens"]), raw_ids)
+    origin = {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+    given = known = None
+    if config["code_tokens"] is not None:
+        given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
     sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
         keys = {key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX)}
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
     else:
-        keys = {"code_tokens": given.fingerprint() if given else None}
+        keys = {"code_tokens": given.fingerprint() if given else None, "known": known}
     inputs = {
         "config": keys,
         "upstream": sources.marks,
@@ -117,6 +121,10 @@ def tokenize_items(
     }
 
     def make(folder: Path) -> dict[str, Any]:
+        if given is None or known:
+            # Of tokens from elsewhere nothing is claimed that is not known.
+            text = json.dumps(origin)
+            write_whole(folder / ORIGIN, lambda part: part.write_text(text, encoding="utf-8"))
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
         tokens = given or ItemTokens.raw(len(raw_ids), raw_ids)
@@ -127,10 +135,29 @@ def tokenize_items(
     return Tokenized(ItemTokens.load(stage.folder, raw_ids), stage, sources)
 
 
-def _given(path: Path, raw_ids: list[str]) -> ItemTokens:
-    if path.is_dir():
-        return ItemTokens.load(path, raw_ids)
-    return read_index(path, raw_ids)
+def _given(path: Path, raw_ids: list[str], origin: dict[str, Any]) -> tuple[ItemTokens, bool]:
+    """Tokens that are there already, and whether they are known to be made from this run's train rows.
+
+    Raises:
+        UserError: no tokens are there, or they are of other items, or made from other rows, which may be test rows.
+    """
+    tokens = ItemTokens.load(path, raw_ids) if path.is_dir() else read_index(path, raw_ids)
+    file = path / ORIGIN
+    if not file.is_file():
+        logger.warning(
+            "item tokens of %s: nothing says from which rows they were made; if from test rows, they leak", path
+        )
+        return tokens, False
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file} is damaged; make the item tokens again") from None
+    if found != origin:
+        raise UserError(
+            f"the item tokens in {path} were made from other train rows than this run's (another split, or train + "
+            "valid); make them for this one"
+        )
+    return tokens, True
 
 
 def _write(tokens: ItemTokens, raw_ids: list[str], folder: Path) -> None:
