@@ -246,6 +246,38 @@ def test_an_epoch_has_every_prefix_once_and_negatives_that_the_user_has_not_had(
         assert all(target not in had[history] for history, target in negatives)
 
 
+def test_what_a_user_rated_low_is_what_he_hates(small_data: Path, settings_of: Any) -> None:
+    more = SMALL["AlignTokenRec"] | {"dislike_below": 3, "negative_ratio": 2}
+    with pytest.raises(UserError, match="no column 'rating' is loaded"):
+        prepared(Config("AlignTokenRec", "small", config_dict=settings_of(**more)))
+    columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    train = prepared(Config("AlignTokenRec", "small", config_dict=settings_of(load_col=columns, **more)))[1]
+    names, split = train._dataset.field2id_token, train._dataset.split
+    lines = (small_data / "small" / "small.inter").read_text(encoding="utf-8").splitlines()[1:]
+    low = {tuple(line.split("\t")[:2]) for line in lines if float(line.split("\t")[2]) < 3}
+    owners = np.repeat(np.arange(split.n_users), split.histories(TRAIN).lengths)
+    pairs = [
+        (str(names["user_id"][user]), str(names["item_id"][item]))
+        for user, item in zip(owners, train.items.tolist(), strict=True)
+    ]
+    ends = split.histories(TRAIN).offsets[1:]
+    true, sampled = 0, 0
+    for rows in train:
+        for task, stop, target in zip(rows["task"].tolist(), rows["stop"].tolist(), rows["target"].tolist()):
+            if task != TASKS.index(NEGATIVE):
+                continue
+            user = int(owners[stop])
+            to_come = [pair for pair in pairs[stop : ends[user]] if pair in low]
+            pair = (str(names["user_id"][user]), str(names["item_id"][target]))
+            if to_come:
+                assert pair in to_come
+                true += 1
+            else:
+                assert target not in split.histories(TRAIN).of(user)
+                sampled += 1
+    assert true and sampled
+
+
 def test_some_prefixes_a_user_are_drawn_anew() -> None:
     samples = loader(negative_ratio=0, prefixes_per_user=2)
     lengths = np.diff(histories().offsets)
