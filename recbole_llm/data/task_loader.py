@@ -131,10 +131,6 @@ class TaskLoader(_IndexLoader):
         batches = order.split(self.step)
         return [batches[place] for place in torch.randperm(len(batches), generator=self.generator).tolist()]
 
-    def histories(self, interaction: Any) -> Ragged:
-        """The items that each sample shows, oldest first."""
-        return Ragged.from_slices(self.items, interaction["start"], interaction["stop"])
-
 
 def _disliked(config: Any, dataset: Any) -> Tensor:
     """Places among the train histories' items of those that were rated below ``dislike_below``, int64, ascending."""
