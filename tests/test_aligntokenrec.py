@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from peft.tuners.lora import LoraLayer
 from test_glta import N_ITEMS, N_USERS, dataset, histories
 from test_leakage import SMALL
+from test_processes import FILES, LAUNCH, command
 from tiny_folders import KINDS, write
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
     "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": 20, "device": "cpu", "seed": 1, "topk": [5],
     "beams": 8, "history_length": 4, "train_batch_size": 6, "inference_batch_size": 4, "llm_quantization": "none",
-    "llm_dtype": "float32", "shuffle": True,
+    "llm_dtype": "float32", "shuffle": True, "prefixes_per_user": None,
 }  # fmt: skip
 
 
@@ -167,7 +171,8 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
     for row, (template, history, target) in enumerate(zip(drawn.tolist(), shown, targets.tolist(), strict=True)):
         wording = prompts[TASKS[tasks[row]]]
         assert flat[template] in wording
-        ids, labels = plain(flat[template], backbone, history, target, lm_ids, every)
+        learned = every and tasks[row] == TASKS.index(SEQUENTIAL)
+        ids, labels = plain(flat[template], backbone, history, target, lm_ids, learned)
         width = made.ids.shape[1]
         assert made.ids[row].tolist()[: len(ids)] == ids[:width]
         here = made.rows == row
@@ -244,6 +249,38 @@ def test_an_epoch_has_every_prefix_once_and_negatives_that_the_user_has_not_had(
         negatives = found[TASKS.index(NEGATIVE)]
         assert sorted(history for history, _ in negatives) == sorted(2 * [history for history, _ in expected])
         assert all(target not in had[history] for history, target in negatives)
+
+
+def test_what_a_user_rated_low_is_what_he_hates(small_data: Path, settings_of: Any) -> None:
+    more = SMALL["AlignTokenRec"] | {"dislike_below": 3, "negative_ratio": 2}
+    with pytest.raises(UserError, match="no column 'rating' is loaded"):
+        prepared(Config("AlignTokenRec", "small", config_dict=settings_of(**more)))
+    columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    train = prepared(Config("AlignTokenRec", "small", config_dict=settings_of(load_col=columns, **more)))[1]
+    names, split = train._dataset.field2id_token, train._dataset.split
+    lines = (small_data / "small" / "small.inter").read_text(encoding="utf-8").splitlines()[1:]
+    low = {tuple(line.split("\t")[:2]) for line in lines if float(line.split("\t")[2]) < 3}
+    owners = np.repeat(np.arange(split.n_users), split.histories(TRAIN).lengths)
+    pairs = [
+        (str(names["user_id"][user]), str(names["item_id"][item]))
+        for user, item in zip(owners, train.items.tolist(), strict=True)
+    ]
+    ends = split.histories(TRAIN).offsets[1:]
+    true, sampled = 0, 0
+    for rows in train:
+        for task, stop, target in zip(rows["task"].tolist(), rows["stop"].tolist(), rows["target"].tolist()):
+            if task != TASKS.index(NEGATIVE):
+                continue
+            user = int(owners[stop])
+            to_come = [pair for pair in pairs[stop : ends[user]] if pair in low]
+            pair = (str(names["user_id"][user]), str(names["item_id"][target]))
+            if to_come:
+                assert pair in to_come
+                true += 1
+            else:
+                assert target not in split.histories(TRAIN).of(user)
+                sampled += 1
+    assert true and sampled
 
 
 def test_some_prefixes_a_user_are_drawn_anew() -> None:
@@ -423,6 +460,22 @@ def test_what_trains(adapter: str, kind: str, folders: Any) -> None:
     torch.testing.assert_close(other.eval().full_sort_predict(users(1, 2)), model.eval().full_sort_predict(users(1, 2)))
 
 
+def test_lora_merged_into_the_weights_is_the_same_model(folders: Any) -> None:
+    model = build(folders("llama"), adapter="lora")
+    optimizer = torch.optim.Adam(model.begin_stage(FINE_TUNING), lr=0.1)
+    before = model.full_sort_predict(users(1, 2))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train().stage_loss(FINE_TUNING, batch(model)).backward()
+        optimizer.step()
+    beside = model.eval().full_sort_predict(users(1, 2))
+    assert not torch.allclose(beside, before)
+    for module in model.backbone.decoder.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    torch.testing.assert_close(model.eval().full_sort_predict(users(1, 2)), beside, rtol=1e-3, atol=1e-3)
+
+
 def test_no_text_is_an_item(folders: Any) -> None:
     """The new tokens are in no tokenizer: what spells one is the characters that it is spelled with."""
     model = build(folders("llama"))
@@ -511,6 +564,30 @@ def test_it_learns_from_the_history_that_it_reads(folders: Any, tmp_path: Path) 
     }
     with torch.no_grad():
         assert model.eval().calculate_loss(own) < 0.5 * model.calculate_loss(other)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    small = SMALL["AlignTokenRec"] | {"epochs": 2, "train_batch_size": 32, "state": "DEBUG"}
+    flags = [f"--{key}={value}" for key, value in small.items()]
+    words = [
+        "run_recbole_llm.py",
+        "--model=AlignTokenRec",
+        "--dataset=tiny",
+        "--tensorboard=false",
+        "--gpu_id=",
+        *flags,
+    ]
+    several = [*LAUNCH, "--main_process_port", "0", "--config_file", str(FILES / "ddp.yaml")]
+    found = []
+    for name, launcher in (("one", [sys.executable]), ("two", several)):
+        done = command([*launcher, *words, f"--output_dir={tmp_path / name}"], tmp_path / name)
+        assert done.status == 0, done.err
+        (log,) = done.saved.glob("AlignTokenRec-tiny-*/run.log")
+        steps = re.findall(r"fine_tuning: step \d+, loss (\S+)$", log.read_text(encoding="utf-8"), re.MULTILINE)
+        found.append([float(loss) for loss in steps])
+    assert len(found[0]) > 20 and found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[0] != found[1], "sums in another order move the last bits: were there several processes?"
 
 
 # --- refused before any work -----------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def _train(settings: dict[str, Any], model: str) -> None:
     run(model, "small", config_dict=settings)
 
 
-@pytest.mark.parametrize("model", ["LightGCN", "SASRec"])
+@pytest.mark.parametrize("model", ["LightGCN", "SASRec", pytest.param("AlignTokenRec", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
     model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

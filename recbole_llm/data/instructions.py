@@ -145,7 +145,7 @@ class InstructionWriter:
         items: the language model's ids of each item's tokens, one row an item.
         separator: between two items of a history.
         texts: what stands for each other place: token ids, one row a source.
-        label_history: whether the tokens of shown items, but the first, are labels too.
+        label_history: whether the tokens of shown items, but the first, are labels too in the sequential task.
     """
 
     def __init__(
@@ -188,19 +188,25 @@ class InstructionWriter:
         tables = [
             Ragged.from_lists([[], *pieces]),
             items,
-            join([between, labels if label_history else items]),
+            join([between, items]),
+            join([between, labels]),
             join([labels, Ragged(end.values + LABEL, end.offsets)]),
             *texts.values(),
         ]
         sizes = torch.tensor([len(table) for table in tables])
         bases = sizes.cumsum(0) - sizes
-        self._bare, self._next, self._answer = bases[1:4].tolist()
+        self._bare, self._answer = int(bases[1]), int(bases[4])
+        labelled = torch.zeros(len(flat), dtype=torch.long)
+        if label_history and SEQUENTIAL in self._first:
+            labelled[self._first[SEQUENTIAL] :][: self._count[SEQUENTIAL]] = 1
+        # Every item of a history but the first, by template.
+        self._next = bases[2:4][labelled]
         # By kind of place: nothing, a history, and the texts.
-        self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[4:]])
+        self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[5:]])
         lengths = torch.cat([table.lengths for table in tables])
         self._segments = Ragged.from_lengths(torch.cat([table.values for table in tables]), lengths)
         self._per_item = int(tables[2].lengths.max())
-        self._fixed = lengths[self._pieces].sum(1) + int(tables[3].lengths.max())
+        self._fixed = lengths[self._pieces].sum(1) + int(tables[4].lengths.max())
         widest = [0, 0, *(int(table.lengths.max()) if len(table) else 0 for table in texts.values())]
         self._filled = torch.tensor(widest)[self._kinds].sum(1)
 
@@ -263,8 +269,8 @@ class InstructionWriter:
     def _runs(self, templates: Tensor, histories: Ragged, sources: Tensor) -> Ragged:
         """Segment numbers, one row a prompt."""
         parts = [_column(self._pieces[templates, 0])]
-        first = histories.positions == 0
-        shown = Ragged(histories.values + torch.where(first, self._bare, self._next), histories.offsets)
+        bases = torch.where(histories.positions == 0, self._bare, self._next[templates][histories.rows])
+        shown = Ragged(histories.values + bases, histories.offsets)
         for slot in range(self._kinds.shape[1]):
             kinds = self._kinds[templates, slot]
             parts.append(shown.keep((kinds == 1)[shown.rows]))
