@@ -309,5 +309,5 @@ class TestWrongInput:
 
     def test_a_loss_that_is_no_number(self) -> None:
         points, texts = items()
-        with pytest.raises(TrainingStoppedError, match=r"no number after epoch \d+; try a lower learning_rate"):
+        with pytest.raises(TrainingStoppedError, match=r"no number after epoch \d+; try a lower code_learning_rate"):
             trained(points, texts, learning_rate=1e30, epochs=20, distance="l2")
