@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.progress import progress
+from recbole_llm.ridge import ridge
 
 # Descriptions read at once.
 BATCH = 64
@@ -59,16 +60,11 @@ def cold_item_embeddings(item_embeddings: np.ndarray, features: Tensor, seen: np
     Returns:
         float32 ``[n_items, d]``; rows of seen items, and row 0, are as they were.
     """
-    from sklearn.linear_model import Ridge  # slow to import
-
     cold = ~seen
     cold[0] = False
     made = np.asarray(item_embeddings, dtype=np.float32).copy()
     if not cold.any() or not seen.any():
         return made
     x = features.numpy().astype(np.float64)
-    centre = x[seen].mean(0)
-    x = (x - centre) / (np.sqrt(np.square(x[seen] - centre).mean()) or 1.0)
-    ridge = Ridge(alpha=penalty * seen.sum()).fit(x[seen], made[seen])
-    made[cold] = ridge.predict(x[cold]).astype(np.float32)
+    made[cold] = ridge(x[seen], made[seen], x[cold], penalty).astype(np.float32)
     return made

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recbole_llm.errors import UserError
+
 DESCRIPTIONS = "{DESCRIPTION_TOKEN}"
 USER = "{USER_TOKEN}"
 ITEMS = "{ITEM_TOKEN}"
@@ -211,3 +213,20 @@ class Prompt:
 def repeated(values: Tensor, rows: int) -> Ragged:
     """The same ``values`` ``[n]`` in each of ``rows`` rows."""
     return Ragged.from_lengths(values.repeat(rows), torch.full((rows,), len(values), dtype=torch.long))
+
+
+def check_history_length(asked: int, handed_over: int) -> None:
+    """Refuse prompts that would show more items than evaluation hands over.
+
+    Args:
+        asked: ``history_length``.
+        handed_over: ``MAX_ITEM_LIST_LENGTH``.
+
+    Raises:
+        UserError: it asks for more.
+    """
+    if asked > handed_over:
+        raise UserError(
+            f"history_length {asked} is above MAX_ITEM_LIST_LENGTH {handed_over}; "
+            f"set MAX_ITEM_LIST_LENGTH to {asked} as well"
+        )

@@ -159,14 +159,18 @@ class Aligned:
         """
         if self.weight is None or self.bias is None:
             raise UserError("the codebook was trained without texts (text_weight: 0), so it has no codes for a text")
-        up = self.projection == "code_up"
-        width = self.weight.shape[0 if up else 1]
-        if texts.shape[1] != width:
-            raise UserError(f"texts of {texts.shape[1]} dimensions, but the codebook was trained on {width}")
-        texts = texts.to(self.weight.device, torch.float32)
-        if up:
-            return (texts - self.bias) @ torch.linalg.pinv(self.weight).T
-        return torch.addmm(self.bias, texts, self.weight.T)
+        weight, bias = self.text_map()
+        if texts.shape[1] != weight.shape[1]:
+            raise UserError(f"texts of {texts.shape[1]} dimensions, but the codebook was trained on {weight.shape[1]}")
+        return torch.addmm(bias, texts.to(weight.device, torch.float32), weight.T)
+
+    def text_map(self) -> tuple[Tensor, Tensor]:
+        """The projection as a map from texts: weight ``[d, H]`` and bias ``[d]``; of ``code_up`` its pseudo-inverse."""
+        assert self.weight is not None and self.bias is not None
+        if self.projection != "code_up":
+            return self.weight, self.bias
+        inverse = torch.linalg.pinv(self.weight)
+        return inverse, -inverse @ self.bias
 
 
 def train_alignment(

@@ -45,6 +45,25 @@ def groups_of(codes: np.ndarray) -> np.ndarray:
     return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
 
 
+def by_size(groups: np.ndarray) -> Iterator[np.ndarray]:
+    """The members of groups, those of one size together, so that they can be dealt with as batches.
+
+    Args:
+        groups: the number of the group that each item is in, int64 ``[n]``.
+
+    Yields:
+        Items int64 ``[g, size]``, a row a group, sizes ascending; at most ``BATCH`` items at a time, or one group.
+    """
+    counts = np.bincount(groups)
+    by_group = np.argsort(groups, kind="stable")
+    sizes = counts[groups[by_group]]
+    for size in np.unique(sizes):
+        rows = by_group[sizes == size].reshape(-1, size)
+        step = max(1, BATCH // int(size))
+        for start in range(0, len(rows), step):
+            yield rows[start : start + step]
+
+
 def colliding(codes: np.ndarray) -> np.ndarray:
     """Which items share their codes with another, bool ``[n]``, from ``codes`` ``[n, N]``."""
     groups = groups_of(codes)
@@ -268,19 +287,13 @@ class _Taken:
 
 
 def _rounds_of_sinkhorn(codebook: ResidualCodebook, points: Tensor, codes: np.ndarray) -> None:
-    """Rewrite last codes; groups of one size are solved together, each as a batch of its own."""
+    """Rewrite last codes, each group as a batch of its own."""
     for _ in range(ROUNDS):
-        groups = groups_of(codes)
-        counts = np.bincount(groups)
-        if counts.max() == 1:
+        struck = [batches for batches in by_size(groups_of(codes)) if batches.shape[1] > 1]
+        if not struck:
             return
-        by_group = np.argsort(groups, kind="stable")
-        sizes = counts[groups[by_group]]
-        for size in np.unique(sizes[sizes > 1]):
-            batches = by_group[sizes == size].reshape(-1, size)
-            step = max(1, BATCH // int(size))
-            for start in range(0, len(batches), step):
-                _spread_last_codes(codebook, points, codes, batches[start : start + step])
+        for batches in struck:
+            _spread_last_codes(codebook, points, codes, batches)
 
 
 def _spread_last_codes(codebook: ResidualCodebook, points: Tensor, codes: np.ndarray, batches: np.ndarray) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_llm.itemid.codebook import BATCH, ResidualCodebook
-from recbole_llm.itemid.collisions import groups_of
+from recbole_llm.itemid.codebook import ResidualCodebook
+from recbole_llm.itemid.collisions import by_size, groups_of
 from recbole_llm.itemid.sinkhorn import EPSILON, ITERATIONS, balanced
 
 
@@ -46,16 +45,11 @@ def _spread(
     codebook: ResidualCodebook, level: int, inputs: Tensor, before: Tensor, epsilon: float, iterations: int
 ) -> Tensor:
     """Codes int64 ``[n, 1]`` of a level for inputs ``[n, d]``, even among rows with the same codes ``before``."""
-    groups = groups_of(before.cpu().numpy())
-    counts = np.bincount(groups)
-    by_group = np.argsort(groups, kind="stable")
-    sizes = counts[groups[by_group]]
     made = torch.empty(len(inputs), 1, dtype=torch.int64, device=inputs.device)
-    # Groups of one size are solved together, each as a batch of its own; of one item it is the nearest code.
-    for size in np.unique(sizes):
-        rows = torch.from_numpy(by_group[sizes == size].reshape(-1, size)).to(inputs.device)
-        for part in rows.split(max(1, BATCH // int(size))):
-            gaps = codebook.distances(level, inputs[part.flatten()]).view(*part.shape, codebook.size)
-            chosen = gaps.argmin(dim=-1) if size == 1 else balanced(gaps, epsilon, iterations)
-            made[part.flatten(), 0] = chosen.flatten()
+    # Each group is a batch of its own; of one item it is the nearest code.
+    for batches in by_size(groups_of(before.cpu().numpy())):
+        part = torch.from_numpy(batches).to(inputs.device)
+        gaps = codebook.distances(level, inputs[part.flatten()]).view(*part.shape, codebook.size)
+        chosen = gaps.argmin(dim=-1) if part.shape[1] == 1 else balanced(gaps, epsilon, iterations)
+        made[part.flatten(), 0] = chosen.flatten()
     return made

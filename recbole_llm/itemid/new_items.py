@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from recbole_llm.errors import UserError
+from recbole_llm.ridge import ridge
 
 # How much the ridge may bend, in units of the features' mean square.
 PENALTY = 0.01
@@ -48,12 +49,7 @@ def from_neighbours(points: np.ndarray, history: sp.csr_matrix, users: sp.csr_ma
 
 def _regressed(x: np.ndarray, points: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Points of ``new`` by a ridge regression with an intercept of ``points`` on ``x``, as long as points are."""
-    from sklearn.linear_model import Ridge  # slow to import
-
-    centre = x.mean(0)
-    scale = np.sqrt(np.square(x - centre).mean()) or 1.0
-    ridge = Ridge(alpha=PENALTY * len(x)).fit((x - centre) / scale, points)
-    made = ridge.predict((new - centre) / scale)
+    made = ridge(x, points, new, PENALTY)
     length = np.linalg.norm(made, axis=1, keepdims=True)
     usual = np.linalg.norm(points, axis=1).mean()
     return np.divide(made * usual, length, out=np.zeros_like(made), where=length > 0)

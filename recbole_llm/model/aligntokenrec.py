@@ -31,7 +31,7 @@ from recbole_llm.data.instructions import (
     TokenBatch,
     read_templates,
 )
-from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
@@ -71,11 +71,7 @@ class AlignTokenRec(SequentialRecommender):
                 f"set beams to {max(config['topk'])}"
             )
         self.history_length: int = config["history_length"]
-        if self.history_length > self.max_seq_length:
-            raise UserError(
-                f"history_length {self.history_length} is above MAX_ITEM_LIST_LENGTH {self.max_seq_length}; "
-                f"set MAX_ITEM_LIST_LENGTH to {self.history_length} as well"
-            )
+        check_history_length(self.history_length, self.max_seq_length)
         self.templates = read_templates(config["prompts"])
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._search: tuple[Tensor, BeamSearch] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +42,7 @@ class BERT4RecWindows(BERT4Rec):
     def __init__(self, config: Any, dataset: Any) -> None:
         if config["loss_type"] != "CE":
             raise UserError(f"BERT4RecWindows has loss_type CE, not {config['loss_type']}; BERT4Rec has BPR")
-        super().__init__(ChainMap({"loss_type": "CE"}, config), dataset)
+        super().__init__(config, dataset)
         self.ft_ratio = config["ft_ratio"]
 
     def reconstruct_test_data(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:

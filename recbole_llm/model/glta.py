@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
 from recbole_llm.backbone.soft_tokens import SoftPromptDecoder, SoftTokenMean, Stream, token_scale
-from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
 from recbole_llm.model.glta_prompts import ALIGN_ITEMS, ALIGN_USERS, PromptBatch, PromptWriter
@@ -96,11 +96,8 @@ class GLTA(SequentialRecommender):
             self.stages = (ALIGN_USERS,)
         if config["slot_input"] == "item" and config["inference"] == "first_k":
             raise UserError("slot_input: item feeds each slot the item before it; it needs inference: ar or fl")
-        if config["history_input"] == "history" and config["history_length"] > self.max_seq_length:
-            raise UserError(
-                f"history_length {config['history_length']} is above MAX_ITEM_LIST_LENGTH {self.max_seq_length}; "
-                f"set MAX_ITEM_LIST_LENGTH to {config['history_length']} as well"
-            )
+        if config["history_input"] == "history":
+            check_history_length(config["history_length"], self.max_seq_length)
         targets, positions = config["targets"], config["loss_positions"]
         self.by_time = targets == "next" or (targets == "auto" and _split_by_time(config["eval_args"]))
         in_order = self.by_time and config["history_input"] == "history" and config["history_order"] == "time"

@@ -16,19 +16,12 @@ def get_trainer(model_type: Any, model_name: str) -> type:
         A class to call with ``(config, model)``.
     """
     from recbole_llm.registry import get_model
+    from recbole_llm.training.pipeline import trainer_of
+    from recbole_llm.training.standalone import standalone_trainer
 
     model_class = get_model(model_name)
-    if hasattr(model_class, "stage_loss"):
-        from recbole_llm.training.standalone import standalone_trainer
-
-        return standalone_trainer(model_class)
-    if hasattr(model_class, "take_item_tokens"):
-        from recbole_llm.training.tokenized import tokenized_trainer
-
-        return tokenized_trainer(model_type, model_name, standalone=True)
-    from recbole_llm.training.trainer import trainer_class
-
-    return trainer_class(model_type, model_name)
+    base = trainer_of(model_class, model_type, model_name)
+    return standalone_trainer(base) if hasattr(model_class, "stages") else base
 
 
 def run(*args: Any, **kwargs: Any) -> dict[str, Any]:

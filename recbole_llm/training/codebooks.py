@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.alignment import Aligned, AlignmentSettings, train_alignment
+from recbole_llm.itemid.alignment import AlignmentSettings, train_alignment
 from recbole_llm.itemid.codebook import ResidualCodebook, residual_kmeans
 from recbole_llm.itemid.rqvae import RQVAE, RQVAESettings
 from recbole_llm.itemid.rqvae_training import train_rqvae
@@ -143,18 +143,9 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
     made = train_alignment(
         points, texts, _settings(config), seed=seed, device=device, resume=resume, show_progress=shown
     )
-    return Quantiser(made.codebook.to("cpu"), projection=_of_texts(made), losses=made.losses.sum(axis=1).tolist())
-
-
-def _of_texts(made: Aligned) -> tuple[Tensor, Tensor] | None:
-    """The learned map as one from texts to points; of ``code_up``, a map from codes to texts, its pseudo-inverse."""
-    if made.weight is None or made.bias is None:
-        return None
-    weight, bias = made.weight.cpu(), made.bias.cpu()
-    if made.projection == "code_up":
-        weight = torch.linalg.pinv(weight)
-        bias = -weight @ bias
-    return weight.contiguous(), bias.contiguous()
+    learned = made.text_map() if made.weight is not None else None
+    projection = None if learned is None else (learned[0].cpu().contiguous(), learned[1].cpu().contiguous())
+    return Quantiser(made.codebook.to("cpu"), projection=projection, losses=made.losses.sum(axis=1).tolist())
 
 
 def _settings(config: Any) -> Any:

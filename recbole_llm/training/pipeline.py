@@ -261,14 +261,25 @@ def code_mark(model_class: type) -> str | None:
 
 
 def make_trainer(config: Config, model: Any) -> Any:
-    """The trainer of a model: staged where the model has stages, RecBole's with our additions elsewhere."""
-    if hasattr(model, "stage_loss"):
+    """The trainer of a model; see :func:`trainer_of`."""
+    return trainer_of(type(model), config["MODEL_TYPE"], config["model"])(config, model)
+
+
+def trainer_of(model_class: type, model_type: Any, name: str) -> type:
+    """The trainer class of a model: staged where the model has stages, RecBole's with our additions elsewhere.
+
+    Args:
+        model_class: the model's.
+        model_type: RecBole's ModelType.
+        name: of the model.
+    """
+    if hasattr(model_class, "stage_loss"):
         # It brings transformers, peft and accelerate, which take as long to import as all the rest.
         from recbole_llm.training.fine_tuning import staged_trainer
 
-        return staged_trainer(type(model))(config, model)
-    if hasattr(model, "take_item_tokens"):
+        return staged_trainer(model_class)
+    if hasattr(model_class, "take_item_tokens"):
         from recbole_llm.training.tokenized import tokenized_trainer
 
-        return tokenized_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    return trainer_class(config["MODEL_TYPE"], config["model"])(config, model)
+        return tokenized_trainer(model_type, name)
+    return trainer_class(model_type, name)

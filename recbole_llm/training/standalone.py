@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from recbole_llm.training.fine_tuning import staged_trainer
 from recbole_llm.training.pipeline import fit_parts_of, store_of
 
 
@@ -22,7 +21,10 @@ class _Standalone:
         return super().fit(train_data, *args, **kwargs)  # type: ignore[misc]
 
 
-def standalone_trainer(model_class: type) -> type:
-    """A staged trainer for RecBole's own calls: ``fit`` runs every stage."""
-    base = staged_trainer(model_class)
+def standalone_trainer(base: type) -> type:
+    """A trainer for RecBole's own calls: ``fit`` runs every stage.
+
+    Args:
+        base: the trainer class of a recommender with stages.
+    """
     return type(f"Standalone{base.__name__}", (_Standalone, base), {})

@@ -59,23 +59,12 @@ class TokenizedMixin(TrainerMixin):
         return made
 
 
-def tokenized_trainer(model_type: Any, model_name: str, standalone: bool = False) -> type:
+def tokenized_trainer(model_type: Any, model_name: str) -> type:
     """RecBole's trainer for a model that reads tokens.
 
     Args:
         model_type: RecBole's ModelType.
         model_name: the model's name.
-        standalone: for RecBole's own calls: ``fit`` runs the earlier stages itself, through the cache.
     """
     base = recbole_trainer(model_type, model_name)
-    return type(f"RecBoleLLM{base.__name__}", (_Standalone if standalone else TokenizedMixin, base), {})
-
-
-class _Standalone(TokenizedMixin):
-    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """RecBole's ``fit``."""
-        from recbole_llm.training.pipeline import fit_parts_of, store_of
-
-        if self._upstream is None:
-            self.prepare(train_data, store_of(self.config), fit_parts_of(self.config))
-        return super().fit(train_data, *args, **kwargs)
+    return type(f"RecBoleLLM{base.__name__}", (TokenizedMixin, base), {})
