@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -43,6 +44,11 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        # The backward pass comes when the decoder no longer attends as it did (backbone/packed.py).
+        with kwargs["packed"].reading() if "packed" in kwargs else nullcontext():
+            return forward(*args, **kwargs)
 
     return run

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
 from recbole_llm.backbone.code_tokens import extend
+from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import (
     HISTORY,
     PLACES,
@@ -109,6 +110,7 @@ class AlignTokenRec(SequentialRecommender):
         self.take_item_tokens(item_tokens)
         self._lm_ids = first + torch.arange(item_tokens.size)
         self.to(self.device)
+        self._reader = PackedReader(backbone.decoder)
         given = [HISTORY, *texts]
         prompts = {
             task: self.templates.instructions(task, given, only_first=config["prompt_set"] == "first")
@@ -168,9 +170,8 @@ class AlignTokenRec(SequentialRecommender):
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
-        batch = batch.to(self.device)
-        hidden = self.backbone.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return F.cross_entropy(self.head.logits(hidden[batch.rows, batch.places]), batch.labels)
+        states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
+        return F.cross_entropy(self.head.logits(states), batch.labels.to(self.device))
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a batch of the train loader."""

@@ -1,0 +1,207 @@
+"""Prompts of a training batch as one sequence without filling, in which what several of them open with stands once.
+
+All prompts of a batch form a tree: they open with the same wrapper, those of one template with the same wording, those
+of one history with its items. Whatever a decoder does position by position (projections, feed-forward layers, norms) is
+done once for each node of that tree, and attention alone unfolds it into rows, under the plain causal mask. Of the last
+layer only the states that the loss reads are wanted, so its feed-forward part runs for those. Every state is what it
+would be if each prompt were read alone, and so is every gradient; only LoRA's dropout is drawn once for a shared node.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from recbole_llm.decoding.shared_cache import TOLERANCE, windows
+
+ATTENTION = "recbole_llm_packed"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """How prompts lie in one sequence.
+
+    Attributes:
+        nodes: int64 ``[B, T]``, where each token of each prompt is in the sequence; any node behind a prompt's end.
+        places: int64 ``[N]``, the place of each node within its prompts.
+        owners: int64 ``[N]``, a token that each node is of, by number in ``[B, T]``.
+    """
+
+    nodes: Tensor
+    places: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, lengths: Tensor) -> Tree:
+        """Fold prompts that open alike.
+
+        Args:
+            ids: int64 ``[B, T]``, filled up on the right with any token; on the CPU.
+            lengths: int64 ``[B]``, at least 1.
+        """
+        columns = torch.arange(ids.shape[1])
+        inside = columns < lengths.unsqueeze(1)
+        keys = ids.masked_fill(~inside, -1)
+        order = torch.from_numpy(np.lexsort(keys.numpy().T[::-1]))
+        keys, inside = keys[order], inside[order]
+        # In order, a prompt shares with the one before it what it shares with any before it.
+        shared = (keys[1:] == keys[:-1]).cumprod(1).bool()
+        own = inside.clone()
+        own[1:] &= ~shared
+        number = own.flatten().cumsum(0).view_as(keys) - 1
+        # The node of a shared token is the last one above it in its column.
+        nodes = number.masked_fill(~own, -1).cummax(0).values.clamp(min=0)
+        unsorted = torch.empty_like(nodes)
+        unsorted[order] = nodes
+        rows, places = own.nonzero(as_tuple=True)
+        return cls(unsorted, places, order[rows] * ids.shape[1] + places)
+
+    def to(self, device: torch.device | str) -> Tree:
+        """The same on a device."""
+        return Tree(self.nodes.to(device), self.places.to(device), self.owners.to(device))
+
+
+class PackedReader:
+    """Reads the states at some places of many prompts.
+
+    A decoder that does not give the same states this way as it does row by row is read row by row: it is asked itself.
+
+    Args:
+        decoder: a Hugging Face base model in evaluation mode, whatever of it trains.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
+        self.packs = _may_pack(decoder) and self._agrees()
+
+    def states(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Last-layer states.
+
+        Args:
+            ids: int64 ``[B, T]``, filled up on the right with any token; on the CPU.
+            rows: int64 ``[L]``; each prompt comes at least once.
+            places: int64 ``[L]``; nothing behind a prompt's last place is read.
+            device: the decoder's, where it is not the CPU.
+
+        Returns:
+            ``[L, H]``, in the decoder's type.
+        """
+        device = ids.device if device is None else device
+        if not self.packs:
+            states = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            return states[rows.to(device), places.to(device)]
+        lengths = torch.zeros(len(ids), dtype=torch.long).scatter_reduce(0, rows, places + 1, "amax")
+        tree = Tree.of(ids[:, : int(lengths.max())], lengths)
+        wanted = tree.nodes[rows, places]
+        read = wanted.unique()
+        packed = Packed(self._decoder, tree.to(device), read.to(device))
+        flat = ids[:, : tree.nodes.shape[1]].flatten()[tree.owners].to(device)
+        with packed.reading():
+            states = self._decoder(
+                input_ids=flat.unsqueeze(0), position_ids=packed.tree.places.unsqueeze(0), use_cache=False,
+                packed=packed,
+            ).last_hidden_state[0]  # fmt: skip
+        return states.index_select(0, wanted.to(device))
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        device = next(self._decoder.parameters()).device
+        ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4], [1, 2, 3, 0, 0], [2, 1, 0, 0, 0]])
+        rows, places = torch.tensor([0, 0, 1, 1, 2, 3]), torch.tensor([1, 4, 1, 4, 2, 1])
+        whole = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        expected = whole[rows.to(device), places.to(device)].float()
+        self.packs = True
+        try:
+            found = self.states(ids, rows, places, device).float()
+        except TypeError:
+            # What its layers are given does not reach attention.
+            return False
+        error = (found - expected).norm() / expected.norm()
+        return bool(error <= TOLERANCE[whole.element_size()])
+
+
+class Packed:
+    """A batch on its way through a decoder; handed to every layer.
+
+    Args:
+        decoder: the model.
+        tree: of the prompts.
+        read: int64 ``[R]``, nodes whose last states are read, ascending.
+    """
+
+    def __init__(self, decoder: nn.Module, tree: Tree, read: Tensor) -> None:
+        self.tree, self._read = tree, read
+        self._config: Any = decoder.config
+        layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        last = getattr(layers[-1], "mlp", None) if layers else None
+        # A feed-forward part that someone else has wrapped is left alone.
+        self._mlp: Any = last if isinstance(last, nn.Module) and "forward" not in vars(last) else None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While it lasts the decoder attends by the tree; entered anew where layers run again in the backward pass."""
+        before, mlp = self._config._attn_implementation, self._mlp
+        outer = mlp is not None and "forward" not in vars(mlp)
+        self._config._attn_implementation = ATTENTION
+        if outer:
+            mlp.forward = self._where_read
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before
+            if outer:
+                del mlp.forward
+
+    def _where_read(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The last layer's feed-forward part, of which the rest reads nothing elsewhere: zeros."""
+        forward = type(self._mlp).forward
+        made = forward(self._mlp, hidden.index_select(1, self._read), *args, **kwargs)
+        return made.new_zeros(hidden.shape).index_copy(1, self._read, made)
+
+    def unfold(self, states: Tensor) -> Tensor:
+        """Queries, keys or values ``[1, heads, N, D]`` of nodes by prompt: ``[B, heads, T, D]``."""
+        rows, columns = self.tree.nodes.shape
+        taken = states[0].transpose(0, 1).index_select(0, self.tree.nodes.flatten())
+        return taken.view(rows, columns, *taken.shape[1:]).transpose(1, 2)
+
+    def fold(self, states: Tensor) -> Tensor:
+        """What attention makes of prompts, ``[B, T, heads, D]``, by node: ``[1, N, heads, D]``."""
+        return states.flatten(0, 1).index_select(0, self.tree.owners).unsqueeze(0)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed: Packed,
+    sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of transformers' interface over a :class:`Packed` batch; see ``sdpa_attention_forward`` there."""
+    query, key, value = packed.unfold(query), packed.unfold(key), packed.unfold(value)
+    mask, length = None, query.shape[2]
+    if sliding_window is not None and sliding_window < length:
+        places = torch.arange(length, device=query.device)
+        back = places.unsqueeze(1) - places
+        mask = ((back >= 0) & (back < sliding_window)).view(1, 1, length, length)
+    made, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return packed.fold(made), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+def _may_pack(decoder: Any) -> bool:
+    """Whether positions of a decoder meet in attention alone, and that is transformers' own over keys and values."""
+    config = decoder.config
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and "position_ids" in inspect.signature(decoder.forward).parameters
+        and set(windows(config.get_text_config())) <= {"full_attention", "sliding_attention"}
+    )
