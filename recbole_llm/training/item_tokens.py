@@ -44,6 +44,8 @@ CARD, INDEX, ORIGIN = "codebook.json", "items.index.json", "train_rows.json"
 KEPT = (TOKENS, ARRAYS, INDEX, CARD, ORIGIN)
 # Settings that say how tokens are made; `item_tokens` itself only names a set of them.
 PREFIX = "code_"
+# Of those that begin so, the ones that say how a language model reads them.
+READING = ("code_embedding", "code_embedding_widths")
 
 
 @dataclass
@@ -109,7 +111,9 @@ def tokenize_items(
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
     sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
-        keys = {key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX)}
+        keys = {
+            key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX) and key not in READING
+        }
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
     else:
         keys = {"code_tokens": given.fingerprint() if given else None, "known": known}

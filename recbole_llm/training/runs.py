@@ -242,6 +242,7 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,
         "refit_on_valid": bool(config["refit_on_valid"]),
+        "merge_valid": bool(config["merge_valid"]),
     }
 
 
