@@ -120,7 +120,7 @@ def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
 
 
 def prepared(config: Config) -> tuple[Any, Any, Any, Any]:
-    """The data set and its loaders of train, valid and test rows; under ``merge_valid`` valid ones are train rows.
+    """The data set and its loaders of train, valid and test rows.
 
     Raises:
         UserError: there is no such data, or the split leaves nothing to test, or less to recommend than ``topk`` asks.
@@ -128,8 +128,6 @@ def prepared(config: Config) -> tuple[Any, Any, Any, Any]:
     dataset = create_dataset(config)
     train_data, valid_data, test_data = data_preparation(config, dataset)
     split = getattr(train_data._dataset, "split", None)
-    if config["merge_valid"]:
-        train_data, valid_data, test_data = make_loaders(config, dataset.cut(split.with_valid_in_train()))
     if split is not None and max(config["topk"]) > split.candidates.sum():
         raise UserError(
             f"topk asks for {max(config['topk'])} items, but only {split.candidates.sum()} can be recommended"
