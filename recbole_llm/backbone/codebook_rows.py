@@ -1,13 +1,14 @@
 """Rows of code tokens that a small network makes of the codebooks' vectors, instead of rows of their own.
 
 Source: Li et al., "Semantic Convergence", AAAI 2025, arXiv 2412.13771, table 7: "MLP-ReLU-MLP" and
-"MLP-ReLU-MLP-ReLU-MLP", through which the codebooks' vectors become embeddings of the language model's width. The network
-and the vectors both train with the language model.
+"MLP-ReLU-MLP-ReLU-MLP", through which the codebooks' vectors become embeddings of the language model's width. Network
+and vectors both train with the language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class CodebookRows(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(vectors.detach().flatten(0, 1).clone())
         sizes = [self.vectors.shape[1], *hidden, width]
-        layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
         self.network = nn.Sequential(*layers[:-1])
         rest = count - len(self.vectors)
         self.extra = nn.Parameter(torch.randn(rest, width) * size) if rest else None

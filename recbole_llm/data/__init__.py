@@ -60,8 +60,8 @@ def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
         dataset: from :func:`create_dataset`.
 
     Returns:
-        Train, valid and test loaders; the last two yield RecBole's full-sort tuples. Under ``merge_valid`` the valid rows
-        are train rows.
+        Train, valid and test loaders; the last two yield RecBole's full-sort tuples. Under ``merge_valid`` the valid
+        rows are train rows.
     """
     if config["policy"] == "recbole":
         from recbole.data.utils import data_preparation as stock

@@ -16,6 +16,7 @@ from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
 from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
@@ -27,7 +28,13 @@ from recbole_llm.training.tokenized import TokenizedMixin
 
 
 class FineTuningTrainer(TokenizedMixin, StagedTrainer):
-    """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``."""
+    """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``.
+
+    Attributes:
+        continued_from: the run that the weights began as, for ``result.json``; ``None`` where they began fresh.
+    """
+
+    continued_from: dict[str, Any] | None = None
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -53,7 +60,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         source = TaskTexts.read(config, dataset, text)
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
-        made = self._tokenize(dataset, store, fit_part, named)
+        before = Continued.read(config, dataset)
+        if before is None:
+            made = self._tokenize(dataset, store, fit_part, named)
+        else:
+            made = self._noted(before.tokenize(config, dataset, store, list(text.texts), named))
         self.item_text = text
         backbone, mark = made.sources.backbone, made.sources.backbone_mark
         if backbone is None:
@@ -73,6 +84,10 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         train_data.text_items, train_data.query_items = source.text_items, source.query_items
         train_data.length_of = self.model.sample_lengths
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
+        if before is not None:
+            before.load_into(self.model, self.device)
+            self.continued_from = before.as_dict(dataset)
+            self._upstream.append(before.fingerprint)
         return self._upstream
 
     def _with_head(self, name: str) -> Any:
