@@ -56,7 +56,7 @@ NEUTRAL_KEYS = frozenset({
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
-    "cold_item_choice", "tuned",
+    "cold_item_choice", "tuned", "merge_valid", "continue_from",
 })  # fmt: skip
 
 # Those whose effect is in the rows and texts that a stage reads: no settings of the stage, but they move a result.
@@ -279,14 +279,14 @@ class Config(RecBoleConfig):
 
     def _check_model(self, model: str, model_class: Any) -> None:
         """Refuse what cannot be run, before any work starts."""
+        merges = self._merges()
         if self._setting("policy") == "recbole":
             view: str = getattr(model_class, "train_view", "")
             if view or hasattr(model_class, "stages"):
                 raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
-            if self._setting("refit_on_valid"):
-                raise UserError("refit_on_valid needs policy: unified; RecBole has no such protocol")
-            if self._withholds():
-                raise UserError(f"{self._withholds()} needs policy: unified; RecBole has no such protocol")
+            for own in (*merges, self._withholds()):
+                if own:
+                    raise UserError(f"{own} needs policy: unified; RecBole has no such protocol")
         elif self._withholds() and self._setting("eval_unit") == "row":
             raise UserError(
                 f"{self._withholds()} needs eval_unit: user; a ranking by row may have lost all that stood before it"
@@ -306,6 +306,19 @@ class Config(RecBoleConfig):
             if not fits or hasattr(kind, "stages"):
                 wanted = "recommender with item" if items_only else "general recommender with user and item"
                 raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
+
+    def _merges(self) -> list[str]:
+        """The setting that trains on valid rows, in a list; empty where none is set.
+
+        Raises:
+            UserError: both are set.
+        """
+        found = [key for key in ("refit_on_valid", "merge_valid") if self._setting(key)]
+        if len(found) > 1:
+            raise UserError(
+                "refit_on_valid finds the number of epochs on valid rows, merge_valid takes `epochs` as it is: set one"
+            )
+        return found
 
     def _withholds(self) -> str:
         """The setting that keeps rows from training, for a message; empty where none does."""

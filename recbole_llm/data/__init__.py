@@ -60,7 +60,8 @@ def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
         dataset: from :func:`create_dataset`.
 
     Returns:
-        Train, valid and test loaders; the last two yield RecBole's full-sort tuples.
+        Train, valid and test loaders; the last two yield RecBole's full-sort tuples. Under ``merge_valid`` the valid
+        rows are train rows.
     """
     if config["policy"] == "recbole":
         from recbole.data.utils import data_preparation as stock
@@ -70,4 +71,7 @@ def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
     from recbole_llm.data.loaders import make_loaders
 
     with compat.recbole_says():
-        return make_loaders(config, dataset.build())
+        built = dataset.build()
+        if config["merge_valid"]:
+            built = dataset.cut(built[0].split.with_valid_in_train())
+        return make_loaders(config, built)

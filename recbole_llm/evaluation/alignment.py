@@ -165,8 +165,9 @@ def _config_of(result: Mapping[str, Any]) -> Any:
     model, saved = result["model"], dict(result["config"])
     if not getattr(registry.get_model(model), "needs_item_text", False):
         raise UserError(f"a run of {model} has no items in a language model's space; inspect alignment is for GLTA")
-    if saved.get("refit_on_valid"):
-        raise UserError("this run was made with refit_on_valid, whose stages saw valid rows; inspect one without it")
+    for key in ("refit_on_valid", "merge_valid"):
+        if saved.get(key):
+            raise UserError(f"this run was made with {key}, whose stages saw valid rows; inspect one without it")
     probe = Config(model, result["dataset"], command_line=[])
     parts = tuple(f"{part}." for part in registry.parts_of(registry.get_model(model)))
     defaults = probe.as_dict()

@@ -22,7 +22,7 @@ from recbole_llm.leaderboard.tables import terminal, write
 USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]"
 OPTIONS = ("reference", "metric", "output")
 # What moves a run beside the settings of its stages.
-MOVING = (*INPUT_KEYS, "refit_on_valid")
+MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from")
 # Settings by which two rows of one model are told apart; with more, the run's folder says more.
 TOLD_APART = 3
 

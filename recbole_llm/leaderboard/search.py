@@ -90,6 +90,8 @@ def read_arguments(arguments: Sequence[str]) -> Search:
     space = space.holding(start.__getitem__)
     if not base["eval_step"]:
         raise UserError("tune judges by validation: eval_step should be 1 or more, not 0")
+    if base["merge_valid"]:
+        raise UserError("tune judges by validation, and merge_valid leaves no valid rows; leave it out")
     _, train_data, valid_data, _ = prepared(base)
     if not len(valid_data):
         raise UserError("the split leaves no valid interaction to judge by; look at eval_args")

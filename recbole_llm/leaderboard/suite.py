@@ -28,7 +28,7 @@ from recbole_llm.training.store import fingerprint_of
 QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "evaluate_parts": False}
 
 # What moves a cell beside the settings of its stages.
-_MOVING = (*INPUT_KEYS, "refit_on_valid", "metrics", "topk", "metric_decimal_place")
+_MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from", "metrics", "topk", "metric_decimal_place")
 
 # Bytes of a cell's place in the names of its files.
 LONGEST = 160

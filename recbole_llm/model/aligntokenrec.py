@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
 from recbole_llm.backbone.code_tokens import extend
+from recbole_llm.backbone.codebook_rows import hidden_widths
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import (
     HISTORY,
@@ -65,6 +66,7 @@ class AlignTokenRec(SequentialRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         check_adapter(config)
+        hidden_widths(config)
         self.config = config
         if max(config["topk"]) > config["beams"]:
             raise UserError(
@@ -85,6 +87,7 @@ class AlignTokenRec(SequentialRecommender):
         head_model: Any,
         tie_order: Tensor,
         texts: Mapping[str, Sequence[str]],
+        codebook: Tensor | None = None,
     ) -> None:
         """Take in what the stages before made, and build what trains.
 
@@ -95,6 +98,7 @@ class AlignTokenRec(SequentialRecommender):
             tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
             texts: for each place of the tasks' templates but the history what can stand there: ``title`` and
                 ``description`` by item id, ``query`` by number. A task without any is left out.
+            codebook: float32 ``[N, C, d]``, the codes' vectors; of ``code_embedding`` other than none.
 
         Raises:
             UserError: the longest prompt does not fit the language model.
@@ -105,7 +109,9 @@ class AlignTokenRec(SequentialRecommender):
         self._tie_order = tie_order
         self.adapter: Adapter | None = adapt(backbone.decoder, config)
         first = backbone.embed_tokens.num_embeddings
-        self.code_tokens, own, self.__dict__["head"] = extend(backbone, head_model, item_tokens.size)
+        self.code_tokens, own, self.__dict__["head"] = extend(
+            backbone, head_model, item_tokens.size, codebook, hidden_widths(config)
+        )
         self.head_weight: nn.Parameter | None = own if config["adapter"] == "full" else None
         self.take_item_tokens(item_tokens)
         self._lm_ids = first + torch.arange(item_tokens.size)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from recbole.utils import init_seed
+from torch import Tensor
 
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
@@ -14,6 +15,9 @@ from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
+from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.continuation import Continued
+from recbole_llm.training.item_tokens import Tokenized, has_codebook
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
@@ -24,7 +28,13 @@ from recbole_llm.training.tokenized import TokenizedMixin
 
 
 class FineTuningTrainer(TokenizedMixin, StagedTrainer):
-    """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``."""
+    """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``.
+
+    Attributes:
+        continued_from: the run that the weights began as, for ``result.json``; ``None`` where they began fresh.
+    """
+
+    continued_from: dict[str, Any] | None = None
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -45,11 +55,16 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if sharding():
             raise UserError(f"{config['model']} cannot shard its language model; train whole copies")
         _check_beams(config, dataset)
+        _check_code_embedding(config)
         text = read_item_text(config, dataset)
         source = TaskTexts.read(config, dataset, text)
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
-        made = self._tokenize(dataset, store, fit_part, named)
+        before = Continued.read(config, dataset)
+        if before is None:
+            made = self._tokenize(dataset, store, fit_part, named)
+        else:
+            made = self._noted(before.tokenize(config, dataset, store, list(text.texts), named))
         self.item_text = text
         backbone, mark = made.sources.backbone, made.sources.backbone_mark
         if backbone is None:
@@ -64,10 +79,15 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             head_model=self._with_head(backbone.name),
             tie_order=tie_order(dataset.field2id_token[dataset.iid_field]),
             texts=source.texts,
+            codebook=_codebook(config, made),
         )
         train_data.text_items, train_data.query_items = source.text_items, source.query_items
         train_data.length_of = self.model.sample_lengths
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
+        if before is not None:
+            before.load_into(self.model, self.device)
+            self.continued_from = before.as_dict(dataset)
+            self._upstream.append(before.fingerprint)
         return self._upstream
 
     def _with_head(self, name: str) -> Any:
@@ -99,3 +119,20 @@ def _check_beams(config: Any, dataset: Any) -> None:
         raise UserError(
             f"beams {config['beams']} is above the {left} items that are left for the user with the longest history"
         )
+
+
+def _check_code_embedding(config: Any) -> None:
+    """See before any work that the tokens will have a codebook where their rows are to be made of one."""
+    kind = config["code_embedding"] or "none"
+    if kind != "none" and not has_codebook(config):
+        raise UserError(
+            f"code_embedding: {kind} makes the tokens' rows of a codebook, and there is none behind raw ids or tokens "
+            "that were given (code_tokens); set code_embedding: none"
+        )
+
+
+def _codebook(config: Any, made: Tokenized) -> Tensor | None:
+    """The codes' vectors, float32 ``[N, C, d]``, where the tokens' rows are made of them."""
+    if config["code_embedding"] in (None, "none"):
+        return None
+    return Quantiser.load(made.stage.folder).codebook.levels

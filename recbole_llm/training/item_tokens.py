@@ -39,11 +39,15 @@ logger = logging.getLogger("recbole_llm")
 TEXTS_VERSION = 1
 TOKENS_VERSION = 1
 VECTORS = "vectors.npz"
+# Where the items stand that codes were made from; what places items that come later.
+POINTS = "points.npz"
 CARD, INDEX, ORIGIN = "codebook.json", "items.index.json", "train_rows.json"
 # What a run keeps of the stage: its folder can be handed to another run (code_tokens).
 KEPT = (TOKENS, ARRAYS, INDEX, CARD, ORIGIN)
 # Settings that say how tokens are made; `item_tokens` itself only names a set of them.
 PREFIX = "code_"
+# Of those that begin so, the ones that say how a language model reads them.
+READING = ("code_embedding", "code_embedding_widths")
 
 
 @dataclass
@@ -109,7 +113,9 @@ def tokenize_items(
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
     sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
-        keys = {key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX)}
+        keys = {
+            key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX) and key not in READING
+        }
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
     else:
         keys = {"code_tokens": given.fingerprint() if given else None, "known": known}
@@ -128,7 +134,7 @@ def tokenize_items(
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
         tokens = given or ItemTokens.raw(len(raw_ids), raw_ids)
-        _write(tokens, raw_ids, folder)
+        write_tokens(tokens, raw_ids, folder)
         return {"method": "given" if given else "raw", "vocabulary": tokens.size}
 
     stage = store.run("item_tokens", TOKENS_VERSION, inputs, make)
@@ -160,10 +166,28 @@ def _given(path: Path, raw_ids: list[str], origin: dict[str, Any]) -> tuple[Item
     return tokens, True
 
 
-def _write(tokens: ItemTokens, raw_ids: list[str], folder: Path) -> None:
+def write_tokens(tokens: ItemTokens, raw_ids: list[str], folder: Path, points: np.ndarray | None = None) -> None:
+    """Write what the stage leaves of the tokens.
+
+    Args:
+        tokens: of every item.
+        raw_ids: by internal id.
+        folder: the stage's.
+        points: float32 ``[n_items, d]`` that the codes were made of, where it is by them that new items are placed.
+    """
     tokens.save(folder)
     if tokens.kind == "codes":
         write_index(folder / INDEX, tokens, raw_ids)
+    if points is not None:
+        np.savez(folder / POINTS, points=points)
+
+
+def load_points(folder: Path) -> np.ndarray | None:
+    """The points that :func:`write_tokens` wrote; ``None`` where there are none."""
+    if not (folder / POINTS).is_file():
+        return None
+    with np.load(folder / POINTS, allow_pickle=False) as arrays:
+        return np.asarray(arrays["points"])
 
 
 def gather(
@@ -306,7 +330,7 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
     final = resolve(policy, codebook, latent, chosen, keys=np.array(raw_ids[1:]))
     codes = with_padding(final.codes)
     tokens = ItemTokens.from_codes(codes, final.sizes, raw_ids)
-    _write(tokens, raw_ids, folder)
+    write_tokens(tokens, raw_ids, folder, points if config["code_input"] == "behaviour" else None)
     quantiser.save(folder)
     card = quality.card(
         with_padding(chosen.numpy()), [codebook.size] * codebook.depth, final_codes=codes, policy=policy,

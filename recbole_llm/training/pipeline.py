@@ -80,8 +80,9 @@ def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool =
     Args:
         config: of the whole.
         store: the stage cache.
-        merged: train on train + valid rows (``refit_on_valid``).
+        merged: train on train + valid rows (``refit_on_valid``), which ``merge_valid`` asks for as well.
     """
+    merged = merged or config["merge_valid"]
 
     def fit_part(name: str) -> Fit:
         part = config.part(name)

@@ -183,6 +183,9 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "versions": {"recbole_llm": __version__} | {name: _version(name) for name in PACKAGES},
         "config": config.as_dict(),
     }
+    continued = getattr(trainer, "continued_from", None)
+    if continued is not None:
+        result["continued_from"] = continued
     text = getattr(trainer, "item_text", None)
     if text is not None:
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
@@ -242,6 +245,7 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,
         "refit_on_valid": bool(config["refit_on_valid"]),
+        "merge_valid": bool(config["merge_valid"]),
     }
 
 

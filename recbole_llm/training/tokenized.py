@@ -51,7 +51,9 @@ class TokenizedMixin(TrainerMixin):
         self, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
     ) -> Tokenized:
         """Run (or find) the stages up to the tokens, and note what a run reports of them."""
-        made = tokenize_items(self.config, dataset, store, fit_part, named)
+        return self._noted(tokenize_items(self.config, dataset, store, fit_part, named))
+
+    def _noted(self, made: Tokenized) -> Tokenized:
         self.part_fits, self.item_text = made.sources.parts, made.sources.item_text
         self.stages = [*made.sources.lines, made.stage.as_dict()]
         files = {name: made.stage.folder / name for name in KEPT}
