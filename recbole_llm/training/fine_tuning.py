@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,23 @@ from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
+from recbole_llm.evaluation.ranking import mean_of
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
-from recbole_llm.training.task_texts import TaskTexts
+from recbole_llm.training.task_texts import read_task_texts
 from recbole_llm.training.tokenized import TokenizedMixin
+
+logger = logging.getLogger("recbole_llm")
 
 
 class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``."""
+
+    # Whether an evaluation asks with every prompt of inference that the model has.
+    _every_prompt = True
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -46,7 +53,9 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             raise UserError(f"{config['model']} cannot shard its language model; train whole copies")
         _check_beams(config, dataset)
         text = read_item_text(config, dataset)
-        source = TaskTexts.read(config, dataset, text)
+        source = read_task_texts(config, dataset, text)
+        for task in train_data.tasks:
+            source.texts |= task.own_texts()
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
         made = self._tokenize(dataset, store, fit_part, named)
@@ -65,10 +74,48 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             tie_order=tie_order(dataset.field2id_token[dataset.iid_field]),
             texts=source.texts,
         )
-        train_data.text_items, train_data.query_items = source.text_items, source.query_items
+        train_data.texts = source
         train_data.length_of = self.model.sample_lengths
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
         return self._upstream
+
+    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces trainer.py:257: training looks at one prompt, whatever ``inference_prompts`` says."""
+        self._every_prompt = False
+        try:
+            return super()._valid_epoch(*args, **kwargs)
+        finally:
+            self._every_prompt = True
+
+    def evaluate(
+        self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
+    ) -> Any:
+        """As other trainers do; with ``inference_prompts: all`` the mean of what each prompt gives.
+
+        The ranked items that are kept are those of the first.
+        """
+        first = super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        self._tell_invalid()
+        if first is None or not self._every_prompt or self.model.prompts_asked == 1:
+            return first
+        found = [self.measured]
+        try:
+            for which in range(1, self.model.prompts_asked):
+                self.model.asked_with = which
+                super().evaluate(eval_data, False, show_progress=show_progress)
+                found.append(self.measured)
+        finally:
+            self.model.asked_with = 0
+        for name in first:
+            values = [one.metrics[name] for one in found]
+            logger.info("%s over %d prompts: %.4f to %.4f", name, len(found), min(values), max(values))
+        self.measured = mean_of(found)
+        return self.measured.metrics
+
+    def _tell_invalid(self) -> None:
+        share = self.model.invalid_share
+        if share is not None:
+            logger.info("level-wise search: %.4f of the sequences are no item", share)
 
     def _with_head(self, name: str) -> Any:
         config = self.config
