@@ -28,7 +28,7 @@ class Entry:
         kind: general, sequential, language, context or knowledge.
         stages: what it trains, in order.
         needs: what the data must have beyond interactions.
-        base: RecBole's model whose settings lie below its own, for a named variant.
+        base: the model whose settings lie below its own, for a named variant.
         fast_of: ``True`` where the class computes RecBole's own model faster, with the same numbers (Pop: with the
             right ones).
     """
@@ -50,6 +50,10 @@ _OURS = (
     Entry(
         "AlignTokenRec", "recbole_llm.model.aligntokenrec", "language",
         ("embedding_model", "backbone", "item_texts", "item_tokens", "fine_tuning"), ("time", "item text"),
+    ),
+    Entry(
+        "LCRec", "recbole_llm.model.lcrec", "language", ("backbone", "item_texts", "item_tokens", "fine_tuning"),
+        ("time", "item text"), base="AlignTokenRec",
     ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),

@@ -25,12 +25,7 @@ from recbole_llm.backbone.load import load_backbone, load_with_head
 from recbole_llm.config import Config
 from recbole_llm.data.instructions import (
     INFERENCE,
-    NEGATIVE,
     PLACE,
-    QUERY,
-    SEQUENTIAL,
-    TASKS,
-    TEXT,
     InstructionWriter,
     TokenBatch,
     read_templates,
@@ -42,9 +37,12 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.schema import Loader, properties_dir
+from recbole_llm.tasks import TaskTexts, known_tasks, number
+from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
+from recbole_llm.tasks.language import QUERY, TEXT
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import fit, prepared, store_of
-from recbole_llm.training.task_texts import TaskTexts
+from recbole_llm.training.task_texts import read_task_texts
 
 SIZES = [3, 4, 5]
 OPTIONS: dict[str, Any] = {
@@ -153,7 +151,7 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
     backbone = load_backbone(folders("llama"), **OPTIONS)
     first = backbone.embed_tokens.num_embeddings
     templates = read_templates("aligntokenrec")
-    prompts = {task: templates.instructions(task, ["history"]) for task in (SEQUENTIAL, NEGATIVE, INFERENCE)}
+    prompts = {task: templates.instructions(task, []) for task in (SEQUENTIAL, NEGATIVE, INFERENCE)}
     own = tokens()
     writer = InstructionWriter(
         prompts, backbone.encode_batch, bos_id=backbone.bos_id, eos_id=backbone.eos_id,
@@ -162,16 +160,16 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
     lm_ids = list(range(first, first + own.size))
     generator = torch.Generator().manual_seed(0)
     shown = [[5, 7, 1], [2], [29, 28, 27, 26], [3, 3]]
-    tasks = torch.tensor([TASKS.index(task) for task in (SEQUENTIAL, NEGATIVE, SEQUENTIAL, NEGATIVE)])
+    tasks = torch.tensor([number(task) for task in (SEQUENTIAL, NEGATIVE, SEQUENTIAL, NEGATIVE)])
     targets = torch.tensor([9, 10, 11, 12])
     drawn = writer.draw(tasks, generator)
     made = writer.write(drawn, Ragged.from_lists(shown), torch.zeros(4, dtype=torch.long), targets)
-    flat = [text for texts in prompts.values() for text in texts]
+    flat = [wording.ask for wordings in prompts.values() for wording in wordings]
     lengths = writer.lengths(tasks, torch.tensor([3, 1, 4, 2]), torch.zeros(4, dtype=torch.long))
     for row, (template, history, target) in enumerate(zip(drawn.tolist(), shown, targets.tolist(), strict=True)):
-        wording = prompts[TASKS[tasks[row]]]
-        assert flat[template] in wording
-        learned = every and tasks[row] == TASKS.index(SEQUENTIAL)
+        wording = prompts[list(known_tasks())[tasks[row]]]
+        assert flat[template] in [one.ask for one in wording]
+        learned = every and tasks[row] == number(SEQUENTIAL)
         ids, labels = plain(flat[template], backbone, history, target, lm_ids, learned)
         width = made.ids.shape[1]
         assert made.ids[row].tolist()[: len(ids)] == ids[:width]
@@ -179,11 +177,11 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
         assert made.places[here].tolist() == [place - 1 for place, label in enumerate(labels) if label]
         assert made.labels[here].tolist() == [ids[place] for place, label in enumerate(labels) if label]
         assert len(ids) <= writer.longest(4)
-        always = plain(wording[0], backbone, history, target, lm_ids, every)[0]
+        always = plain(wording[0].ask, backbone, history, target, lm_ids, every)[0]
         assert lengths[row] == len(always) + len(backbone.encode(", ")), "all items are counted with a separator"
     asked = writer.ask(Ragged.from_lists(shown))
     for row, history in enumerate(shown):
-        expected = plain(prompts[INFERENCE][0], backbone, history, None, lm_ids, False)[0]
+        expected = plain(prompts[INFERENCE][0].ask, backbone, history, None, lm_ids, False)[0]
         assert asked.take(torch.tensor([row])).values.tolist() == expected
     parts = [made.share(rank, 3) for rank in range(3)]
     assert sum(part.targets_count() for part in parts) == made.targets_count()
@@ -195,13 +193,15 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
 
 def test_the_papers_own_wording() -> None:
     templates = read_templates("aligntokenrec")
-    asked = templates.instructions(INFERENCE, ["history"])
-    assert asked == [
+    asked = templates.instructions(INFERENCE, [])
+    assert [wording.ask for wording in asked] == [
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nThe user has interacted with items {history} in chronological order. Can you predict "
         "the next possible item that the user may expect?\n\n### Response:"
     ]
-    assert templates.instructions(SEQUENTIAL, ["history"], only_first=True) == asked
+    assert asked[0].answer == ""
+    (first,) = templates.instructions(SEQUENTIAL, [], only_first=True)
+    assert first == (asked[0].ask, "{target}")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_an_epoch_has_every_prefix_once_and_negatives_that_the_user_has_not_had(
             expected.append((history, items[place]))
             had[history] = set(items)
     for _ in range(2):
-        found: dict[int, list[Any]] = {TASKS.index(SEQUENTIAL): [], TASKS.index(NEGATIVE): []}
+        found: dict[int, list[Any]] = {number(SEQUENTIAL): [], number(NEGATIVE): []}
         count = 0
         for rows in samples:
             count += 1
@@ -245,8 +245,8 @@ def test_an_epoch_has_every_prefix_once_and_negatives_that_the_user_has_not_had(
             ):
                 found[task].append((tuple(items.tolist()), target))
         assert count == len(samples)
-        assert sorted(found[TASKS.index(SEQUENTIAL)]) == sorted(expected)
-        negatives = found[TASKS.index(NEGATIVE)]
+        assert sorted(found[number(SEQUENTIAL)]) == sorted(expected)
+        negatives = found[number(NEGATIVE)]
         assert sorted(history for history, _ in negatives) == sorted(2 * [history for history, _ in expected])
         assert all(target not in had[history] for history, target in negatives)
 
@@ -269,7 +269,7 @@ def test_what_a_user_rated_low_is_what_he_hates(small_data: Path, settings_of: A
     true, sampled = 0, 0
     for rows in train:
         for task, stop, target in zip(rows["task"].tolist(), rows["stop"].tolist(), rows["target"].tolist()):
-            if task != TASKS.index(NEGATIVE):
+            if task != number(NEGATIVE):
                 continue
             user = int(owners[stop])
             to_come = [pair for pair in pairs[stop : ends[user]] if pair in low]
@@ -324,7 +324,7 @@ def read_texts(folder: Path, settings_of: Any, **more: Any) -> tuple[TaskTexts, 
     more = SMALL["AlignTokenRec"] | {"item_text": "{movie_title}", "data_path": str(folder)} | more
     config = Config("AlignTokenRec", "small", config_dict=settings_of(**more))
     data = prepared(config)[1]._dataset
-    return TaskTexts.read(config, data, read_item_text(config, data)), data
+    return read_task_texts(config, data, read_item_text(config, data)), data
 
 
 def test_queries_are_reviews_of_train_rows_only(small_data: Path, settings_of: Any, tmp_path: Path) -> None:
@@ -340,14 +340,14 @@ def test_queries_are_reviews_of_train_rows_only(small_data: Path, settings_of: A
         for user, item in zip(split.users[train], split.items[train], strict=True)
     ]
     wanted = [(own(*pair), pair[1]) for pair in pairs if own(*pair)]
-    found = [str(names["item_id"][item]) for item in made.query_items]
+    found = [str(names["item_id"][item]) for item in split.histories(TRAIN).items[made.query_places]]
     assert list(zip(made.texts["query"], found, strict=True)) == wanted
     known = set(pairs)
     swapped = with_reviews(
         small_data, tmp_path / "swapped", lambda user, item: own(user, item) if (user, item) in known else "other"
     )
     again, _ = read_texts(swapped, settings_of)
-    assert again.texts == made.texts and torch.equal(again.query_items, made.query_items)
+    assert again.texts == made.texts and torch.equal(again.query_places, made.query_places)
 
 
 def test_a_task_without_texts_is_left_out_and_said(
@@ -356,7 +356,7 @@ def test_a_task_without_texts_is_left_out_and_said(
     with caplog.at_level("INFO", logger="recbole_llm"):
         made, data = read_texts(small_data, settings_of)
     assert "query task: left out" in caplog.text and "no column 'review'" in caplog.text
-    assert set(made.texts) == {"title"} and len(made.query_items) == 0
+    assert set(made.texts) == {"title"} and len(made.query_places) == 0
     assert made.text_items.tolist() == list(range(1, data.item_num))
     both, _ = read_texts(small_data, settings_of, item_title="{movie_title}", item_description="{class}")
     assert set(both.texts) == {"title", "description"} and "Action" in " ".join(both.texts["description"])
@@ -376,9 +376,9 @@ def test_texts_ask_for_their_items_and_spell_no_token(places: list[str], folders
     items = torch.arange(1, N_ITEMS)
     task = QUERY if "query" in places else TEXT
     if task == QUERY:
-        samples.query_items = torch.arange(N_ITEMS)
+        samples.texts = TaskTexts(query_places=torch.arange(N_ITEMS))
     else:
-        samples.text_items = items
+        samples.texts = TaskTexts(text_items=items)
     backbone, first = model.backbone, model.backbone.embed_tokens.num_embeddings
     spelled = {item: [backbone.encode(texts[place][item]) for place in places] for item in items.tolist()}
     torch.manual_seed(0)
@@ -386,17 +386,18 @@ def test_texts_ask_for_their_items_and_spell_no_token(places: list[str], folders
     for rows in samples:
         assert (model.sample_lengths(rows) > 0).all()
         made = model.training_batch(rows)
-        for row in (rows["task"] == TASKS.index(task)).nonzero().squeeze(1).tolist():
+        for row in (rows["task"] == number(task)).nonzero().squeeze(1).tolist():
             here, item = made.rows == row, int(rows["target"][row])
             found.append(item)
+            source = int(rows["source"][row])
             begin = int(made.places[here][0]) + 1
             prompt = made.ids[row, :begin].tolist()
             assert made.labels[here].tolist() == [*model._lm_ids[tokens().of(item)].tolist(), backbone.eos_id]
             assert max(prompt) < first and backbone.eos_id not in prompt and prompt.count(backbone.bos_id) == 1
-            if item:
-                shown = [ids for ids in spelled[item] if " ".join(map(str, ids)) in " ".join(map(str, prompt))]
+            if source:
+                shown = [ids for ids in spelled[source] if " ".join(map(str, ids)) in " ".join(map(str, prompt))]
                 assert shown, "at least one of its texts stands in the prompt"
-    assert sorted(found) == list(range(task == TEXT, N_ITEMS))
+    assert sorted(found) == (list(range(1, N_ITEMS)) if task == TEXT else sorted(samples.items[:N_ITEMS].tolist()))
     assert len(samples) == -(-samples.samples() // 6)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -19,55 +20,67 @@ from torch import Generator, Tensor
 from recbole_llm.data.prompts import Ragged, join
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.tasks import behaviour
+from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, Task, known_tasks
 
 LABEL = 1 << 40
 PLACE = re.compile(r"\{(\w+)\}")
-HISTORY, INSTRUCTION = "history", "instruction"
-SEQUENTIAL, NEGATIVE, TEXT, QUERY, INFERENCE = "sequential", "negative", "text", "query", "inference"
-# What a task's templates can speak of; each must name one at least.
-PLACES = {
-    SEQUENTIAL: (HISTORY,), NEGATIVE: (HISTORY,), TEXT: ("title", "description"), QUERY: ("query",),
-    INFERENCE: (HISTORY,),
-}  # fmt: skip
-TASKS = tuple(PLACES)
+INSTRUCTION, INFERENCE = "instruction", "inference"
+
+
+class Wording(NamedTuple):
+    """A template of a question and of what answers it; the question that is only asked has an empty answer."""
+
+    ask: str
+    answer: str
+
+    @property
+    def places(self) -> list[str]:
+        """What the two name."""
+        return PLACE.findall(self.ask) + PLACE.findall(self.answer)
 
 
 @dataclass(frozen=True)
 class Templates:
-    """The wording of all tasks.
+    """The wording of tasks.
 
     Attributes:
         wrapper: around every instruction.
         separator: between two items of a history.
+        title_separator: between two titles of one.
         tasks: the templates of each task, that of inference among them.
     """
 
     wrapper: str
     separator: str
-    tasks: dict[str, tuple[str, ...]]
+    title_separator: str
+    tasks: dict[str, tuple[Wording, ...]]
 
-    def instructions(self, task: str, given: Sequence[str], only_first: bool = False) -> list[str]:
+    def instructions(self, task: str, given: Sequence[str], only_first: bool = False) -> list[Wording]:
         """The whole prompts of a task, with their places.
 
         Args:
-            task: one of :data:`TASKS`.
-            given: places that there is something for; a template that needs another is left out.
+            task: one of :attr:`tasks`.
+            given: texts that there are; a template that needs another is left out.
             only_first: the first of them alone.
 
         Raises:
             UserError: nothing is left.
         """
-        usable = [text for text in self.tasks[task] if set(PLACE.findall(text)) <= set(given)]
+        there = {*ITEM_PLACES, *given} if "title" in given else {*ITEM_PLACES, *given} - {TITLES}
+        usable = [wording for wording in self.tasks[task] if set(wording.places) <= there]
         if not usable:
-            raise UserError(f"prompts: no template of the task {task} does with {', '.join(given) or 'nothing'}")
-        return [self.wrapper.replace("{instruction}", text) for text in (usable[:1] if only_first else usable)]
+            raise UserError(f"prompts: no template of the task {task} does with {', '.join(given) or 'no text'}")
+        wrapped = [wording._replace(ask=self.wrapper.replace("{instruction}", wording.ask)) for wording in usable]
+        return wrapped[:1] if only_first else wrapped
 
 
-def read_templates(name: str) -> Templates:
+def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Templates:
     """Templates from a file of ``properties/prompts`` or a file of the user's.
 
     Args:
         name: the shipped file's name without its ending, or a path that ends in ``.yaml``.
+        tasks: those whose wording is wanted; all that the file has if ``None``.
 
     Raises:
         UserError: there is no such file, a task is missing, or a template names a place that its task does not have.
@@ -80,17 +93,28 @@ def read_templates(name: str) -> Templates:
             f"prompts: there is no '{name}'{did_you_mean(name, known)} ({', '.join(known)} or a .yaml file)"
         )
     values = read_yaml(file)
-    tasks = {}
-    for key in ("wrapper", "separator", *TASKS):
+    tasks = [task for task in known_tasks().values() if task.name in values] if tasks is None else tasks
+    for key in ("wrapper", "separator", INFERENCE, *(task.name for task in tasks)):
         if key not in values:
-            raise UserError(f"{file} says nothing for '{key}'")
-    for task in TASKS:
-        texts = values[task] if isinstance(values[task], list) else [values[task]]
-        for text in texts:
-            _check(file, task, str(text), PLACES[task])
-        tasks[task] = tuple(str(text) for text in texts)
+            raise UserError(f"{file} says nothing for '{key}'{did_you_mean(key, values)}")
     _check(file, "wrapper", values["wrapper"], (INSTRUCTION,))
-    return Templates(values["wrapper"], values["separator"], tasks)
+    _check(file, INFERENCE, str(values[INFERENCE]), (HISTORY,))
+    found: dict[str, tuple[Wording, ...]] = {INFERENCE: (Wording(str(values[INFERENCE]), ""),)}
+    for task in tasks:
+        entries = values[task.name] if isinstance(values[task.name], list) else [values[task.name]]
+        found[task.name] = tuple(_wording(file, task, entry) for entry in entries)
+    separator = values["separator"]
+    return Templates(values["wrapper"], separator, values.get("title_separator", separator), found)
+
+
+def _wording(file: Path, task: type[Task], entry: Any) -> Wording:
+    """A template as it stands in a file: the question alone, or ``{ask: ..., answer: ...}``."""
+    if isinstance(entry, dict) and set(entry) != {"ask", "answer"}:
+        raise UserError(f"{file}, {task.name}: {entry!r} should be a text, or have 'ask' and 'answer'")
+    made = Wording(*map(str, (entry["ask"], entry["answer"]) if isinstance(entry, dict) else (entry, task.answer)))
+    _check(file, task.name, made.ask, task.places)
+    _check(file, task.name, made.answer, task.answers)
+    return made
 
 
 def _check(file: Path, key: str, text: str, places: Sequence[str]) -> None:
@@ -134,23 +158,30 @@ class TokenBatch:
         )  # fmt: skip
 
 
+# What can stand in a template's place: nothing, a history, a history of titles; from SINGLE on, one segment.
+NOTHING, SHOWN, SHOWN_TITLES, SINGLE = range(4)
+
+
 class InstructionWriter:
     """Lays out prompts of several templates at once.
 
     Args:
-        prompts: whole templates by task, from :meth:`Templates.instructions`.
+        prompts: whole templates by task, from :meth:`Templates.instructions`; those of :data:`INFERENCE` for
+            :meth:`ask`.
         encode: many texts to their token ids, without special tokens.
         bos_id: opens every prompt where the language model has one.
         eos_id: ends every answer.
         items: the language model's ids of each item's tokens, one row an item.
         separator: between two items of a history.
-        texts: what stands for each other place: token ids, one row a source.
+        texts: what stands for each place of text: token ids, one row a source.
         label_history: whether the tokens of shown items, but the first, are labels too in the sequential task.
+        title_separator: between two titles of a history.
+        title_tokens: each title of a history is cut to so many tokens.
     """
 
     def __init__(
         self,
-        prompts: Mapping[str, Sequence[str]],
+        prompts: Mapping[str, Sequence[Wording]],
         encode: Callable[[list[str]], list[list[int]]],
         *,
         bos_id: int | None,
@@ -159,72 +190,114 @@ class InstructionWriter:
         separator: str,
         texts: Mapping[str, Ragged],
         label_history: bool = False,
+        title_separator: str = "; ",
+        title_tokens: int = 16,
     ) -> None:
         self._first: dict[str, int] = {}
         self._count: dict[str, int] = {}
-        flat: list[str] = []
-        for task, templates in prompts.items():
-            self._first[task], self._count[task] = len(flat), len(templates)
-            flat += templates
-        names = [PLACE.findall(text) for text in flat]
-        width = max(map(len, names))
-        fixed = [PLACE.split(text)[::2] for text in flat]
-        pieces = encode([text for texts in fixed for text in texts])
-        opens = 0
+        self._bare_count: dict[str, int] = {}
+        flat: list[Wording] = []
+        for task, wordings in prompts.items():
+            # A sample without a history is asked by templates without one, which come first.
+            needs = [bool({HISTORY, TITLES} & set(wording.places)) for wording in wordings]
+            self._first[task], self._count[task], self._bare_count[task] = len(flat), len(needs), needs.count(False)
+            flat += [wording for _, wording in sorted(zip(needs, wordings), key=lambda pair: pair[0])]
+
+        gaps = encode([separator, title_separator])
+        labels = Ragged(items.values + LABEL, items.offsets)
+        answered = {place for wording in flat for place in PLACE.findall(wording.answer)} - {TARGET}
+        titles = Ragged.from_lengths(items.values[:0], torch.zeros_like(items.lengths))
+        if any(TITLES in wording.places for wording in flat):
+            titles = texts["title"].keep(texts["title"].positions < title_tokens)
+        pieces = self._pieces_of(flat, encode, bos_id, eos_id)
+        tables = {
+            "pieces": Ragged.from_lists([[], *(piece for row in pieces for piece in row)]),
+            ITEM: items,
+            "next": _behind(gaps[0], items),
+            "next learned": _behind(gaps[0], labels),
+            TARGET: labels,
+            TITLES: titles,
+            "next title": _behind(gaps[1], titles),
+            **texts,
+            **{f"answer {place}": Ragged(texts[place].values + LABEL, texts[place].offsets) for place in answered},
+        }
+        sizes = torch.tensor([len(table) for table in tables.values()])
+        bases = dict(zip(tables, (sizes.cumsum(0) - sizes).tolist()))
+        singles = [ITEM, TARGET, *texts, *(f"answer {place}" for place in answered)]
+        kinds = {HISTORY: SHOWN, TITLES: SHOWN_TITLES} | {name: row for row, name in enumerate(singles, SINGLE)}
+
+        width = max(len(wording.places) for wording in flat)
         self._pieces = torch.zeros(len(flat), width + 1, dtype=torch.long)
         self._kinds = torch.zeros(len(flat), width, dtype=torch.long)
-        kinds = [HISTORY, *texts]
-        for row, (parts, places) in enumerate(zip(fixed, names)):
-            if bos_id is not None:
-                pieces[opens] = [bos_id, *pieces[opens]]
-            # Segment 0 is empty: what a shorter template has in the places that it lacks.
-            self._pieces[row, : len(parts)] = torch.arange(opens, opens + len(parts)) + 1
-            self._kinds[row, : len(places)] = torch.tensor([kinds.index(place) + 1 for place in places])
+        opens = 1  # segment 0 is empty: what a shorter template has in the places that it lacks
+        for row, (parts, wording) in enumerate(zip(pieces, flat)):
+            self._pieces[row, : len(parts)] = torch.arange(opens, opens + len(parts))
+            asked, told = PLACE.findall(wording.ask), PLACE.findall(wording.answer)
+            names = [*asked, *(place if place == TARGET else f"answer {place}" for place in told)]
+            self._kinds[row, : len(names)] = torch.tensor([kinds[name] for name in names], dtype=torch.long)
             opens += len(parts)
-        count, gap = len(items), encode([separator])[0]
-        between = Ragged.from_lengths(torch.tensor(gap, dtype=torch.long).repeat(count), torch.full((count,), len(gap)))
-        end = Ragged.from_lengths(torch.full((count,), eos_id), torch.ones(count, dtype=torch.long))
-        labels = Ragged(items.values + LABEL, items.offsets)
-        tables = [
-            Ragged.from_lists([[], *pieces]),
-            items,
-            join([between, items]),
-            join([between, labels]),
-            join([labels, Ragged(end.values + LABEL, end.offsets)]),
-            *texts.values(),
-        ]
-        sizes = torch.tensor([len(table) for table in tables])
-        bases = sizes.cumsum(0) - sizes
-        self._bare, self._answer = int(bases[1]), int(bases[4])
-        labelled = torch.zeros(len(flat), dtype=torch.long)
-        if label_history and SEQUENTIAL in self._first:
-            labelled[self._first[SEQUENTIAL] :][: self._count[SEQUENTIAL]] = 1
-        # Every item of a history but the first, by template.
-        self._next = bases[2:4][labelled]
-        # By kind of place: nothing, a history, and the texts.
-        self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[5:]])
-        lengths = torch.cat([table.lengths for table in tables])
-        self._segments = Ragged.from_lengths(torch.cat([table.values for table in tables]), lengths)
-        self._per_item = int(tables[2].lengths.max())
-        self._fixed = lengths[self._pieces].sum(1) + int(tables[4].lengths.max())
-        widest = [0, 0, *(int(table.lengths.max()) if len(table) else 0 for table in texts.values())]
-        self._filled = torch.tensor(widest)[self._kinds].sum(1)
+
+        labelled = torch.zeros(len(flat), dtype=torch.bool)
+        if label_history and behaviour.SEQUENTIAL in self._first:
+            labelled[self._first[behaviour.SEQUENTIAL] :][: self._count[behaviour.SEQUENTIAL]] = True
+        # The first and every other item of a history, by template and by kind of history.
+        nexts = torch.where(labelled, bases["next learned"], bases["next"])
+        self._shown = {
+            SHOWN: (bases[ITEM], nexts),
+            SHOWN_TITLES: (bases[TITLES], torch.full_like(nexts, bases["next title"])),
+        }
+        # By kind of place: where its table begins, and whether its row is the item's rather than the text's.
+        self._bases = torch.tensor([0] * SINGLE + [bases[name] for name in singles])
+        self._by_item = torch.tensor([name in (ITEM, TARGET) for name in [""] * SINGLE + singles])
+        lengths = torch.cat([table.lengths for table in tables.values()])
+        self._segments = Ragged.from_lengths(torch.cat([table.values for table in tables.values()]), lengths)
+        widest = {name: int(table.lengths.max()) if len(table) else 0 for name, table in tables.items()}
+        self._per_shown = torch.tensor([0, widest["next"], widest["next title"]] + [0] * len(singles))
+        item = torch.where(self._by_item, widest[ITEM], 0)
+        self._fixed = lengths[self._pieces].sum(1) + item[self._kinds].sum(1)
+        most = torch.tensor([0] * SINGLE + [0 if name in (ITEM, TARGET) else widest[name] for name in singles])
+        self._filled = most[self._kinds].sum(1)
+
+    @staticmethod
+    def _pieces_of(
+        flat: Sequence[Wording], encode: Callable[[list[str]], list[list[int]]], bos_id: int | None, eos_id: int
+    ) -> list[list[list[int]]]:
+        """The fixed text of each template between its places; what belongs to the answer is labelled."""
+        texts = [(PLACE.split(wording.ask)[::2], PLACE.split(wording.answer)[::2]) for wording in flat]
+        encoded = iter(encode([text for asked, told in texts for text in (*asked, *told)]))
+        found = []
+        for wording, (asked, told) in zip(flat, texts):
+            question = [list(next(encoded)) for _ in asked]
+            answer = [[token + LABEL for token in next(encoded)] for _ in told]
+            if bos_id is not None:
+                question[0].insert(0, bos_id)
+            if wording.answer:
+                answer[-1].append(eos_id + LABEL)
+            found.append([*question[:-1], question[-1] + answer[0], *answer[1:]])
+        return found
 
     def longest(self, history_length: int) -> int:
         """Tokens of the longest prompt with its answer that there can be."""
-        shown = (self._kinds == 1).any(1).long() * (history_length * self._per_item)
+        shown = self._per_shown[self._kinds].sum(1) * history_length
         return int((self._fixed + self._filled + shown).max())
 
-    def draw(self, tasks: Tensor, generator: Generator) -> Tensor:
+    def draw(self, tasks: Tensor, generator: Generator, shown: Tensor | None = None) -> Tensor:
         """A template for each sample: int64 ``[B]``.
 
         Args:
-            tasks: places in :data:`TASKS`, int64 ``[B]``; all of them have templates.
+            tasks: numbers of tasks (:func:`recbole_llm.tasks.number`), int64 ``[B]``; all of them have templates.
             generator: the source of all randomness.
+            shown: bool ``[B]``, samples with a history; the others get a template without, where their task has one.
         """
-        first = torch.tensor([self._first.get(task, 0) for task in TASKS])[tasks]
-        count = torch.tensor([self._count.get(task, 1) for task in TASKS])[tasks]
-        return first + (torch.rand(len(tasks), generator=generator, dtype=torch.double) * count).long()
+        counts = self._by_task(self._count, tasks)
+        if shown is not None:
+            bare = self._by_task(self._bare_count, tasks)
+            counts = torch.where(shown | (bare == 0), counts, bare)
+        draws = torch.rand(len(tasks), generator=generator, dtype=torch.double)
+        return self._by_task(self._first, tasks) + (draws * counts).long()
+
+    def _by_task(self, values: Mapping[str, int], tasks: Tensor) -> Tensor:
+        return torch.tensor([values.get(name, 0) for name in known_tasks()])[tasks]
 
     def lengths(self, tasks: Tensor, counts: Tensor, sources: Tensor) -> Tensor:
         """About how many tokens samples will have: int64 ``[B]``.
@@ -234,11 +307,12 @@ class InstructionWriter:
             counts: items of each history.
             sources: as for :meth:`write`.
         """
-        templates = torch.tensor([self._first.get(task, 0) for task in TASKS])[tasks]
+        templates = self._by_task(self._first, tasks)
         kinds = self._kinds[templates]
         # What is no text is segment 0, which is empty.
-        texts = self._segments.lengths[self._bases[kinds] + sources.unsqueeze(1) * (kinds > 1)]
-        return self._fixed[templates] + texts.sum(1) + (kinds == 1).any(1) * counts * self._per_item
+        text = (kinds >= SINGLE) & ~self._by_item[kinds]
+        texts = self._segments.lengths[torch.where(text, self._bases[kinds] + sources.unsqueeze(1), 0)]
+        return self._fixed[templates] + texts.sum(1) + self._per_shown[kinds].sum(1) * counts
 
     def write(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> TokenBatch:
         """Prompts with their answers.
@@ -247,35 +321,43 @@ class InstructionWriter:
             templates: int64 ``[B]``, from :meth:`draw`.
             histories: items, oldest first, one row a prompt; read by templates with a history.
             sources: int64 ``[B]``, the row of the texts, for templates with one.
-            targets: int64 ``[B]``, the items to answer with.
+            targets: int64 ``[B]``, the items asked about or to answer with.
         """
-        answers = _column(self._answer + targets)
-        padded = self._tokens(join([self._runs(templates, histories, sources), answers])).padded(0)
+        padded = self._tokens(self._runs(templates, histories, sources, targets)).padded(0)
         rows, places = (padded[:, 1:] >= LABEL).nonzero(as_tuple=True)
         ids = padded & (LABEL - 1)
         # The end token itself is read from nowhere.
         return TokenBatch(ids[:, :-1], rows, places, ids[rows, places + 1])
 
-    def ask(self, histories: Ragged) -> Ragged:
-        """The prompts of inference: token ids, one row a history."""
-        templates = torch.full((len(histories),), self._first[INFERENCE])
-        asked = self._tokens(self._runs(templates, histories, torch.zeros_like(templates)))
+    def ask(self, histories: Ragged, which: int = 0) -> Ragged:
+        """The prompts of inference: token ids, one row a history.
+
+        Args:
+            histories: items, oldest first.
+            which: of the templates of inference.
+        """
+        templates = torch.full((len(histories),), self._first[INFERENCE] + which)
+        nothing = torch.zeros_like(templates)
+        asked = self._tokens(self._runs(templates, histories, nothing, nothing))
         return Ragged(asked.values & (LABEL - 1), asked.offsets)
 
     def _tokens(self, runs: Ragged) -> Ragged:
         taken = self._segments.take(runs.values)
         return Ragged(taken.values, taken.offsets[runs.offsets])
 
-    def _runs(self, templates: Tensor, histories: Ragged, sources: Tensor) -> Ragged:
+    def _runs(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> Ragged:
         """Segment numbers, one row a prompt."""
         parts = [_column(self._pieces[templates, 0])]
-        bases = torch.where(histories.positions == 0, self._bare, self._next[templates][histories.rows])
-        shown = Ragged(histories.values + bases, histories.offsets)
+        first, rows = histories.positions == 0, histories.rows
         for slot in range(self._kinds.shape[1]):
             kinds = self._kinds[templates, slot]
-            parts.append(shown.keep((kinds == 1)[shown.rows]))
-            text = kinds > 1
-            parts.append(Ragged.from_lengths((self._bases[kinds] + sources)[text], text.long()))
+            for kind, (bare, nexts) in self._shown.items():
+                there = kinds == kind
+                if there.any():
+                    bases = torch.where(first, bare, nexts[templates][rows])
+                    parts.append(Ragged(histories.values + bases, histories.offsets).keep(there[rows]))
+            found = self._bases[kinds] + torch.where(self._by_item[kinds], targets, sources)
+            parts.append(_column(torch.where(kinds >= SINGLE, found, 0)))
             parts.append(_column(self._pieces[templates, slot + 1]))
         return join(parts)
 
@@ -283,3 +365,9 @@ class InstructionWriter:
 def _column(values: Tensor) -> Ragged:
     """One value a row."""
     return Ragged.from_lengths(values, torch.ones_like(values))
+
+
+def _behind(before: Sequence[int], table: Ragged) -> Ragged:
+    """The rows of a table, each with the same tokens before it."""
+    gap = torch.tensor(before, dtype=torch.long).repeat(len(table))
+    return join([Ragged.from_lengths(gap, torch.full((len(table),), len(before))), table])

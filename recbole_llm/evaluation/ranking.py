@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,14 @@ class Measured:
     per_user: dict[str, np.ndarray] = field(default_factory=dict)
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+
+
+def mean_of(parts: Sequence[Measured]) -> Measured:
+    """The mean over several evaluations of the same users; the ranked items are the first one's."""
+    first = parts[0]
+    metrics = OrderedDict((name, float(np.mean([part.metrics[name] for part in parts]))) for name in first.metrics)
+    per_user = {name: np.mean([part.per_user[name] for part in parts], axis=0) for name in first.per_user}
+    return Measured(metrics, per_user, first.users, first.items)
 
 
 @torch.no_grad()

@@ -27,16 +27,18 @@ from recbole_llm.backbone.code_tokens import extend
 from recbole_llm.backbone.codebook_rows import hidden_widths
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import (
-    HISTORY,
-    PLACES,
+    INFERENCE,
     InstructionWriter,
     TokenBatch,
     read_templates,
 )
 from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.decoding.beam_search import BeamSearch
+from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.tasks import active_tasks
+from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
@@ -62,6 +64,8 @@ class AlignTokenRec(SequentialRecommender):
 
     backbone: Backbone
     item_tokens: ItemTokens
+    # Which of the prompts of inference is asked.
+    asked_with = 0
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -75,7 +79,8 @@ class AlignTokenRec(SequentialRecommender):
             )
         self.history_length: int = config["history_length"]
         check_history_length(self.history_length, self.max_seq_length)
-        self.templates = read_templates(config["prompts"])
+        self.tasks = active_tasks(config)
+        self.templates = read_templates(config["prompts"], self.tasks)
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._search: tuple[Tensor, BeamSearch] | None = None
 
@@ -96,8 +101,9 @@ class AlignTokenRec(SequentialRecommender):
             backbone: the frozen language model; it learns to read the new tokens' ids, in place.
             head_model: the same language model with its vocabulary head.
             tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
-            texts: for each place of the tasks' templates but the history what can stand there: ``title`` and
-                ``description`` by item id, ``query`` by number. A task without any is left out.
+            texts: for each place of the tasks' templates that holds a text what can stand there: ``title`` and
+                ``description`` by item id, ``query`` and others by number. A task that needs some and has none is left
+                out.
             codebook: float32 ``[N, C, d]``, the codes' vectors; of ``code_embedding`` other than none.
 
         Raises:
@@ -117,12 +123,14 @@ class AlignTokenRec(SequentialRecommender):
         self._lm_ids = first + torch.arange(item_tokens.size)
         self.to(self.device)
         self._reader = PackedReader(backbone.decoder)
-        given = [HISTORY, *texts]
         prompts = {
-            task: self.templates.instructions(task, given, only_first=config["prompt_set"] == "first")
-            for task, places in PLACES.items()
-            if set(places) & set(given)
+            task.name: self.templates.instructions(task.name, list(texts), only_first=config["prompt_set"] == "first")
+            for task in self.tasks
+            if not task.reads or set(task.reads) & set(texts)
         }
+        asked = SEQUENTIAL if config["inference_prompts"] == "all" else INFERENCE
+        prompts[INFERENCE] = [wording._replace(answer="") for wording in self.templates.instructions(asked, [])]
+        self.prompts_asked = len(prompts[INFERENCE])
         fills = {
             place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
         }
@@ -135,6 +143,8 @@ class AlignTokenRec(SequentialRecommender):
             separator=self.templates.separator,
             texts=fills,
             label_history=config["train_positions"] == "all",
+            title_separator=self.templates.title_separator,
+            title_tokens=config["history_title_tokens"],
         )
         longest = self.writer.longest(self.history_length)
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
@@ -150,7 +160,7 @@ class AlignTokenRec(SequentialRecommender):
 
     def wording(self) -> list[Any]:
         """What the prompts are made of, for a fingerprint."""
-        return [self.templates.wrapper, self.templates.separator, self.templates.tasks]
+        return [self.templates.wrapper, self.templates.separator, self.templates.title_separator, self.templates.tasks]
 
     # Training
 
@@ -170,7 +180,8 @@ class AlignTokenRec(SequentialRecommender):
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples; templates by torch's own generator."""
-        templates = self.writer.draw(interaction["task"], torch.default_generator)
+        shown = interaction["stop"] > interaction["start"]
+        templates = self.writer.draw(interaction["task"], torch.default_generator, shown)
         histories = Ragged.from_slices(self._train_items, interaction["start"], interaction["stop"])
         return self.writer.write(templates, histories, interaction["source"], interaction["target"])
 
@@ -201,14 +212,21 @@ class AlignTokenRec(SequentialRecommender):
             tokens = self.item_tokens
             kept = candidates.repeat_interleave(tokens.lengths)
             offsets = torch.cat([tokens.offsets[:1], (tokens.lengths * candidates).cumsum(0)])
-            search = BeamSearch(
+            more = {"filter_items": self.config["filter_items"]} if self.config["constraint"] == "level" else {}
+            search = (LevelSearch if more else BeamSearch)(
                 self.backbone.decoder, self.head.for_search(),
                 replace(tokens, offsets=offsets, tokens=tokens.tokens[kept]),
                 beams=self.config["beams"], lm_ids=self._lm_ids, normaliser=self.config["normaliser"],
-                tie_order=self._tie_order,
+                tie_order=self._tie_order, **more,
             )  # fmt: skip
             self._search = candidates, search
         return self._search[1]
+
+    @property
+    def invalid_share(self) -> float | None:
+        """Of the last evaluation, the share of sequences that no item has; ``None`` where the search allows none."""
+        search = self._search[1] if self._search else None
+        return search.invalid_share if isinstance(search, LevelSearch) else None
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores over the catalogue with nothing excluded but the padding item, ``[B, n_items]``."""
@@ -238,13 +256,19 @@ class AlignTokenRec(SequentialRecommender):
         scores = torch.full((len(lists), self.n_items), -torch.inf, device=self.device)
         scores[:, candidates.to(self.device)] = 0.0
         for part in torch.arange(len(lists)).split(self.config["inference_batch_size"]):
-            asked, barred = self.writer.ask(history.take(part)), excluded.take(part)
+            asked, barred = self.writer.ask(history.take(part), self.asked_with), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
             found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
             own = scores[part.to(self.device)]
+            if isinstance(search, LevelSearch):
+                legal = own.isfinite()
+                legal[barred.rows.to(self.device), barred.values.to(self.device)] = False
+                found = search.placed(found, legal)
+            least = found.scores.masked_fill(found.items == 0, torch.inf).amin(1, keepdim=True)
             # Below the least of them by one; equal, so that the tie order alone ranks them.
-            own = own + (found.scores[:, -1:] - 1.0)
+            own = own + torch.where(least.isfinite(), least - 1.0, 0.0)
             scores[part.to(self.device)] = own.scatter(1, found.items, found.scores)
+        scores[:, 0] = -torch.inf
         scores[rows.to(self.device), items.to(self.device)] = -torch.inf
         return scores
 

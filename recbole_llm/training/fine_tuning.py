@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
+from recbole_llm.evaluation.ranking import mean_of
 from recbole_llm.training.codebooks import Quantiser
 from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
@@ -23,8 +25,10 @@ from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
-from recbole_llm.training.task_texts import TaskTexts
+from recbole_llm.training.task_texts import read_task_texts
 from recbole_llm.training.tokenized import TokenizedMixin
+
+logger = logging.getLogger("recbole_llm")
 
 
 class FineTuningTrainer(TokenizedMixin, StagedTrainer):
@@ -35,6 +39,9 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     """
 
     continued_from: dict[str, Any] | None = None
+
+    # Whether an evaluation asks with every prompt of inference that the model has.
+    _every_prompt = True
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -57,7 +64,9 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         _check_beams(config, dataset)
         _check_code_embedding(config)
         text = read_item_text(config, dataset)
-        source = TaskTexts.read(config, dataset, text)
+        source = read_task_texts(config, dataset, text)
+        for task in train_data.tasks:
+            source.texts |= task.own_texts()
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
         before = Continued.read(config, dataset)
@@ -81,7 +90,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             texts=source.texts,
             codebook=_codebook(config, made),
         )
-        train_data.text_items, train_data.query_items = source.text_items, source.query_items
+        train_data.texts = source
         train_data.length_of = self.model.sample_lengths
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
         if before is not None:
@@ -89,6 +98,44 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.continued_from = before.as_dict(dataset)
             self._upstream.append(before.fingerprint)
         return self._upstream
+
+    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces trainer.py:257: training looks at one prompt, whatever ``inference_prompts`` says."""
+        self._every_prompt = False
+        try:
+            return super()._valid_epoch(*args, **kwargs)
+        finally:
+            self._every_prompt = True
+
+    def evaluate(
+        self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
+    ) -> Any:
+        """As other trainers do; with ``inference_prompts: all`` the mean of what each prompt gives.
+
+        The ranked items that are kept are those of the first.
+        """
+        first = super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        self._tell_invalid()
+        if first is None or not self._every_prompt or self.model.prompts_asked == 1:
+            return first
+        found = [self.measured]
+        try:
+            for which in range(1, self.model.prompts_asked):
+                self.model.asked_with = which
+                super().evaluate(eval_data, False, show_progress=show_progress)
+                found.append(self.measured)
+        finally:
+            self.model.asked_with = 0
+        for name in first:
+            values = [one.metrics[name] for one in found]
+            logger.info("%s over %d prompts: %.4f to %.4f", name, len(found), min(values), max(values))
+        self.measured = mean_of(found)
+        return self.measured.metrics
+
+    def _tell_invalid(self) -> None:
+        share = self.model.invalid_share
+        if share is not None:
+            logger.info("level-wise search: %.4f of the sequences are no item", share)
 
     def _with_head(self, name: str) -> Any:
         config = self.config
