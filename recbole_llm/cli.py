@@ -30,6 +30,11 @@ verbs
   prepare  give a model's items their tokens without training the model, and tokens to items that came later
            recbole-llm prepare --model=SASRecCodes --dataset=ml-100k [--index_file=PATH] [--new_items=FILE.item]
            [--new_interactions=FILE.inter] [--key=value ...]
+  recommend
+           recommend items to users of a finished run, live or from a store that was built once for all of them
+           recbole-llm recommend --run=DIR --user=ID | --users=FILE | --history=ITEM,ITEM [--k=10] [--format=json]
+           recbole-llm recommend --run=DIR --build=true [--k=10] [--store=DIR] [--shard=0/4]
+           [--index_file=PATH --new_items=FILE.item] lets in items that came later
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
   inspect  a data set, a run, how a run's items stand to their texts, the settings of a model, or what a language model
@@ -97,6 +102,13 @@ def _prepare(arguments: list[str]) -> int:
     return 0
 
 
+def _recommend(arguments: list[str]) -> int:
+    from recbole_llm.serving.recommend import recommend
+
+    print(recommend(arguments))
+    return 0
+
+
 def _models(arguments: list[str]) -> int:
     from recbole_llm.registry import entries
 
@@ -137,6 +149,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "tune": _tune,
     "prepare": _prepare,
+    "recommend": _recommend,
     "models": _models,
     "inspect": _inspect,
 }

@@ -214,6 +214,31 @@ def read_rows(
         yield number, [fields[place] for place in places]
 
 
+def read_titles(
+    path: Path, id_field: str, template: str, separator: str = "\t", encoding: str = "utf-8"
+) -> dict[str, str]:
+    """The titles of items: the first column that their text's template names, as it stands in the file.
+
+    Args:
+        path: an atomic file of items.
+        id_field: its column of raw item ids.
+        template: see :func:`parse_template`.
+        separator: between fields.
+        encoding: of the file.
+
+    Returns:
+        Title by raw item id; an item without one is not among them.
+
+    Raises:
+        UserError: no such file or column, a broken file, or a template that names no column.
+    """
+    parsed = parse_template(template)
+    if not parsed.columns:
+        raise UserError(f"item_text {template!r} names no column, so items have no titles")
+    rows = read_columns(path, id_field, parsed.columns[:1], separator, encoding)
+    return {name: text for name, (text,) in rows.items() if not is_empty(text)}
+
+
 def first_words(text: str, count: int) -> str:
     """The text up to the end of its ``count``-th word, its white space kept; the whole text where it has no more."""
     last = next(islice(re.finditer(r"\S+", text), count - 1, None), None)

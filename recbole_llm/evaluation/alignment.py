@@ -21,8 +21,6 @@ from scipy.spatial import procrustes
 
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_maps
-from recbole_llm.evaluation.results import read_run
-from recbole_llm.training.store import Stage, StageStore
 
 RECALL_AT = (1, 10)
 NEIGHBOURS = 10
@@ -30,15 +28,6 @@ SHUFFLES = 20
 MAPPED_ITEMS = 1000
 SCORED_ITEMS = 4000  # a similarity table of all pairs is held at once
 READ_AT_ONCE = 64
-
-
-class FoundStages(StageStore):
-    """A stage cache that is looked at and never added to."""
-
-    def _make(self, name: str, *args: Any, **kwargs: Any) -> Stage:
-        raise UserError(
-            f"{name} of this run is not in the cache {self.root}, or data or settings have changed since; run it again"
-        )
 
 
 @dataclass(frozen=True)
@@ -115,13 +104,14 @@ def aligned(path: str | Path, states: bool = False) -> Aligned:
         UserError: see :func:`inspect_alignment`.
     """
     from recbole_llm.data import create_dataset, data_preparation
+    from recbole_llm.training.found import find_run
     from recbole_llm.training.pipeline import fit_parts_of
+    from recbole_llm.training.run_files import read_result, stage_folder
     from recbole_llm.training.staged import StagedTrainer
     from recbole_llm.training.state import WEIGHTS
 
-    result, _ = read_run(path)
-    config = _config_of(result)
-    store = _store_of(config, Path(path))
+    _check(read_result(path))
+    result, config, store = find_run(path)
     dataset = create_dataset(config)
     train_data = data_preparation(config, dataset)[0]
     model = config.model_class(config, train_data._dataset).to(config["device"])
@@ -146,7 +136,7 @@ def aligned(path: str | Path, states: bool = False) -> Aligned:
         weights.append(_projected(model))
     if config["train_item_projector"] or len(model.stages) == 1:
         last = result["stages"][-1]
-        trainer.load_best(store.root / f"{last['name']}-{last['fingerprint'][:16]}" / WEIGHTS)
+        trainer.load_best(stage_folder(store.root, last) / WEIGHTS)
         moments.append(f"after {last['name']}")
         weights.append(_projected(model))
     chosen = _items_to_show(train_data._dataset, trainer.item_text, config["seed"])
@@ -157,37 +147,16 @@ def aligned(path: str | Path, states: bool = False) -> Aligned:
     return Aligned(names, texts, spaces, references, config["seed"])
 
 
-def _config_of(result: Mapping[str, Any]) -> Any:
-    """The Config of a run, from the settings in its result."""
+def _check(result: Mapping[str, Any]) -> None:
     from recbole_llm import registry
-    from recbole_llm.config import Config
 
-    model, saved = result["model"], dict(result["config"])
-    if not getattr(registry.get_model(model), "needs_item_text", False):
-        raise UserError(f"a run of {model} has no items in a language model's space; inspect alignment is for GLTA")
+    if not getattr(registry.get_model(result["model"]), "needs_item_text", False):
+        raise UserError(
+            f"a run of {result['model']} has no items in a language model's space; inspect alignment is for GLTA"
+        )
     for key in ("refit_on_valid", "merge_valid"):
-        if saved.get(key):
+        if result["config"].get(key):
             raise UserError(f"this run was made with {key}, whose stages saw valid rows; inspect one without it")
-    probe = Config(model, result["dataset"], command_line=[])
-    parts = tuple(f"{part}." for part in registry.parts_of(registry.get_model(model)))
-    defaults = probe.as_dict()
-    # Only what differs from the defaults, as what is given reaches the parts too, whose defaults are others.
-    given = {
-        key: value
-        for key, value in saved.items()
-        if (key in probe.specs or key.startswith(parts)) and (key not in defaults or defaults[key] != value)
-    }
-    given["data_path"] = str(Path(saved["data_path"]).parent)
-    return Config(model, result["dataset"], config_dict=given, command_line=[])
-
-
-def _store_of(config: Any, run: Path) -> FoundStages:
-    """The cache the run's stages are in: by its settings, or beside the run where folders were moved."""
-    folder = run if run.is_dir() else run.parent
-    if config["cache"] == "off":
-        return FoundStages(folder / "stages")
-    named = Path(config["output_dir"]) / "cache"
-    return FoundStages(named if named.is_dir() else folder.parent / "cache")
 
 
 def _items_to_show(train: Any, text: Any, seed: int) -> np.ndarray:

@@ -89,15 +89,32 @@ def measure(
     batches = loader.share(processes.rank(), processes.count()) if shared else loader
     for batch in progress(batches, what, total=len(batches), show=show):
         interaction, excluded, rows, items = batch
-        scores = _scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
+        scores = catalogue_scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
     if shared:
         found.merge(processes.gathered(found))
     return found.measured(config, needs, train_data)
 
 
-def _scores(model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, dataset: Any) -> torch.Tensor:
-    """Scores [B, n_items] with -inf at the padding item, at items that are no candidates and at excluded ones."""
+def catalogue_scores(
+    model: Any, interaction: Any, excluded: Any, candidates: torch.Tensor | None, dataset: Any
+) -> torch.Tensor:
+    """Scores of a batch over the whole catalogue, as every ranking is made from.
+
+    Args:
+        model: see :func:`measure`.
+        interaction: what the model is told of each row.
+        excluded: (rows, items) that may not be recommended, int64 each; ``None`` for none.
+        candidates: bool [n_items]; ``None`` for all.
+        dataset: says how many items there are where there are no candidates, and has the features of a model that
+            scores pairs only.
+
+    Returns:
+        [B, n_items], -inf at the padding item, at items that are no candidates and at excluded ones.
+
+    Raises:
+        UserError: a score is NaN.
+    """
     device = interaction[next(iter(interaction))].device
     if hasattr(model, "full_sort_predict_excluding") and candidates is not None:
         empty = torch.zeros(0, dtype=torch.long, device=device)
@@ -105,7 +122,7 @@ def _scores(model: Any, interaction: Any, excluded: Any, candidates: torch.Tenso
         scores = model.full_sort_predict_excluding(interaction, row, item, candidates.to(device))
     else:
         scores = _full_sort(model, interaction, dataset)
-    scores = scores.view(-1, dataset.item_num)
+    scores = scores.view(-1, dataset.item_num if candidates is None else len(candidates))
     if torch.isnan(scores).any():
         raise UserError(
             f"{type(model).__name__} gives NaN scores; its weights have diverged, try a lower learning_rate"

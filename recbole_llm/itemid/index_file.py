@@ -51,7 +51,7 @@ def read_index(
             the file has not, a token that is none, items with different numbers of tokens, a code beyond its level.
     """
     path = Path(path)
-    entries = _read(path)
+    entries = entries_of(path)
     numbers = {str(raw): item for item, raw in enumerate(raw_ids) if item}
     _refuse_unknown(path, entries, numbers)
     if not allow_missing:
@@ -79,7 +79,13 @@ def read_index(
     return ItemTokens.from_codes(codes, sizes, raw_ids)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def entries_of(path: Path) -> dict[str, Any]:
+    """What an index file says of each raw item id, unchecked but for its form.
+
+    Raises:
+        UserError: no such file, not JSON, or an item twice.
+    """
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for raw, tokens in pairs:

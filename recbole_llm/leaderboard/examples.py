@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.data.item_text import is_empty, parse_template, read_columns
+from recbole_llm.data.item_text import read_titles
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.leaderboard.aligned import align, user_values
@@ -128,20 +128,17 @@ def titles(result: Mapping[str, Any]) -> dict[str, str]:
     config = result["config"]
     try:
         file = _item_file(config)
-        parsed = parse_template(config.get("item_text") or "")
-        if not parsed.columns:
-            raise UserError(f"data set '{result['dataset']}' has no item_text")
-        rows = read_columns(
+        found = read_titles(
             file,
             config["ITEM_ID_FIELD"],
-            parsed.columns[:1],
+            config.get("item_text") or "",
             config.get("field_separator") or "\t",
             config.get("encoding") or "utf-8",
         )
     except (UserError, OSError, UnicodeDecodeError) as error:
         logger.info("items are shown by their ids: %s", error)
         return {}
-    return {name: " ".join(text.split()) for name, (text,) in rows.items() if not is_empty(text)}
+    return {name: " ".join(text.split()) for name, text in found.items()}
 
 
 def _item_file(config: Mapping[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,18 +135,19 @@ class AlignTokenRec(SequentialRecommender):
         fills = {
             place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
         }
-        self.writer = InstructionWriter(
+        self._write_for = partial(
+            InstructionWriter,
             prompts,
             backbone.encode_batch,
             bos_id=backbone.bos_id,
             eos_id=backbone.eos_id,
-            items=Ragged(self._lm_ids[item_tokens.tokens], item_tokens.offsets),
             separator=self.templates.separator,
             texts=fills,
             label_history=config["train_positions"] == "all",
             title_separator=self.templates.title_separator,
             title_tokens=config["history_title_tokens"],
         )
+        self.writer = self._write_for(items=self._lm_tokens())
         longest = self.writer.longest(self.history_length)
         room = getattr(backbone.decoder.config, "max_position_embeddings", None)
         if room is not None and longest > room:
@@ -157,6 +159,22 @@ class AlignTokenRec(SequentialRecommender):
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
         self.item_tokens = tokens
+
+    def _lm_tokens(self) -> Ragged:
+        """The language model's ids of every item's tokens."""
+        return Ragged(self._lm_ids[self.item_tokens.tokens], self.item_tokens.offsets)
+
+    def enter_items(self, tokens: ItemTokens, tie_order: Tensor) -> None:
+        """Let items that came after training be shown and found; nothing that was learned changes.
+
+        Args:
+            tokens: of every item, those that were there first under the ids they had; of the vocabulary that was
+                trained.
+            tie_order: all item ids, int64 ``[n_items]``.
+        """
+        self.take_item_tokens(tokens)
+        self.n_items, self._tie_order, self._search = tokens.n_items, tie_order, None
+        self.writer = self._write_for(items=self._lm_tokens())
 
     def wording(self) -> list[Any]:
         """What the prompts are made of, for a fingerprint."""

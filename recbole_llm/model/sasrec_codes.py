@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recbole_llm.errors import UserError
 from recbole_llm.model.sasrec_all_positions import SASRecAllPositions
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class SASRecCodes(SASRecAllPositions):
     item_parts = ("embedding_model",)
     stages = ("item_tokens", "train-SASRecCodes")
 
+    n_items: int
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self._own = config["item_input"] == "codes_and_id"
@@ -82,3 +85,21 @@ class SASRecCodes(SASRecAllPositions):
         padded, _ = tokens.padded(torch.arange(self.n_items))
         table = CodeEmbedding(padded, tokens.size, self.hidden_size, self._own, self.initializer_range)
         self.item_embedding = table.to(self.device)
+
+    def enter_items(self, tokens: ItemTokens, tie_order: torch.Tensor) -> None:
+        """Let items that came after training be read and ranked; nothing that was learned changes.
+
+        Args:
+            tokens: of every item, those that were there first under the ids they had.
+            tie_order: all item ids; equal scores are not this model's to order.
+
+        Raises:
+            UserError: items have embeddings of their own, and a new one has none.
+        """
+        if self._own:
+            raise UserError(
+                "a new item has no embedding of its own (item_input: codes_and_id); train with item_input: codes"
+            )
+        padded, _ = tokens.padded(torch.arange(tokens.n_items))
+        self.item_embedding.tokens = (padded + 1).to(self.device)
+        self.n_items = tokens.n_items

@@ -119,6 +119,20 @@ def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
     return _fit_once(config, store, first)
 
 
+def fit_found(config: Config, store: StageStore) -> Fit:
+    """A recommender that was trained before, from a cache that has every stage of it; nothing is measured.
+
+    Args:
+        config: of its run.
+        store: a :class:`~recbole_llm.training.found.FoundStages`.
+
+    Raises:
+        UserError: a stage is not there.
+    """
+    first = _fit_once(config, store, None)
+    return _fit_once(config, store, first) if config["refit_on_valid"] and len(first.valid_data) else first
+
+
 def prepared(config: Config) -> tuple[Any, Any, Any, Any]:
     """The data set and its loaders of train, valid and test rows.
 

@@ -21,11 +21,11 @@ from recbole_llm import processes
 from recbole_llm.disk import PART, remove, sync, write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.progress import clock
+from recbole_llm.training.run_files import CARD, stage_folder
 from recbole_llm.training.state import RESUME_FILE
 
 logger = logging.getLogger("recbole_llm")
 
-CARD = "stage.json"
 SECONDS = ".seconds"
 LOCK_NOTE_SECONDS = 2.0
 
@@ -129,9 +129,9 @@ class StageStore:
     def _find_or_make(
         self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
     ) -> Stage:
-        mark = fingerprint_of({"stage": name, "version": version, "inputs": inputs})
-        entry = f"{name}-{mark[:16]}"
-        final, work = self.root / entry, self.root / ".work" / entry
+        mark, final = self.place(name, version, inputs)
+        entry = final.name
+        work = self.root / ".work" / entry
         (self.root / ".locks").mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(self.root / ".locks" / f"{entry}.lock"))
         try:
@@ -148,14 +148,24 @@ class StageStore:
         finally:
             lock.release()
 
+    def place(self, name: str, version: int, inputs: Mapping[str, Any]) -> tuple[str, Path]:
+        """A stage's fingerprint and its folder."""
+        mark = fingerprint_of({"stage": name, "version": version, "inputs": inputs})
+        return mark, stage_folder(self.root, {"name": name, "fingerprint": mark})
+
     def _find(self, name: str, mark: str, final: Path) -> Stage | None:
         if not final.exists():
             return None
-        damage = _damage(final, mark)
-        if damage:
-            logger.warning("%s: the cache entry %s is damaged (%s); it is made again", name, final, damage)
+        found = damage(final, mark)
+        if found:
+            logger.warning("%s: the cache entry %s is damaged (%s); it is made again", name, final, found)
             shutil.rmtree(final)
             return None
+        return self.stage_at(name, mark, final)
+
+    @staticmethod
+    def stage_at(name: str, mark: str, final: Path) -> Stage:
+        """A finished stage that is whole."""
         card = json.loads((final / CARD).read_text(encoding="utf-8"))
         logger.info("%s: found in the cache (%s when it was made)", name, clock(card["seconds"]))
         return Stage(name, mark, final, card["seconds"], True, card["peak_memory_mb"], card["facts"])
@@ -172,7 +182,7 @@ class StageStore:
     ) -> Stage:
         work.mkdir(parents=True, exist_ok=True)
         # A card is the last thing written, so with a whole one nothing but the move is missing.
-        if _damage(work, mark):
+        if damage(work, mark):
             remove(work / CARD)
             self._fill(name, version, mark, inputs, make, work)
         for path in _unfinished(work):
@@ -259,7 +269,7 @@ def _spent(work: Path) -> float:
         return 0.0
 
 
-def _damage(folder: Path, mark: str) -> str:
+def damage(folder: Path, mark: str) -> str:
     """What is wrong with a stage's folder; empty when nothing is."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
+from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.training.item_tokens import KEPT, Tokenized, tokenize_items
 from recbole_llm.training.store import StageStore
 from recbole_llm.training.trainer import TrainerMixin
@@ -27,6 +28,7 @@ class TokenizedMixin(TrainerMixin):
         self.stages: list[dict[str, Any]] = []
         self.artefacts: dict[str, Path] = {}
         self.item_text: ItemText | None = None
+        self.item_tokens: ItemTokens | None = None
         self._upstream: list[str] | None = None
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
@@ -55,6 +57,7 @@ class TokenizedMixin(TrainerMixin):
 
     def _noted(self, made: Tokenized) -> Tokenized:
         self.part_fits, self.item_text = made.sources.parts, made.sources.item_text
+        self.item_tokens = made.tokens
         self.stages = [*made.sources.lines, made.stage.as_dict()]
         files = {name: made.stage.folder / name for name in KEPT}
         self.artefacts = {name: file for name, file in files.items() if file.is_file()}
