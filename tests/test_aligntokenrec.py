@@ -32,7 +32,7 @@ from recbole_llm.data.instructions import (
 )
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.split import TRAIN
-from recbole_llm.data.task_loader import TaskLoader
+from recbole_llm.data.task_loader import TaskLoader, history_groups
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
@@ -164,7 +164,8 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
     targets = torch.tensor([9, 10, 11, 12])
     drawn = writer.draw(tasks, generator)
     made = writer.write(drawn, Ragged.from_lists(shown), torch.zeros(4, dtype=torch.long), targets)
-    flat = [wording.ask for wordings in prompts.values() for wording in wordings]
+    # Those of a task in the order of their words, so that its samples open like another's of the same history.
+    flat = [wording.ask for wordings in prompts.values() for wording in sorted(wordings)]
     lengths = writer.lengths(tasks, torch.tensor([3, 1, 4, 2]), torch.zeros(4, dtype=torch.long))
     for row, (template, history, target) in enumerate(zip(drawn.tolist(), shown, targets.tolist(), strict=True)):
         wording = prompts[list(known_tasks())[tasks[row]]]
@@ -177,7 +178,7 @@ def test_prompts_are_what_they_would_be_one_by_one(every: bool, folders: Any) ->
         assert made.places[here].tolist() == [place - 1 for place, label in enumerate(labels) if label]
         assert made.labels[here].tolist() == [ids[place] for place, label in enumerate(labels) if label]
         assert len(ids) <= writer.longest(4)
-        always = plain(wording[0].ask, backbone, history, target, lm_ids, every)[0]
+        always = plain(min(wording).ask, backbone, history, target, lm_ids, every)[0]
         assert lengths[row] == len(always) + len(backbone.encode(", ")), "all items are counted with a separator"
     asked = writer.ask(Ragged.from_lists(shown))
     for row, history in enumerate(shown):
@@ -220,6 +221,36 @@ def test_broken_templates_are_refused(change: tuple[str, str], words: str, tmp_p
         read_templates(str(file))
     with pytest.raises(UserError, match="did you mean 'aligntokenrec'"):
         read_templates("alingtokenrec")
+
+
+def test_samples_of_one_history_open_alike_and_lose_the_same_items(folders: Any) -> None:
+    templates = read_templates("aligntokenrec")
+    backbone = load_backbone(folders("llama"), **OPTIONS)
+    prompts = {task: templates.instructions(task, []) for task in (SEQUENTIAL, NEGATIVE, INFERENCE)}
+    own = tokens()
+    writer = InstructionWriter(
+        prompts, backbone.encode_batch, bos_id=backbone.bos_id, eos_id=backbone.eos_id,
+        items=Ragged(own.tokens + 300, own.offsets), separator=", ", texts={},
+    )  # fmt: skip
+    flat = [wording.ask for wordings in prompts.values() for wording in sorted(wordings)]
+    tasks = torch.tensor([number(SEQUENTIAL), number(NEGATIVE), number(NEGATIVE)] * 50)
+    groups = torch.arange(50).repeat_interleave(3)
+    drawn = writer.draw(tasks, torch.Generator().manual_seed(1), groups=groups).view(50, 3)
+    opens = [[flat[one].partition("{history}")[0] for one in row] for row in drawn.tolist()]
+    assert all(len(set(row)) == 1 for row in opens), "the shipped wording has a pair for each opening"
+    assert len({row[0] for row in opens}) == len(prompts[SEQUENTIAL])
+
+
+def test_samples_of_one_history_stand_side_by_side() -> None:
+    samples = loader(negative_ratio=3)
+    samples.length_of = lambda drawn: drawn["stop"] - drawn["start"] + 2 * drawn["task"]
+    whole = [(rows["start"], rows["stop"]) for rows in samples]
+    runs = sum(int((stops.diff() != 0).sum()) + 1 for _, stops in whole)
+    # A batch's end cuts a run in two at most.
+    assert runs <= samples.prefixes + len(whole)
+    groups = history_groups(torch.tensor([0, 3, 3, 0, 0]), torch.tensor([2, 3, 3, 2, 5]))
+    assert groups[0] == groups[3]
+    assert len(groups.unique()) == 4
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ class Templates:
         wrapped = [wording._replace(ask=self.wrapper.replace("{instruction}", wording.ask)) for wording in usable]
         return wrapped[:1] if only_first else wrapped
 
+    def whole(self) -> list[str]:
+        """The questions of all tasks in their wrapper, each once, with their places."""
+        asked = dict.fromkeys(wording.ask for wordings in self.tasks.values() for wording in wordings)
+        return [self.wrapper.replace("{instruction}", text) for text in asked]
+
 
 def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Templates:
     """Templates from a file of ``properties/prompts`` or a file of the user's.
@@ -198,10 +203,12 @@ class InstructionWriter:
         self._bare_count: dict[str, int] = {}
         flat: list[Wording] = []
         for task, wordings in prompts.items():
-            # A sample without a history is asked by templates without one, which come first.
+            # A sample without a history is asked by templates without one, which come first. The others stand in the
+            # order of their opening words, so that samples of one history that draw alike open alike.
             needs = [bool({HISTORY, TITLES} & set(wording.places)) for wording in wordings]
             self._first[task], self._count[task], self._bare_count[task] = len(flat), len(needs), needs.count(False)
-            flat += [wording for _, wording in sorted(zip(needs, wordings), key=lambda pair: pair[0])]
+            keys = zip(needs, wordings if task != INFERENCE else needs)
+            flat += [wording for _, wording in sorted(zip(keys, wordings), key=lambda pair: pair[0])]
 
         gaps = encode([separator, title_separator])
         labels = Ragged(items.values + LABEL, items.offsets)
@@ -281,19 +288,23 @@ class InstructionWriter:
         shown = self._per_shown[self._kinds].sum(1) * history_length
         return int((self._fixed + self._filled + shown).max())
 
-    def draw(self, tasks: Tensor, generator: Generator, shown: Tensor | None = None) -> Tensor:
+    def draw(
+        self, tasks: Tensor, generator: Generator, shown: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
         """A template for each sample: int64 ``[B]``.
 
         Args:
             tasks: numbers of tasks (:func:`recbole_llm.tasks.number`), int64 ``[B]``; all of them have templates.
             generator: the source of all randomness.
             shown: bool ``[B]``, samples with a history; the others get a template without, where their task has one.
+            groups: int64 ``[B]`` from 0; samples of one group draw once.
         """
         counts = self._by_task(self._count, tasks)
         if shown is not None:
             bare = self._by_task(self._bare_count, tasks)
             counts = torch.where(shown | (bare == 0), counts, bare)
-        draws = torch.rand(len(tasks), generator=generator, dtype=torch.double)
+        groups = torch.arange(len(tasks)) if groups is None else groups
+        draws = torch.rand(int(groups.max()) + 1, generator=generator, dtype=torch.double)[groups]
         return self._by_task(self._first, tasks) + (draws * counts).long()
 
     def _by_task(self, values: Mapping[str, int], tasks: Tensor) -> Tensor:

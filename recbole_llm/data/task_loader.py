@@ -1,4 +1,8 @@
-"""Samples of several tasks over the same interactions, drawn anew for each epoch, in batches of like length."""
+"""Samples of several tasks over the same interactions, drawn anew for each epoch, in batches of like length.
+
+Samples of one history stand side by side: what their prompts open with is then read once
+(``recbole_llm/backbone/packed.py``), so that a negative sample costs little beside its positive one.
+"""
 
 from __future__ import annotations
 
@@ -101,10 +105,28 @@ class TaskLoader(_IndexLoader):
         count = len(drawn["task"])
         if not self.shuffle:
             return list(torch.arange(count).split(self.step))
-        order = torch.randperm(count, generator=self.generator)
+        groups = history_groups(drawn["start"], drawn["stop"])
+        places = torch.randperm(int(groups.max()) + 1, generator=self.generator)[groups]
+        order = places.argsort(stable=True)
         if self.length_of is not None:
-            lengths = self.length_of(drawn)[order]
+            lengths = self.length_of(drawn)
+            longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups][order]
             together = torch.arange(count) // (self.step * SORTED_TOGETHER)
-            order = order[(together * (int(lengths.max()) + 1) + lengths).argsort(stable=True)]
+            # Within a length by group still, as two groups of one length would mix.
+            ranks = (together * (int(longest.max()) + 1) + longest) * count + places[order]
+            order = order[ranks.argsort(stable=True)]
         batches = order.split(self.step)
         return [batches[place] for place in torch.randperm(len(batches), generator=self.generator).tolist()]
+
+
+def history_groups(starts: Tensor, stops: Tensor) -> Tensor:
+    """Which samples are of one history.
+
+    Args:
+        starts, stops: of the histories, int64 ``[n]``; equal where there is none.
+
+    Returns:
+        Numbers from 0, int64 ``[n]``: one for all samples of a history, one for each sample without any.
+    """
+    keys = torch.where(stops > starts, stops, int(stops.max()) + 1 + torch.arange(len(stops)))
+    return keys.unique(return_inverse=True)[1]

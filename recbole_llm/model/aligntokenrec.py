@@ -34,6 +34,7 @@ from recbole_llm.data.instructions import (
     read_templates,
 )
 from recbole_llm.data.prompts import Ragged, check_history_length
+from recbole_llm.data.task_loader import history_groups
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
@@ -198,9 +199,16 @@ class AlignTokenRec(SequentialRecommender):
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples; templates by torch's own generator."""
-        shown = interaction["stop"] > interaction["start"]
-        templates = self.writer.draw(interaction["task"], torch.default_generator, shown)
-        histories = Ragged.from_slices(self._train_items, interaction["start"], interaction["stop"])
+        starts, stops = interaction["start"], interaction["stop"]
+        groups = history_groups(starts, stops)
+        templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups)
+        histories = Ragged.from_slices(self._train_items, starts, stops)
+        if self.config["history_dropout"]:
+            # The last item stays: a history is never empty, and it says most of what comes next. Samples of one history
+            # lose the same items.
+            draws = torch.rand(int(groups.max()) + 1, self.history_length)
+            kept = draws[groups[histories.rows], histories.positions] >= self.config["history_dropout"]
+            histories = histories.keep(kept | (histories.positions == histories.lengths[histories.rows] - 1))
         return self.writer.write(templates, histories, interaction["source"], interaction["target"])
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:

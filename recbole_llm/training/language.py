@@ -12,6 +12,7 @@ from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
 from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
+from recbole_llm.data.instructions import read_templates
 from recbole_llm.data.item_text import ItemText, load_item_text
 from recbole_llm.data.text_noise import with_noise
 from recbole_llm.disk import remove
@@ -117,9 +118,11 @@ def take_backbone(
 def embedded_stage(
     config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore
 ) -> Stage:
-    """Train (or find) the embedded LM on the texts of items that stand in train, and the prompt templates."""
+    """Train (or find) the embedded LM on the texts of items that stand in train, and the run's prompt templates."""
     seen = np.unique(dataset.train_histories.items)
-    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], prompts.TEMPLATES, config["seed"])
+    # Words that the tokenizer has not met cost a token for every few letters, in every prompt.
+    templates = read_templates(config["prompts"]).whole() if config["prompts"] else prompts.TEMPLATES
+    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], templates, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
 
     def make(folder: Path) -> dict[str, Any]:
