@@ -172,7 +172,7 @@ class Recommender:
     @torch.no_grad()
     def _rank(self, interaction: Any, excluded: Any, k: int) -> Ranked:
         scores = catalogue_scores(
-            self.model, interaction.to(self.config["device"]), excluded, self.pool.candidates, self.fit.dataset
+            self.model, interaction.to(self.config["device"]), excluded, self.pool.candidates, self.loader._dataset
         )
         return self._best(scores, k)
 
