@@ -277,7 +277,8 @@ def _as_json(user: str | None, items: Items, source: str) -> str:
         for rank, (item, title, score) in enumerate(items, 1)
     ]
     whole = {"user": user, "items": rows, "source": "live" if source == "live" else "store"}
-    return json.dumps(whole, ensure_ascii=False)
+    # In ASCII: some readers end a line at a title that holds U+2028.
+    return json.dumps(whole)
 
 
 def _as_table(user: str | None, items: Items, source: str) -> str:

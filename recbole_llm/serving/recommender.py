@@ -172,7 +172,7 @@ class Recommender:
     @torch.no_grad()
     def _rank(self, interaction: Any, excluded: Any, k: int) -> Ranked:
         scores = catalogue_scores(
-            self.model, interaction.to(self.config["device"]), excluded, self.pool.candidates, self.fit.dataset
+            self.model, interaction.to(self.config["device"]), excluded, self.pool.candidates, self.loader._dataset
         )
         return self._best(scores, k)
 
@@ -246,8 +246,8 @@ class Recommender:
         name = self.config["model"]
         if name not in ITEM_TABLES or self.config["knn_method"] == "user":
             raise UserError(self._needs_users())
-        row = sp.csr_matrix((1, len(self.pool.raw_ids)), dtype=np.float32)
-        row[0, sorted(set(shown))] = 1
+        had = sorted(set(shown))
+        row = sp.csr_matrix((np.ones(len(had), dtype=np.float32), had, [0, len(had)]), (1, len(self.pool.raw_ids)))
         made = row @ getattr(self.model, ITEM_TABLES[name])
         scores = torch.from_numpy(np.asarray(made.todense() if sp.issparse(made) else made).copy()).view(1, -1)
         scores[:, ~self.pool.candidates] = -torch.inf

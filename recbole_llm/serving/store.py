@@ -110,6 +110,7 @@ class TopKStore:
             if found is not None:
                 problem = cls._problem(folder, found, wanted, shape)
                 if not problem:
+                    _write_tables(folder, catalogue)
                     return cls(folder, found)
                 if not anew:
                     raise UserError(problem + _REPLACE)
@@ -121,9 +122,7 @@ class TopKStore:
                 if path.name != ".lock":
                     remove(path)
             (folder / "blocks").mkdir()
-            NameIndex.save(folder, "users", catalogue.users)
-            TextTable.save(folder, "items", catalogue.items)
-            TextTable.save(folder, "titles", catalogue.titles)
+            _write_tables(folder, catalogue)
             card = {"schema": SCHEMA, **shape, "block": plan.block, "built_for": dict(wanted)}
             _write_json(folder / CARD, card)
             return cls(folder, card)
@@ -305,6 +304,17 @@ _OWN = {".lock", "blocks", COMPLETE} | {
     for part in ("bytes", "places", "slots")
     for end in ("", ".part")
 } | {f"{CARD}.part"}  # fmt: skip
+
+
+def _write_tables(folder: Path, catalogue: Catalogue) -> None:
+    """Write what is not there, or damaged."""
+    tables: tuple[tuple[type[NameIndex] | type[TextTable], str, Sequence[str]], ...] = (
+        (NameIndex, "users", catalogue.users), (TextTable, "items", catalogue.items),
+        (TextTable, "titles", catalogue.titles),
+    )  # fmt: skip
+    for kind, name, texts in tables:
+        if not kind.holds(folder, name, texts):
+            kind.save(folder, name, texts)
 
 
 def _check(row: np.void, user: int) -> int:

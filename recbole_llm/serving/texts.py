@@ -40,7 +40,7 @@ def map_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); build the store anew (--build=anew)") from None
+        raise UserError(f"{path} cannot be read ({error}); build the store again (--build=true)") from None
 
 
 class TextTable:
@@ -73,6 +73,15 @@ class TextTable:
         save_array(folder / f"{name}.bytes.npy", np.frombuffer(b"".join([*encoded, b"\0"]), dtype=np.uint8))
         save_array(folder / f"{name}.places.npy", places)
 
+    @classmethod
+    def holds(cls, folder: Path, name: str, texts: Sequence[str]) -> bool:
+        """Whether a table is there, whole and of these texts."""
+        try:
+            table = cls(folder, name)
+            return len(table) == len(texts) and all(table[number] == text for number, text in enumerate(texts))
+        except UserError:
+            return False
+
     def __len__(self) -> int:
         return len(self._places) - 1
 
@@ -85,7 +94,7 @@ class TextTable:
         (start, check), (end, _) = self._places[number], self._places[number + 1]
         text = self._bytes[start:end].tobytes()
         if zlib.crc32(text) != check:
-            raise UserError(f"{self._file} is damaged; build the store anew (--build=anew)")
+            raise UserError(f"{self._file} is damaged; build the store again (--build=true)")
         return text
 
     def __getitem__(self, number: int) -> str:
@@ -127,6 +136,15 @@ class NameIndex:
             slots[slot] = number
         TextTable.save(folder, name, names)
         save_array(folder / f"{name}.slots.npy", slots)
+
+    @classmethod
+    def holds(cls, folder: Path, name: str, names: Sequence[str]) -> bool:
+        """Whether an index is there, whole and of these names."""
+        try:
+            index = cls(folder, name)
+            return len(index.texts) == len(names) and all(index.find(text) == n for n, text in enumerate(names))
+        except UserError:
+            return False
 
     def find(self, text: str) -> int | None:
         """The number of a name; ``None`` where it is not there."""
