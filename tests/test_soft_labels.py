@@ -14,7 +14,7 @@ from torch.nn import functional
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.objectives.quirks import OFFICIAL, OURS, behaviour
-from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels, standardised
+from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels, deviations
 from recbole_llm.objectives.soft_loss import FORMS, SoftLabelLoss
 
 SPREADS = [0.0, 1.0, 30.0, 400.0]
@@ -145,7 +145,7 @@ class TestDistributions:
         torch.testing.assert_close(even(logits, target).probs, expected)
         # The scale of the teacher's logits no longer matters.
         torch.testing.assert_close(even(logits * 100 + 7, target).probs, expected)
-        assert standardised(torch.tensor([[2.0, 2.0, -math.inf]])).tolist() == [[0, 0, -math.inf]]
+        assert deviations(torch.tensor([[2.0, 2.0, -math.inf], [1.0, 5.0, -math.inf]])).tolist() == [[1], [2]]
 
     def test_official_drops_the_last_two_and_rounds(self) -> None:
         item_tokens = ItemTokens.from_sequences([[], [5, 6, 7], [5], [8, 9]], END)

@@ -120,8 +120,8 @@ class CollaborativeTokenizer:
         lm_ids: the language model's id of each token of their vocabulary, int64 [V]; ``None`` for the titles' own, and
             the tokens themselves where there are none.
         beta: the softmax temperature over items.
-        standardise: subtract every row's mean and divide by its deviation first, over the items that have tokens and a
-            finite logit: the logits of models trained with other losses have other scales.
+        standardise: divide every row by its deviation first, over the items that have tokens and a finite logit: models
+            trained with other losses have logits of other scales. (Their mean is nothing to a softmax.)
         drop_last: so many last tokens of an item are no label positions.
         dtype: that logits are rounded to; the released code has them from products of bfloat16.
 
@@ -236,12 +236,10 @@ class CollaborativeTokenizer:
         """
         if logits.shape != (len(targets), self.item_tokens.n_items):
             raise ValueError(f"logits {tuple(logits.shape)} for {len(targets)} x {self.item_tokens.n_items} items")
-        scores = self._scores(logits, targets, history)
+        scores = _Scores.of(self._allowed(logits, targets, history), self.trie.order, self.beta, self.standardise)
         trie, width = self.trie, len(self.trie.order) + 1
-        # One sum over the trie's order; relative to a row's largest, so that nothing overflows.
-        sums = functional.pad(scores.exp().cumsum(1), (1, 0)).view(-1)
+        sums = scores.sums().view(-1)
         rows = positions.samples * width
-        wholes = sums[rows + (width - 1)]
         low, high = (sums[rows + ends[positions.nodes]] for ends in (trie.starts, trie.ends))
         masses = high - low
         places = trie.starts.index_select(0, children.nodes).add_(rows.index_select(0, children.positions))
@@ -251,31 +249,27 @@ class CollaborativeTokenizer:
         after[children.offsets[1:] - 1] = high
         # A parallel sum need not ascend to the last digit.
         found = (after - below).clamp_(min=0) / masses.clamp(min=1e-300).index_select(0, children.positions)
-        small = masses <= SMALL * wholes
+        forced = children.offsets.diff() == 1
+        found[children.offsets[:-1][forced]] = 1.0
+        small = (masses <= SMALL * sums[rows + (width - 1)]) & ~forced
         if small.any():
             entries = small.index_select(0, children.positions).nonzero().squeeze(1)
             found[entries] = self._small(scores, positions, children, entries)
         return found
 
-    def _scores(self, logits: Tensor, targets: Tensor, history: Tensor | None) -> Tensor:
-        """Logits in the trie's order, over beta, less each row's largest: float64 [B, I]."""
+    def _allowed(self, logits: Tensor, targets: Tensor, history: Tensor | None) -> Tensor:
+        """Rounded logits with -inf for the history's items, float32 [B, n_items]."""
         logits = logits.detach().to(self.dtype).float()
-        if history is not None:
-            own = logits.gather(1, targets.unsqueeze(1))
-            logits = logits.scatter(1, history, -torch.inf).scatter(1, targets.unsqueeze(1), own)
-        scores = logits.index_select(1, self.trie.order).double()
-        if self.standardise:
-            scores = standardised(scores)
-        if self.beta != 1:
-            scores /= self.beta
-        most = scores.amax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 1)
-        return scores.sub_(most.where(most > -torch.inf, 0))
+        if history is None:
+            return logits
+        own = logits.gather(1, targets.unsqueeze(1))
+        return logits.scatter(1, history, -torch.inf).scatter_(1, targets.unsqueeze(1), own)
 
-    def _small(self, scores: Tensor, positions: Positions, children: Children, entries: Tensor) -> Tensor:
+    def _small(self, scores: _Scores, positions: Positions, children: Children, entries: Tensor) -> Tensor:
         """Probabilities by log-sum-exp over the items themselves, for all children of some positions.
 
         Args:
-            scores: from :meth:`_scores`, [B, I].
+            scores: of the batch.
             positions, children: all of them.
             entries: the children to do, int64 [e].
 
@@ -287,7 +281,7 @@ class CollaborativeTokenizer:
         counts = ends - begins
         owner = torch.arange(len(entries), device=entries.device).repeat_interleave(counts)
         places = torch.arange(len(owner), device=entries.device) + (ends - counts.cumsum(0))[owner]
-        values = scores[positions.samples[at][owner], places]
+        values = scores.at(positions.samples[at][owner], places)
         most = values.new_full((len(positions),), -torch.inf).scatter_reduce_(0, at[owner], values, "amax")
         base = most.where(most > -torch.inf, 0)
         masses = values.new_zeros(len(entries)).index_add_(0, owner, (values - base[at[owner]]).exp())
@@ -303,17 +297,52 @@ class CollaborativeTokenizer:
         )  # fmt: skip
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Each row less its mean and over its deviation, of what is finite; a constant row becomes 0.
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """Logits of a batch as exponents over beta: ``(ordered - shift) * scale``, at most 0.
+
+    Attributes:
+        ordered: logits of the items in the trie's order, and before them one of no item, -inf; float32 [B, 1 + I].
+        shift, scale: float64 [B, 1].
+    """
+
+    ordered: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, order: Tensor, beta: float, standardise: bool) -> _Scores:
+        """For items in an order: logits float32 [B, n_items], order int64 [I]."""
+        ordered = logits.index_select(1, functional.pad(order, (1, 0)))
+        ordered[:, 0] = -torch.inf
+        # Relative to a row's largest, so that nothing overflows.
+        most = ordered.amax(1, keepdim=True).double()
+        scale = torch.full_like(most, 1 / beta)
+        if standardise:
+            scale /= deviations(ordered)
+        return cls(ordered, most.where(most > -torch.inf, 0), scale)
+
+    def sums(self) -> Tensor:
+        """The sums of exp over the first 0, 1, ... I items of the order, float64 [B, 1 + I]."""
+        return self.ordered.double().sub_(self.shift).mul_(self.scale).exp_().cumsum_(1)
+
+    def at(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Exponents of items by their places in the order: float64 of the arguments' shape."""
+        return (self.ordered[rows, places + 1].double() - self.shift[rows, 0]) * self.scale[rows, 0]
+
+
+def deviations(logits: Tensor) -> Tensor:
+    """The standard deviation of what is finite in each row; 1 where that is constant.
 
     Args:
-        scores: float [B, I].
+        logits: float [B, I].
 
     Returns:
-        float [B, I]; what was -inf still is.
+        float64 [B, 1].
     """
-    finite = scores > -torch.inf
+    finite = logits > -torch.inf
     count = finite.sum(1, keepdim=True).clamp(min=1)
-    centred = scores - scores.where(finite, 0).sum(1, keepdim=True) / count
-    deviation = (centred.where(finite, 0).square().sum(1, keepdim=True) / count).sqrt()
-    return centred / deviation.where(deviation > 0, 1)
+    centred = logits.double().where(finite, 0)
+    centred = (centred - centred.sum(1, keepdim=True) / count).where(finite, 0)
+    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return deviation.where(deviation > 0, 1)
