@@ -122,9 +122,7 @@ class TestDistributions:
     def test_masses_far_below_the_total_are_exact(self) -> None:
         codes = [[-1, -1], [0, 0], [0, 1], [1, 0], [1, 1], [1, 1]]
         item_tokens = ItemTokens.from_codes(codes, [2, 2])
-        soft = CollaborativeTokenizer(item_tokens)(
-            torch.tensor([[0.0, 500, 499, -300, -301, -302]]), torch.tensor([4])
-        )
+        soft = CollaborativeTokenizer(item_tokens)(torch.tensor([[0.0, 500, 499, -300, -301, -302]]), torch.tensor([4]))
         below = [1.0, math.exp(-1) + math.exp(-2)]
         assert soft.probs[:2].tolist() == [1.0, 0.0]
         assert soft.probs[2:].tolist() == pytest.approx([mass / sum(below) for mass in below], rel=1e-6)
@@ -172,7 +170,7 @@ class TestDistributions:
         assert len(empty(torch.zeros(1, 2), torch.tensor([1]))) == 0
         with pytest.raises(ValueError, match="1 x 3 items"):
             tokenizer(torch.zeros(1, 4), torch.tensor([2]))
-        with pytest.raises(UserError, match="beta is .* above 0, not 0"):
+        with pytest.raises(UserError, match=r"beta is .* above 0, not 0"):
             CollaborativeTokenizer(item_tokens, beta=0)
 
     def test_fingerprint_tells_settings_apart(self) -> None:

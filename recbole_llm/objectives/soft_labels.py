@@ -142,6 +142,7 @@ class CollaborativeTokenizer:
         self.lm_ids = torch.arange(item_tokens.size, device=device) if given is None else given.to(device)
         self._children_of = self.trie.child_offsets.diff()
         self._before = self._nodes_before()
+        self._room = torch.empty(0, dtype=torch.float64, device=device)
 
     def _nodes_before(self) -> Tensor:
         """The node of the tokens before each token of every item, int64 [all tokens]: climbed from the leaves."""
@@ -158,7 +159,9 @@ class CollaborativeTokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of all that the distributions depend on but for logits, targets and histories."""
         facts = [self.item_tokens.fingerprint(), self.beta, self.standardise, self.drop_last, str(self.dtype)]
-        return hashlib.sha256(json.dumps(facts).encode() + self.lm_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(facts).encode() + self.lm_ids.cpu().numpy().astype("<i8").tobytes()
+        ).hexdigest()
 
     # Where.
 
@@ -181,12 +184,20 @@ class CollaborativeTokenizer:
         Args:
             nodes: int64 [M].
         """
-        counts = self._children_of[nodes]
+        counts = self.children_count(nodes)
         offsets = functional.pad(counts.cumsum(0), (1, 0))
         positions = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         shift = self.trie.child_offsets[nodes] - offsets[:-1]
         children = shift.index_select(0, positions).add_(torch.arange(len(positions), device=nodes.device))
         return Children(offsets, positions, children)
+
+    def children_count(self, nodes: Tensor) -> Tensor:
+        """How many children each node has, int64 [M].
+
+        Args:
+            nodes: int64 [M].
+        """
+        return self._children_of[nodes]
 
     # How much.
 
@@ -238,7 +249,7 @@ class CollaborativeTokenizer:
             raise ValueError(f"logits {tuple(logits.shape)} for {len(targets)} x {self.item_tokens.n_items} items")
         scores = _Scores.of(self._allowed(logits, targets, history), self.trie.order, self.beta, self.standardise)
         trie, width = self.trie, len(self.trie.order) + 1
-        sums = scores.sums().view(-1)
+        sums = scores.sums(self._buffer(len(scores.ordered), width)).view(-1)
         rows = positions.samples * width
         low, high = (sums[rows + ends[positions.nodes]] for ends in (trie.starts, trie.ends))
         masses = high - low
@@ -256,6 +267,12 @@ class CollaborativeTokenizer:
             entries = small.index_select(0, children.positions).nonzero().squeeze(1)
             found[entries] = self._small(scores, positions, children, entries)
         return found
+
+    def _buffer(self, rows: int, width: int) -> Tensor:
+        """Room for the sums of a batch, float64 [rows, width], used again: fresh memory costs as much as they do."""
+        if self._room.numel() < rows * width:
+            self._room = self._room.new_empty(rows * width)
+        return self._room[: rows * width].view(rows, width)
 
     def _allowed(self, logits: Tensor, targets: Tensor, history: Tensor | None) -> Tensor:
         """Rounded logits with -inf for the history's items, float32 [B, n_items]."""
@@ -322,9 +339,9 @@ class _Scores:
             scale /= deviations(ordered)
         return cls(ordered, most.where(most > -torch.inf, 0), scale)
 
-    def sums(self) -> Tensor:
-        """The sums of exp over the first 0, 1, ... I items of the order, float64 [B, 1 + I]."""
-        return self.ordered.double().sub_(self.shift).mul_(self.scale).exp_().cumsum_(1)
+    def sums(self, out: Tensor) -> Tensor:
+        """The sums of exp over the first 0, 1, ... I items of the order, written to ``out``, float64 [B, 1 + I]."""
+        return out.copy_(self.ordered).sub_(self.shift).mul_(self.scale).exp_().cumsum_(1)
 
     def at(self, rows: Tensor, places: Tensor) -> Tensor:
         """Exponents of items by their places in the order: float64 of the arguments' shape."""
