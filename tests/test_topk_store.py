@@ -138,7 +138,13 @@ def test_a_look_up_opens_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(store_module, "map_array", lambda path: opened.append(path) or mapped(path))
     store.look_up("u7", 4)
     assert [path.name for path in opened] == ["000001.npy"]
-    assert isinstance(mapped(opened[0]), np.memmap)
+    assert isinstance(mapped(opened[0]).base, np.memmap)
+    store.look_up("u8", 4)
+    assert len(opened) == 1
+    monkeypatch.setattr(store_module, "OPEN", 1)
+    store.look_up("u0", 4)
+    store.look_up("u7", 4)
+    assert [path.name for path in opened] == ["000001.npy", "000000.npy", "000001.npy"]
 
 
 def test_blocks_in_any_order_by_several_builders_make_the_same_store(tmp_path: Path) -> None:

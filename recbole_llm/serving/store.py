@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ from recbole_llm.serving.texts import NameIndex, TextTable, map_array, save_arra
 
 CARD, COMPLETE, SCHEMA = "store.json", "complete.json", 1
 _REPLACE = "; --build=anew puts a new one in its place, --store=DIR takes another"
+# Blocks that a store keeps mapped for the next look-up.
+OPEN = 256
 # What else a build that goes on must have in common with the one that began.
 SHAPE = {
     "k": "holds the best {0} items of each user, and --k is {1}",
@@ -82,6 +85,7 @@ class TopKStore:
         self.folder, self.card = folder, card
         self.k, self.block, self.n_users = int(card["k"]), int(card["block"]), int(card["users"])
         self.n_blocks = -(-self.n_users // self.block)
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
         self._dtype = np.dtype([("items", "<i4", (self.k,)), ("scores", "<f4", (self.k,)), ("check", "<u4")])
 
     @classmethod
@@ -287,7 +291,11 @@ class TopKStore:
         if number is None:
             return None
         block = number // self.block
-        row = self._table(block)[number - block * self.block]
+        if block not in self._open:
+            self._open[block] = self._table(block)
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        row = self._open[block][number - block * self.block]
         if _check(row, number) != int(row["check"]):
             raise UserError(f"{self._file(block)} is damaged; build the store again (--build=true)")
         return [
