@@ -32,6 +32,7 @@ QUICK = (
     "DCCF",
     "GLTA",
     "AlignTokenRec",
+    "LCRec",
 )
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -48,6 +49,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "embedding_model.epochs": 1, "embedding_model.eval_step": 0, "code_levels": 4, "code_size": 8, "code_epochs": 3,
         "history_length": 5, "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "negative_ratio": 1, "beams": 20,
+    },
+    "LCRec": {
+        "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+        "code_levels": 4, "code_size": 8, "code_epochs": 3, "code_layers": [16], "code_dim": 8, "history_length": 5,
+        "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "text_tokens": 16, "beams": 20,
     },
     "GLTA": {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
@@ -196,7 +202,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec"]
+    "model", ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec"]
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []
