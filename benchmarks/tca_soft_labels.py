@@ -102,15 +102,10 @@ def language_model(quick: bool) -> Any:
 
 
 def step_share(
-    tokenizer: CollaborativeTokenizer,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    prompt: int,
-    rounds: int,
-    quick: bool,
+    tokenizer: CollaborativeTokenizer, logits: torch.Tensor, targets: torch.Tensor, prompt: int, quick: bool
 ) -> dict[str, Any]:
     """Seconds of a training step with the plain loss, and of what ours puts in the place of it."""
-    model = language_model(quick)
+    model, rounds = language_model(quick), 2 if quick else 7
     item_tokens, hard = tokenizer.item_tokens, torch.Generator().manual_seed(0)
     answers, lengths = item_tokens.padded(targets)
     ids = torch.randint(0, SIZE, (len(targets), prompt), generator=hard)
@@ -205,9 +200,10 @@ def main() -> None:
         other = measure_pairs(call, lambda r=read, g=given: loop(root, sequences, logits, chosen, r, g), pairs)
         against[name] = round(median(ratios_of(*other)), 2)
     detail = {
-        "largest_difference_in_float32": rounded, "items": ITEMS, "vocabulary": SIZE, "samples": BATCH, "positions": len(soft), "entries": len(soft.tokens),
+        "largest_difference_in_float32": rounded,
+        "items": ITEMS, "vocabulary": SIZE, "samples": BATCH, "positions": len(soft), "entries": len(soft.tokens),
         "first_tokens": int(soft.offsets[1]), "tokenizer_made_in_seconds": round(seconds, 4), **against,
-        **step_share(tokenizer, logits[:part], targets[:part], prompt, 2 if arguments.quick else 7, arguments.quick),
+        **step_share(tokenizer, logits[:part], targets[:part], prompt, arguments.quick),
     }  # fmt: skip
     for name, value in detail.items():
         print(f"{name:>28}  {value}")

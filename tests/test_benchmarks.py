@@ -74,6 +74,7 @@ class TestHarness:
         "trie",
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
+        pytest.param("tca_soft_labels", marks=pytest.mark.slow),
     ],
 )
 def test_quick_run(name: str, tmp_path: Path) -> None:
