@@ -87,7 +87,9 @@ def test_states_and_gradients_are_those_of_prompts_read_alone(kind: str, checkpo
     reader = PackedReader(decoder)
     assert reader.packs == (kind not in ROW_BY_ROW)
     read: list[int] = []
-    hook = decoder.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(
+        lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True
+    )
     found = reader.states(padded(PROMPTS), ROWS, PLACES)
     hook.remove()
     openings = {tuple(prompt[: end + 1]) for prompt in PROMPTS for end in range(len(prompt))}
