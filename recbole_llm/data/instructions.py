@@ -1,7 +1,7 @@
 """Instruction prompts in which items stand as tokens: templates from a file, laid out over token ids.
 
-Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a segment, tokenised once; all of them lie
-in one ragged array. A prompt is a run of segment numbers, so a batch is one gather: no loop over rows, items or tokens.
+Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a segment, tokenised once. Segments
+have one numbering and a prompt is a run of numbers, so a batch is one gather: no loop over rows, items or tokens.
 Tokens of items are pasted as ids and text is encoded as plain text, so nothing that a title or a review spells can
 become one. A token that the model is to learn carries :data:`LABEL` until the batch is padded.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from recbole_llm.data.prompts import Ragged, join
+from recbole_llm.data.token_table import Segments, TokenTable
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
 
@@ -157,7 +158,7 @@ class InstructionWriter:
         eos_id: int,
         items: Ragged,
         separator: str,
-        texts: Mapping[str, Ragged],
+        texts: Mapping[str, TokenTable],
         label_history: bool = False,
     ) -> None:
         self._first: dict[str, int] = {}
@@ -191,10 +192,9 @@ class InstructionWriter:
             join([between, items]),
             join([between, labels]),
             join([labels, Ragged(end.values + LABEL, end.offsets)]),
-            *texts.values(),
         ]
-        sizes = torch.tensor([len(table) for table in tables])
-        bases = sizes.cumsum(0) - sizes
+        self._segments = Segments([*tables, *texts.values()])
+        bases = self._segments.bases
         self._bare, self._answer = int(bases[1]), int(bases[4])
         labelled = torch.zeros(len(flat), dtype=torch.long)
         if label_history and SEQUENTIAL in self._first:
@@ -203,11 +203,9 @@ class InstructionWriter:
         self._next = bases[2:4][labelled]
         # By kind of place: nothing, a history, and the texts.
         self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[5:]])
-        lengths = torch.cat([table.lengths for table in tables])
-        self._segments = Ragged.from_lengths(torch.cat([table.values for table in tables]), lengths)
         self._per_item = int(tables[2].lengths.max())
-        self._fixed = lengths[self._pieces].sum(1) + int(tables[4].lengths.max())
-        widest = [0, 0, *(int(table.lengths.max()) if len(table) else 0 for table in texts.values())]
+        self._fixed = self._segments.lengths_of(self._pieces).sum(1) + int(tables[4].lengths.max())
+        widest = [0, 0, *(table.longest for table in texts.values())]
         self._filled = torch.tensor(widest)[self._kinds].sum(1)
 
     def longest(self, history_length: int) -> int:
@@ -237,7 +235,7 @@ class InstructionWriter:
         templates = torch.tensor([self._first.get(task, 0) for task in TASKS])[tasks]
         kinds = self._kinds[templates]
         # What is no text is segment 0, which is empty.
-        texts = self._segments.lengths[self._bases[kinds] + sources.unsqueeze(1) * (kinds > 1)]
+        texts = self._segments.lengths_of(self._bases[kinds] + sources.unsqueeze(1) * (kinds > 1))
         return self._fixed[templates] + texts.sum(1) + (kinds == 1).any(1) * counts * self._per_item
 
     def write(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> TokenBatch:

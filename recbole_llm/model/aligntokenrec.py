@@ -33,6 +33,7 @@ from recbole_llm.data.instructions import (
     read_templates,
 )
 from recbole_llm.data.prompts import Ragged, check_history_length
+from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
@@ -84,7 +85,7 @@ class AlignTokenRec(SequentialRecommender):
         backbone: Backbone,
         head_model: Any,
         tie_order: Tensor,
-        texts: Mapping[str, Sequence[str]],
+        texts: Mapping[str, Sequence[str] | TokenTable],
     ) -> None:
         """Take in what the stages before made, and build what trains.
 
@@ -93,8 +94,8 @@ class AlignTokenRec(SequentialRecommender):
             backbone: the frozen language model; it learns to read the new tokens' ids, in place.
             head_model: the same language model with its vocabulary head.
             tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
-            texts: for each place of the tasks' templates but the history what can stand there: ``title`` and
-                ``description`` by item id, ``query`` by number. A task without any is left out.
+            texts: for each place of the tasks' templates but the history what can stand there, or its tokens: ``title``
+                and ``description`` by item id, ``query`` by number. A task without any is left out.
 
         Raises:
             UserError: the longest prompt does not fit the language model.
@@ -118,7 +119,10 @@ class AlignTokenRec(SequentialRecommender):
             if set(places) & set(given)
         }
         fills = {
-            place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
+            place: own
+            if isinstance(own, TokenTable)
+            else TokenTable.of(backbone.encode_batch(own), config["text_tokens"])
+            for place, own in texts.items()
         }
         self.writer = InstructionWriter(
             prompts,

@@ -10,21 +10,29 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
-from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
-from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
 from recbole_llm.training.task_texts import TaskTexts
+from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
 
 
 class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     """Trains a recommender that generates items: the tokens' stages, then its last one by RecBole's ``fit``."""
+
+    def _build_optimizer(self, **kwargs: Any) -> Any:
+        """One pass over the weights a step: tables of a whole vocabulary train here."""
+        made = super()._build_optimizer(**kwargs)
+        if isinstance(made, torch.optim.Adam):
+            for group in (made.defaults, *made.param_groups):
+                group["fused"] = True
+        return made
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -57,30 +65,21 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
+        tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
+        self.stages += [stage.as_dict() for stage in texts_made]
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
             item_tokens=made.tokens,
             backbone=backbone,
-            head_model=self._with_head(backbone.name),
+            head_model=backbone.causal,
             tie_order=tie_order(dataset.field2id_token[dataset.iid_field]),
-            texts=source.texts,
+            texts=tables,
         )
         train_data.text_items, train_data.query_items = source.text_items, source.query_items
         train_data.length_of = self.model.sample_lengths
-        self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
+        marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
+        self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         return self._upstream
-
-    def _with_head(self, name: str) -> Any:
-        config = self.config
-        options = {key: value for key, value in backbone_options(config).items() if key != "random_init"}
-        model = load_with_head(name, **options)
-        output = model.get_output_embeddings().weight
-        if config["llm_random_init"] and output is not model.get_input_embeddings().weight:
-            # Fresh weights have a fresh head; a tied one is the table, which is read live.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config["seed"])
-                torch.nn.init.normal_(output, std=getattr(model.config, "initializer_range", 0.02))
-        return model
 
 
 def staged_trainer(model_class: type) -> type[StagedTrainer]:
