@@ -38,7 +38,8 @@ def test_tables_behind_one_numbering(parts: list[tuple[bool, list[list[int]]]], 
     tables = [TokenTable.of(rows) if apart else Ragged.from_lists(rows) for apart, rows in parts]
     made = Segments(tables)
     flat = [row for _, rows in parts for row in rows]
-    assert made.bases.tolist() == np.cumsum([0, *(len(rows) for _, rows in parts)])[:-1].tolist()
+    assert len(made.take(torch.empty(0, dtype=torch.long))) == 0
+    assert made.bases.tolist() == np.cumsum([0, *(len(rows) for _, rows in parts)]).tolist()
     if flat:
         numbers = torch.tensor([draw.randrange(len(flat)) for _ in range(9)])
         assert rows_of(made.take(numbers)) == [flat[number] for number in numbers.tolist()]

@@ -9,13 +9,16 @@ become one. A token that the model is to learn carries :data:`LABEL` until the b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
+from recbole_llm.data.prompt_room import PromptRoom
 from recbole_llm.data.prompts import Ragged, join
 from recbole_llm.data.token_table import Segments, TokenTable
 from recbole_llm.errors import UserError, did_you_mean
@@ -147,6 +150,10 @@ class InstructionWriter:
         separator: between two items of a history.
         texts: what stands for each other place: token ids, one row a source.
         label_history: whether the tokens of shown items, but the first, are labels too in the sequential task.
+
+    Attributes:
+        too_long: how many prompts were left out or made shorter (:meth:`leave_room`), by task; to be cleared by its
+            reader.
     """
 
     def __init__(
@@ -163,10 +170,13 @@ class InstructionWriter:
     ) -> None:
         self._first: dict[str, int] = {}
         self._count: dict[str, int] = {}
+        self.too_long: Counter[str] = Counter()
+        self._room: PromptRoom | None = None
         flat: list[str] = []
         for task, templates in prompts.items():
             self._first[task], self._count[task] = len(flat), len(templates)
             flat += templates
+        self._task_of = [task for task, templates in prompts.items() for _ in templates]
         names = [PLACE.findall(text) for text in flat]
         width = max(map(len, names))
         fixed = [PLACE.split(text)[::2] for text in flat]
@@ -202,16 +212,34 @@ class InstructionWriter:
         # Every item of a history but the first, by template.
         self._next = bases[2:4][labelled]
         # By kind of place: nothing, a history, and the texts.
-        self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[5:]])
+        self._bases = torch.cat([torch.zeros(2, dtype=torch.long), bases[5:-1]])
         self._per_item = int(tables[2].lengths.max())
         self._fixed = self._segments.lengths_of(self._pieces).sum(1) + int(tables[4].lengths.max())
         widest = [0, 0, *(table.longest for table in texts.values())]
         self._filled = torch.tensor(widest)[self._kinds].sum(1)
+        self._answer_length = int(tables[4].lengths.max())
+        ranges = list(pairwise(bases.tolist()))
+        self._shown = [(*ends, self._bare) for ends in ranges[1:4]]
+        self._of_texts = ranges[5:]
 
     def longest(self, history_length: int) -> int:
         """Tokens of the longest prompt with its answer that there can be."""
         shown = (self._kinds == 1).any(1).long() * (history_length * self._per_item)
         return int((self._fixed + self._filled + shown).max())
+
+    def shortest(self) -> int:
+        """Tokens of the longest prompt with its answer when all has gone that can: all items but one, all text."""
+        return int((self._fixed + (self._kinds == 1).any(1).long() * self._per_item).max())
+
+    def leave_room(self, tokens: int, drop: bool) -> None:
+        """Let no prompt with its answer have more tokens than this.
+
+        Args:
+            tokens: at least :meth:`shortest`.
+            drop: whether samples of training are left out rather than made shorter; what is asked at inference is made
+                shorter in any case.
+        """
+        self._room = PromptRoom(tokens, self._segments, self._shown, self._of_texts, drop)
 
     def draw(self, tasks: Tensor, generator: Generator) -> Tensor:
         """A template for each sample: int64 ``[B]``.
@@ -246,9 +274,12 @@ class InstructionWriter:
             histories: items, oldest first, one row a prompt; read by templates with a history.
             sources: int64 ``[B]``, the row of the texts, for templates with one.
             targets: int64 ``[B]``, the items to answer with.
+
+        Returns:
+            A batch of these rows, or of those that there is room for.
         """
-        answers = _column(self._answer + targets)
-        padded = self._tokens(join([self._runs(templates, histories, sources), answers])).padded(0)
+        runs = join([self._runs(templates, histories, sources), _column(self._answer + targets)])
+        padded = self._fitted(runs, templates, self._room is not None and self._room.drop).padded(0)
         rows, places = (padded[:, 1:] >= LABEL).nonzero(as_tuple=True)
         ids = padded & (LABEL - 1)
         # The end token itself is read from nowhere.
@@ -257,11 +288,27 @@ class InstructionWriter:
     def ask(self, histories: Ragged) -> Ragged:
         """The prompts of inference: token ids, one row a history."""
         templates = torch.full((len(histories),), self._first[INFERENCE])
-        asked = self._tokens(self._runs(templates, histories, torch.zeros_like(templates)))
+        asked = self._fitted(self._runs(templates, histories, torch.zeros_like(templates)), templates, answered=False)
         return Ragged(asked.values & (LABEL - 1), asked.offsets)
 
-    def _tokens(self, runs: Ragged) -> Ragged:
+    def _fitted(self, runs: Ragged, templates: Tensor, drop: bool = False, answered: bool = True) -> Ragged:
+        """Tokens of prompts, those that are too long left out or made shorter."""
+        if self._room is None:
+            return self._tokens(self._segments.take(runs.values), runs)
+        tokens = self._room.tokens - (0 if answered else self._answer_length)
+        long = self._room.too_long(runs, tokens) > 0
+        if long.any():
+            self.too_long.update(self._task_of[template] for template in templates[long].tolist())
+        if drop:
+            runs = runs.take((~long).nonzero().squeeze(1))
+            return self._tokens(self._segments.take(runs.values), runs)
+        runs, cuts = self._room.shorten(runs, tokens)
         taken = self._segments.take(runs.values)
+        return self._tokens(taken.keep(taken.positions < (taken.lengths - cuts)[taken.rows]), runs)
+
+    @staticmethod
+    def _tokens(taken: Ragged, runs: Ragged) -> Ragged:
+        """Tokens by prompt from tokens by segment."""
         return Ragged(taken.values, taken.offsets[runs.offsets])
 
     def _runs(self, templates: Tensor, histories: Ragged, sources: Tensor) -> Ragged:

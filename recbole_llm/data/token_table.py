@@ -110,15 +110,14 @@ class Segments:
         tables: at least one.
 
     Attributes:
-        bases: int64 ``[tables]``, the number of each table's first row.
+        bases: int64 ``[tables + 1]``, the number of each table's first row, and how many rows there are.
     """
 
     def __init__(self, tables: Sequence[Ragged | TokenTable]) -> None:
-        sizes = torch.tensor([len(table) for table in tables])
-        self.bases = sizes.cumsum(0) - sizes
+        self.bases = torch.tensor([0, *(len(table) for table in tables)]).cumsum(0)
         self._tables: list[Ragged | TokenTable] = []
         starts: list[int] = []
-        for table, base in zip(tables, self.bases.tolist(), strict=True):
+        for table, base in zip(tables, self.bases.tolist()):
             last = self._tables[-1] if self._tables else None
             if isinstance(table, Ragged) and isinstance(last, Ragged):
                 values = torch.cat([last.values, table.values])
@@ -152,6 +151,8 @@ class Segments:
     def take(self, numbers: Tensor) -> Ragged:
         """Segments by number (int64 ``[B]``, repeats allowed), in that order."""
         parts = self._by_table(numbers)
+        if not parts:
+            return Ragged(numbers, torch.zeros(1, dtype=torch.long))
         if len(parts) == 1:
             table, _, rows = parts[0]
             return table.take(rows)

@@ -12,6 +12,7 @@ Semantic Tokenization", AAAI 2025, arXiv 2412.13771; prompts and training as in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from recbole_llm.backbone.code_tokens import extend
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import (
     HISTORY,
+    INFERENCE,
     PLACES,
     InstructionWriter,
     TokenBatch,
@@ -41,6 +43,8 @@ from recbole_llm.itemid.exclusion import Exclusion
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
     from recbole_llm.itemid.item_tokens import ItemTokens
+
+logger = logging.getLogger("recbole_llm")
 
 FINE_TUNING = "fine_tuning"
 
@@ -98,7 +102,7 @@ class AlignTokenRec(SequentialRecommender):
                 and ``description`` by item id, ``query`` by number. A task without any is left out.
 
         Raises:
-            UserError: the longest prompt does not fit the language model.
+            UserError: a prompt does not fit the language model, and ``long_prompts`` does not say what then.
         """
         config = self.config
         # Not a submodule: of the language model only what trains is part of the model's state and parameters.
@@ -134,13 +138,31 @@ class AlignTokenRec(SequentialRecommender):
             texts=fills,
             label_history=config["train_positions"] == "all",
         )
-        longest = self.writer.longest(self.history_length)
-        room = getattr(backbone.decoder.config, "max_position_embeddings", None)
-        if room is not None and longest > room:
+        self._leave_room(getattr(backbone.decoder.config, "max_position_embeddings", None))
+
+    def _leave_room(self, context: int | None) -> None:
+        """See that prompts fit, or that what does not is left out or made shorter."""
+        config, longest = self.config, self.writer.longest(self.history_length)
+        rooms = {"prompt_tokens allows": config["prompt_tokens"], "the language model has": context}
+        given = {name: room for name, room in rooms.items() if room is not None}
+        if not given or longest <= min(given.values()):
+            return
+        name, room = min(given.items(), key=lambda pair: pair[1])
+        if config["long_prompts"] == "refuse":
             raise UserError(
-                f"prompts take up to {longest} tokens, the language model has {room}; lower history_length "
-                "or text_tokens"
+                f"prompts take up to {longest} tokens, {name} {room}; lower history_length or text_tokens, or set "
+                "long_prompts: truncate or drop"
             )
+        if self.writer.shortest() > room:
+            raise UserError(f"prompts of one item take {self.writer.shortest()} tokens, {name} {room}")
+        self.writer.leave_room(room, drop=config["long_prompts"] == "drop")
+
+    def tell_long_prompts(self) -> None:
+        """Log how many prompts were left out or made shorter since this was last told."""
+        for task, count in self.writer.too_long.items():
+            done = "left out" if self.config["long_prompts"] == "drop" and task != INFERENCE else "made shorter"
+            logger.info("%s: %d prompts were too long and %s (long_prompts)", task, count, done)
+        self.writer.too_long.clear()
 
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
@@ -174,6 +196,9 @@ class AlignTokenRec(SequentialRecommender):
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
+        if not len(batch.labels):
+            # Every prompt was too long.
+            return torch.stack([weight.sum() * 0 for weight in self.parameters()]).sum()
         states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
         return F.cross_entropy(self.head.logits(states), batch.labels.to(self.device))
 

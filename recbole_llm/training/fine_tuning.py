@@ -34,6 +34,18 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
                 group["fused"] = True
         return made
 
+    def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As other staged recommenders do; the log says which prompts were too long."""
+        loss = super()._train_epoch(*args, **kwargs)
+        self.model.tell_long_prompts()
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As other trainers do; the log says how many histories were made shorter."""
+        found = super().evaluate(*args, **kwargs)
+        self.model.tell_long_prompts()
+        return found
+
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
 
