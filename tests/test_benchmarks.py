@@ -73,6 +73,7 @@ class TestHarness:
         "sasrec_step",
         "trie",
         pytest.param("beam_search", marks=pytest.mark.slow),
+        pytest.param("fine_tuning", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
         pytest.param("tca_soft_labels", marks=pytest.mark.slow),
     ],

@@ -73,7 +73,7 @@ class PlainEncoder:
 
 
 class Backbone:
-    """A frozen causal language model without its vocabulary head.
+    """A frozen causal language model.
 
     Attributes:
         name: the hub id or folder it came from.
@@ -84,19 +84,21 @@ class Backbone:
         bos_id: id of the token that begins a text; ``None`` for models that have none.
         eos_id: id of the token that ends a text.
         pad_id: id to fill up batches with; the one of EOS for models that have none of their own.
+        causal: the whole model around the decoder, with its vocabulary head, where that was asked for.
         tokens_read: positions, padding included, that the decoder was given so far: what a stage's cost goes by.
 
     Args:
         decoder: a Hugging Face base model.
         tokenizer: its fast tokenizer.
         name: what to call it in messages.
+        causal: the model that the decoder is of, where its head is wanted.
 
     Raises:
         UserError: the tokenizer is not a fast one, knows no end of text, or has more tokens than the model.
     """
 
-    def __init__(self, decoder: nn.Module, tokenizer: Any, name: str) -> None:
-        self.name = name
+    def __init__(self, decoder: nn.Module, tokenizer: Any, name: str, causal: Any = None) -> None:
+        self.name, self.causal = name, causal
         self.decoder = decoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         # nn.Module declares what it does not know as Tensor | Module.
@@ -134,6 +136,10 @@ class Backbone:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """:meth:`encode` of many texts, in parallel."""
         return self._encoder.encode(list(texts))
+
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of what :meth:`encode` does."""
+        return hashlib.sha256(self._encoder.text.encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 of what the model is: its configuration, its tokenizer, and a sample of every weight.

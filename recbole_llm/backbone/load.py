@@ -48,8 +48,9 @@ def load_backbone(
     trust_remote_code: bool = False,
     device: str = "cpu",
     random_init: int | None = None,
+    with_head: bool = False,
 ) -> Backbone:
-    """Load a causal language model without its vocabulary head, frozen.
+    """Load a causal language model, frozen.
 
     Args:
         name_or_folder: a folder as ``save_pretrained`` writes it, or else a hub id; what the hub's local cache holds is
@@ -61,6 +62,7 @@ def load_backbone(
         device: where to put it.
         random_init: leave the weights behind and initialise the architecture anew from this seed: the control that
             tells what the weights have learned.
+        with_head: keep its vocabulary head, as :attr:`Backbone.causal`.
 
     Raises:
         UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
@@ -70,6 +72,7 @@ def load_backbone(
         raise UserError("llm_random_init: true has no weights to quantise; set llm_quantization: none")
     check_options(dtype, attention, quantization, device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "random_init": random_init}
+    options |= {"with_head": with_head}
     name = str(name_or_folder)
     source = Path(name).expanduser()
     if source.is_dir():
@@ -150,7 +153,7 @@ def check_options(dtype: str, attention: str, quantization: str, device: str) ->
 
 
 def _load(source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]) -> Backbone:
-    random_init = options.pop("random_init")
+    random_init, with_head = options.pop("random_init"), options.pop("with_head")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -170,15 +173,16 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
         with quiet_transformers(), warnings.catch_warnings():
             # That the model's own file says how its weights are packed is what it should say.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            decoder, report = _decoder(source, quantization, options, random_init)
+            model, report = _model(source, quantization, options, random_init, with_head)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"llm '{source}' cannot be loaded: {reason[:300]}") from error
     if report["missing_keys"]:
         raise UserError(f"llm '{source}' lacks weights, such as {sorted(report['missing_keys'])[0]}")
     if quantization == "none":
-        decoder = decoder.to(device)
-    backbone = Backbone(decoder, tokenizer, source)
+        model = model.to(device)
+    causal = model.eval().requires_grad_(False) if with_head else None
+    backbone = Backbone(model if causal is None else causal.base_model, tokenizer, source, causal)
     if not backbone.is_causal():
         raise UserError(f"llm '{source}': a {config.model_type} that looks ahead is no causal language model")
     return backbone
@@ -195,22 +199,23 @@ def _has_sdpa(config: Any) -> bool:
     return not known or AutoModel._model_mapping[type(config)]._supports_sdpa
 
 
-def _decoder(
-    source: str, quantization: str, options: dict[str, Any], random_init: int | None
+def _model(
+    source: str, quantization: str, options: dict[str, Any], random_init: int | None, with_head: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The decoder without its vocabulary head, and what transformers reports of the loading."""
+    """The decoder, or the whole model with its vocabulary head, and what transformers reports of the loading."""
+    kind = AutoModelForCausalLM if with_head else AutoModel
     if random_init is not None:
         config, dtype = options.pop("config"), options.pop("dtype")
         options.pop("local_files_only", None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_init)
             # Drawn in float32 and then rounded, so that every type starts from the same weights.
-            return AutoModel.from_config(config, **options).to(dtype), {"missing_keys": set()}
+            return kind.from_config(config, **options).to(dtype), {"missing_keys": set()}
     if quantization != "gptq":
-        return AutoModel.from_pretrained(source, output_loading_info=True, **options)
+        return kind.from_pretrained(source, output_loading_info=True, **options)
     # optimum finds the layers to replace by their names in the whole model, so that is what has to be loaded.
     whole, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    return whole.base_model, report
+    return (whole if with_head else whole.base_model), report
 
 
 def _quantization_config(quantization: str, dtype: torch.dtype, config: Any) -> Any:

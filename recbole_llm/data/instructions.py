@@ -1,7 +1,7 @@
 """Instruction prompts in which items stand as tokens: templates from a file, laid out over token ids.
 
-Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a segment, tokenised once; all of them lie
-in one ragged array. A prompt is a run of segment numbers, so a batch is one gather: no loop over rows, items or tokens.
+Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a segment, tokenised once. Segments
+have one numbering and a prompt is a run of numbers, so a batch is one gather: no loop over rows, items or tokens.
 Tokens of items are pasted as ids and text is encoded as plain text, so nothing that a title or a review spells can
 become one. A token that the model is to learn carries :data:`LABEL` until the batch is padded.
 """
@@ -9,6 +9,7 @@ become one. A token that the model is to learn carries :data:`LABEL` until the b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from recbole_llm.data.prompt_room import PromptRoom
 from recbole_llm.data.prompts import Ragged, join
+from recbole_llm.data.token_table import Segments, TokenTable
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
 from recbole_llm.tasks import behaviour
@@ -182,6 +185,10 @@ class InstructionWriter:
         label_history: whether the tokens of shown items, but the first, are labels too in the sequential task.
         title_separator: between two titles of a history.
         title_tokens: each title of a history is cut to so many tokens.
+
+    Attributes:
+        too_long: how many prompts were left out or made shorter (:meth:`leave_room`), by task; to be cleared by its
+            reader.
     """
 
     def __init__(
@@ -193,7 +200,7 @@ class InstructionWriter:
         eos_id: int,
         items: Ragged,
         separator: str,
-        texts: Mapping[str, Ragged],
+        texts: Mapping[str, TokenTable],
         label_history: bool = False,
         title_separator: str = "; ",
         title_tokens: int = 16,
@@ -201,6 +208,8 @@ class InstructionWriter:
         self._first: dict[str, int] = {}
         self._count: dict[str, int] = {}
         self._bare_count: dict[str, int] = {}
+        self.too_long: Counter[str] = Counter()
+        self._room: PromptRoom | None = None
         flat: list[Wording] = []
         for task, wordings in prompts.items():
             # A sample without a history is asked by templates without one, which come first. The others stand in the
@@ -210,15 +219,17 @@ class InstructionWriter:
             keys = zip(needs, wordings if task != INFERENCE else needs)
             flat += [wording for _, wording in sorted(zip(keys, wordings), key=lambda pair: pair[0])]
 
+        self._task_of = [task for task, wordings in prompts.items() for _ in wordings]
         gaps = encode([separator, title_separator])
         labels = Ragged(items.values + LABEL, items.offsets)
         answered = {place for wording in flat for place in PLACE.findall(wording.answer)} - {TARGET}
         titles = Ragged.from_lengths(items.values[:0], torch.zeros_like(items.lengths))
         if any(TITLES in wording.places for wording in flat):
-            titles = texts["title"].keep(texts["title"].positions < title_tokens)
+            titles = texts["title"].cut(title_tokens).take(torch.arange(len(texts["title"])))
         pieces = self._pieces_of(flat, encode, bos_id, eos_id)
-        tables = {
+        tables: dict[str, Ragged | TokenTable] = {
             "pieces": Ragged.from_lists([[], *(piece for row in pieces for piece in row)]),
+            "opening": items,
             ITEM: items,
             "next": _behind(gaps[0], items),
             "next learned": _behind(gaps[0], labels),
@@ -226,10 +237,10 @@ class InstructionWriter:
             TITLES: titles,
             "next title": _behind(gaps[1], titles),
             **texts,
-            **{f"answer {place}": Ragged(texts[place].values + LABEL, texts[place].offsets) for place in answered},
+            **{f"answer {place}": texts[place].added(LABEL) for place in answered},
         }
-        sizes = torch.tensor([len(table) for table in tables.values()])
-        bases = dict(zip(tables, (sizes.cumsum(0) - sizes).tolist()))
+        self._segments = Segments(list(tables.values()))
+        bases = dict(zip(tables, self._segments.bases.tolist()))
         singles = [ITEM, TARGET, *texts, *(f"answer {place}" for place in answered)]
         kinds = {HISTORY: SHOWN, TITLES: SHOWN_TITLES} | {name: row for row, name in enumerate(singles, SINGLE)}
 
@@ -250,20 +261,34 @@ class InstructionWriter:
         # The first and every other item of a history, by template and by kind of history.
         nexts = torch.where(labelled, bases["next learned"], bases["next"])
         self._shown = {
-            SHOWN: (bases[ITEM], nexts),
+            SHOWN: (bases["opening"], nexts),
             SHOWN_TITLES: (bases[TITLES], torch.full_like(nexts, bases["next title"])),
         }
         # By kind of place: where its table begins, and whether its row is the item's rather than the text's.
         self._bases = torch.tensor([0] * SINGLE + [bases[name] for name in singles])
         self._by_item = torch.tensor([name in (ITEM, TARGET) for name in [""] * SINGLE + singles])
-        lengths = torch.cat([table.lengths for table in tables.values()])
-        self._segments = Ragged.from_lengths(torch.cat([table.values for table in tables.values()]), lengths)
-        widest = {name: int(table.lengths.max()) if len(table) else 0 for name, table in tables.items()}
+        widest = {name: _widest(table) for name, table in tables.items()}
         self._per_shown = torch.tensor([0, widest["next"], widest["next title"]] + [0] * len(singles))
+        self._answer_length = widest[ITEM] + 1
+        # By template: wording and single items; texts that answer; texts that are asked about, which can be cut.
         item = torch.where(self._by_item, widest[ITEM], 0)
-        self._fixed = lengths[self._pieces].sum(1) + item[self._kinds].sum(1)
-        most = torch.tensor([0] * SINGLE + [0 if name in (ITEM, TARGET) else widest[name] for name in singles])
-        self._filled = most[self._kinds].sum(1)
+        self._fixed = self._segments.lengths_of(self._pieces).sum(1) + item[self._kinds].sum(1)
+        asked_only = torch.tensor([task == INFERENCE for task in self._task_of])
+        self._fixed += asked_only.long() * self._answer_length
+        most = {name: widest[name] for name in singles if name not in (ITEM, TARGET)}
+        answering = torch.tensor([0] * SINGLE + [0 if name in texts else most.get(name, 0) for name in singles])
+        filled = torch.tensor([0] * SINGLE + [most[name] if name in texts else 0 for name in singles])
+        self._told, self._filled = answering[self._kinds].sum(1), filled[self._kinds].sum(1)
+        ranges = {name: (base, base + len(table)) for (name, base), table in zip(bases.items(), tables.values())}
+        openings = {
+            "opening": "opening",
+            "next": "opening",
+            "next learned": "opening",
+            TITLES: TITLES,
+            "next title": TITLES,
+        }
+        self._histories = [(*ranges[name], bases[opening]) for name, opening in openings.items()]
+        self._of_texts = [ranges[name] for name in texts]
 
     @staticmethod
     def _pieces_of(
@@ -286,7 +311,21 @@ class InstructionWriter:
     def longest(self, history_length: int) -> int:
         """Tokens of the longest prompt with its answer that there can be."""
         shown = self._per_shown[self._kinds].sum(1) * history_length
-        return int((self._fixed + self._filled + shown).max())
+        return int((self._fixed + self._told + self._filled + shown).max())
+
+    def shortest(self) -> int:
+        """Tokens of the longest prompt with its answer when all has gone that can: all items but one, all text."""
+        return int((self._fixed + self._told + self._per_shown[self._kinds].sum(1)).max())
+
+    def leave_room(self, tokens: int, drop: bool) -> None:
+        """Let no prompt with its answer have more tokens than this.
+
+        Args:
+            tokens: at least :meth:`shortest`.
+            drop: whether samples of training are left out rather than made shorter; what is asked at inference is made
+                shorter in any case.
+        """
+        self._room = PromptRoom(tokens, self._segments, self._histories, self._of_texts, drop)
 
     def draw(
         self, tasks: Tensor, generator: Generator, shown: Tensor | None = None, groups: Tensor | None = None
@@ -322,7 +361,7 @@ class InstructionWriter:
         kinds = self._kinds[templates]
         # What is no text is segment 0, which is empty.
         text = (kinds >= SINGLE) & ~self._by_item[kinds]
-        texts = self._segments.lengths[torch.where(text, self._bases[kinds] + sources.unsqueeze(1), 0)]
+        texts = self._segments.lengths_of(torch.where(text, self._bases[kinds] + sources.unsqueeze(1), 0))
         return self._fixed[templates] + texts.sum(1) + self._per_shown[kinds].sum(1) * counts
 
     def write(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> TokenBatch:
@@ -333,8 +372,12 @@ class InstructionWriter:
             histories: items, oldest first, one row a prompt; read by templates with a history.
             sources: int64 ``[B]``, the row of the texts, for templates with one.
             targets: int64 ``[B]``, the items asked about or to answer with.
+
+        Returns:
+            A batch of these rows, or of those that there is room for.
         """
-        padded = self._tokens(self._runs(templates, histories, sources, targets)).padded(0)
+        runs = self._runs(templates, histories, sources, targets)
+        padded = self._fitted(runs, templates, self._room is not None and self._room.drop).padded(0)
         rows, places = (padded[:, 1:] >= LABEL).nonzero(as_tuple=True)
         ids = padded & (LABEL - 1)
         # The end token itself is read from nowhere.
@@ -349,11 +392,27 @@ class InstructionWriter:
         """
         templates = torch.full((len(histories),), self._first[INFERENCE] + which)
         nothing = torch.zeros_like(templates)
-        asked = self._tokens(self._runs(templates, histories, nothing, nothing))
+        asked = self._fitted(self._runs(templates, histories, nothing, nothing), templates, answered=False)
         return Ragged(asked.values & (LABEL - 1), asked.offsets)
 
-    def _tokens(self, runs: Ragged) -> Ragged:
+    def _fitted(self, runs: Ragged, templates: Tensor, drop: bool = False, answered: bool = True) -> Ragged:
+        """Tokens of prompts, those that are too long left out or made shorter."""
+        if self._room is None:
+            return self._tokens(self._segments.take(runs.values), runs)
+        tokens = self._room.tokens - (0 if answered else self._answer_length)
+        long = self._room.too_long(runs, tokens) > 0
+        if long.any():
+            self.too_long.update(self._task_of[template] for template in templates[long].tolist())
+        if drop:
+            runs = runs.take((~long).nonzero().squeeze(1))
+            return self._tokens(self._segments.take(runs.values), runs)
+        runs, cuts = self._room.shorten(runs, tokens)
         taken = self._segments.take(runs.values)
+        return self._tokens(taken.keep(taken.positions < (taken.lengths - cuts)[taken.rows]), runs)
+
+    @staticmethod
+    def _tokens(taken: Ragged, runs: Ragged) -> Ragged:
+        """Tokens by prompt from tokens by segment."""
         return Ragged(taken.values, taken.offsets[runs.offsets])
 
     def _runs(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> Ragged:
@@ -371,6 +430,13 @@ class InstructionWriter:
             parts.append(_column(torch.where(kinds >= SINGLE, found, 0)))
             parts.append(_column(self._pieces[templates, slot + 1]))
         return join(parts)
+
+
+def _widest(table: Ragged | TokenTable) -> int:
+    """Tokens of a table's longest row; 0 where there is none."""
+    if isinstance(table, TokenTable):
+        return table.longest
+    return int(table.lengths.max()) if len(table) else 0
 
 
 def _column(values: Tensor) -> Ragged:

@@ -12,6 +12,7 @@ Semantic Tokenization", AAAI 2025, arXiv 2412.13771; prompts and training as in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ from recbole_llm.data.instructions import (
 )
 from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.data.task_loader import history_groups
+from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
@@ -45,6 +47,8 @@ from recbole_llm.tasks.behaviour import SEQUENTIAL
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
     from recbole_llm.itemid.item_tokens import ItemTokens
+
+logger = logging.getLogger("recbole_llm")
 
 FINE_TUNING = "fine_tuning"
 
@@ -93,7 +97,7 @@ class AlignTokenRec(SequentialRecommender):
         backbone: Backbone,
         head_model: Any,
         tie_order: Tensor,
-        texts: Mapping[str, Sequence[str]],
+        texts: Mapping[str, Sequence[str] | TokenTable],
         codebook: Tensor | None = None,
     ) -> None:
         """Take in what the stages before made, and build what trains.
@@ -103,13 +107,13 @@ class AlignTokenRec(SequentialRecommender):
             backbone: the frozen language model; it learns to read the new tokens' ids, in place.
             head_model: the same language model with its vocabulary head.
             tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
-            texts: for each place of the tasks' templates that holds a text what can stand there: ``title`` and
-                ``description`` by item id, ``query`` and others by number. A task that needs some and has none is left
-                out.
+            texts: for each place of the tasks' templates that holds a text what can stand there, or its tokens:
+                ``title`` and ``description`` by item id, ``query`` and others by number. A task that needs some and has
+                none is left out.
             codebook: float32 ``[N, C, d]``, the codes' vectors; of ``code_embedding`` other than none.
 
         Raises:
-            UserError: the longest prompt does not fit the language model.
+            UserError: a prompt does not fit the language model, and ``long_prompts`` does not say what then.
         """
         config = self.config
         # Not a submodule: of the language model only what trains is part of the model's state and parameters.
@@ -134,7 +138,10 @@ class AlignTokenRec(SequentialRecommender):
         prompts[INFERENCE] = [wording._replace(answer="") for wording in self.templates.instructions(asked, [])]
         self.prompts_asked = len(prompts[INFERENCE])
         fills = {
-            place: Ragged.from_lists(backbone.encode_batch(own), config["text_tokens"]) for place, own in texts.items()
+            place: own
+            if isinstance(own, TokenTable)
+            else TokenTable.of(backbone.encode_batch(own), config["text_tokens"])
+            for place, own in texts.items()
         }
         self._write_for = partial(
             InstructionWriter,
@@ -148,14 +155,33 @@ class AlignTokenRec(SequentialRecommender):
             title_separator=self.templates.title_separator,
             title_tokens=config["history_title_tokens"],
         )
+        self._make_writer()
+
+    def _make_writer(self) -> None:
+        """Prompts of the items that there are; what does not fit is left out or made shorter."""
         self.writer = self._write_for(items=self._lm_tokens())
-        longest = self.writer.longest(self.history_length)
-        room = getattr(backbone.decoder.config, "max_position_embeddings", None)
-        if room is not None and longest > room:
+        config, longest = self.config, self.writer.longest(self.history_length)
+        context = getattr(self.backbone.decoder.config, "max_position_embeddings", None)
+        rooms = {"prompt_tokens allows": config["prompt_tokens"], "the language model has": context}
+        given = {name: room for name, room in rooms.items() if room is not None}
+        if not given or longest <= min(given.values()):
+            return
+        name, room = min(given.items(), key=lambda pair: pair[1])
+        if config["long_prompts"] == "refuse":
             raise UserError(
-                f"prompts take up to {longest} tokens, the language model has {room}; lower history_length "
-                "or text_tokens"
+                f"prompts take up to {longest} tokens, {name} {room}; lower history_length or text_tokens, or set "
+                "long_prompts: truncate or drop"
             )
+        if self.writer.shortest() > room:
+            raise UserError(f"prompts of one item take {self.writer.shortest()} tokens, {name} {room}")
+        self.writer.leave_room(room, drop=config["long_prompts"] == "drop")
+
+    def tell_long_prompts(self) -> None:
+        """Log how many prompts were left out or made shorter since this was last told."""
+        for task, count in self.writer.too_long.items():
+            done = "left out" if self.config["long_prompts"] == "drop" and task != INFERENCE else "made shorter"
+            logger.info("%s: %d prompts were too long and %s (long_prompts)", task, count, done)
+        self.writer.too_long.clear()
 
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
@@ -175,7 +201,7 @@ class AlignTokenRec(SequentialRecommender):
         """
         self.take_item_tokens(tokens)
         self.n_items, self._tie_order, self._search = tokens.n_items, tie_order, None
-        self.writer = self._write_for(items=self._lm_tokens())
+        self._make_writer()
 
     def wording(self) -> list[Any]:
         """What the prompts are made of, for a fingerprint."""
@@ -213,6 +239,9 @@ class AlignTokenRec(SequentialRecommender):
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
+        if not len(batch.labels):
+            # Every prompt was too long.
+            return torch.stack([weight.sum() * 0 for weight in self.parameters()]).sum()
         states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
         return F.cross_entropy(self.head.logits(states), batch.labels.to(self.device))
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from recbole_llm.backbone.base import Backbone
-from recbole_llm.backbone.load import load_backbone
 from recbole_llm.data.split import TRAIN
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
@@ -29,7 +28,7 @@ from recbole_llm.itemid.new_items import from_neighbours, from_text
 from recbole_llm.training.codebooks import Quantiser
 from recbole_llm.training.embeddings import text_embeddings
 from recbole_llm.training.item_tokens import INDEX, ORIGIN, PREFIX, Sources, Tokenized, load_points, write_tokens
-from recbole_llm.training.language import backbone_options
+from recbole_llm.training.language import backbone_options, load_model
 from recbole_llm.training.new_items import had_by_users
 from recbole_llm.training.state import WEIGHTS, load_state
 from recbole_llm.training.store import StageStore, fingerprint_of
@@ -173,7 +172,7 @@ class Continued:
                 return {"tokens": 0}
 
             stage = store.run("backbone", CONTINUED_VERSION, inputs, copy)
-            made = load_backbone(stage.folder / "model", **backbone_options(config))
+            made = load_model(config, stage.folder / "model")
             return made, stage.fingerprint, [stage.as_dict()]
         mark = fingerprint_of([named.fingerprint(), backbone_options(config)])
         card = json.loads((_folder(self.cache, self.result["stages"][-1], self.run) / "stage.json").read_text("utf-8"))

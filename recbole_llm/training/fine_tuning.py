@@ -12,7 +12,6 @@ from torch import Tensor
 
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
-from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
@@ -20,12 +19,13 @@ from recbole_llm.evaluation.ranking import mean_of
 from recbole_llm.training.codebooks import Quantiser
 from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
-from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
 from recbole_llm.training.task_texts import read_task_texts
+from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
 
 logger = logging.getLogger("recbole_llm")
@@ -42,6 +42,20 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
     # Whether an evaluation asks with every prompt of inference that the model has.
     _every_prompt = True
+
+    def _build_optimizer(self, **kwargs: Any) -> Any:
+        """One pass over the weights a step: tables of a whole vocabulary train here."""
+        made = super()._build_optimizer(**kwargs)
+        if isinstance(made, torch.optim.Adam):
+            for group in (made.defaults, *made.param_groups):
+                group["fused"] = True
+        return made
+
+    def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As other staged recommenders do; the log says which prompts were too long."""
+        loss = super()._train_epoch(*args, **kwargs)
+        self.model.tell_long_prompts()
+        return loss
 
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
@@ -81,18 +95,21 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
+        tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
+        self.stages += [stage.as_dict() for stage in texts_made]
         init_seed(config["seed"], config["reproducibility"])
         self.model.prepare(
             item_tokens=made.tokens,
             backbone=backbone,
-            head_model=self._with_head(backbone.name),
+            head_model=backbone.causal,
             tie_order=tie_order(dataset.field2id_token[dataset.iid_field]),
-            texts=source.texts,
+            texts=tables,
             codebook=_codebook(config, made),
         )
         train_data.texts = source
         train_data.length_of = self.model.sample_lengths
-        self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), source.texts])]
+        marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
+        self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)
@@ -116,6 +133,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         """
         first = super().evaluate(eval_data, load_best_model, model_file, show_progress)
         self._tell_invalid()
+        self.model.tell_long_prompts()
         if first is None or not self._every_prompt or self.model.prompts_asked == 1:
             return first
         found = [self.measured]
@@ -136,18 +154,6 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         share = self.model.invalid_share
         if share is not None:
             logger.info("level-wise search: %.4f of the sequences are no item", share)
-
-    def _with_head(self, name: str) -> Any:
-        config = self.config
-        options = {key: value for key, value in backbone_options(config).items() if key != "random_init"}
-        model = load_with_head(name, **options)
-        output = model.get_output_embeddings().weight
-        if config["llm_random_init"] and output is not model.get_input_embeddings().weight:
-            # Fresh weights have a fresh head; a tied one is the table, which is read live.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config["seed"])
-                torch.nn.init.normal_(output, std=getattr(model.config, "initializer_range", 0.02))
-        return model
 
 
 def staged_trainer(model_class: type) -> type[StagedTrainer]:

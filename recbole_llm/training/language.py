@@ -78,6 +78,12 @@ def backbone_options(config: Any) -> dict[str, Any]:
     }
 
 
+def load_model(config: Any, name: str | Path) -> Backbone:
+    """A language model as a run wants it; with its vocabulary head for a recommender that generates items."""
+    generates = getattr(getattr(config, "model_class", None), "ranking", None) == "beam"
+    return load_backbone(name, **backbone_options(config), with_head=generates)
+
+
 def named_backbone(config: Any) -> Backbone | None:
     """The language model that ``llm`` names, loaded; ``None`` for the embedded one, which is trained first.
 
@@ -88,7 +94,7 @@ def named_backbone(config: Any) -> Backbone | None:
     """
     options = backbone_options(config)
     if config["llm"] != "embedded":
-        return load_backbone(config["llm"], **options)
+        return load_model(config, config["llm"])
     check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
     return None
 
@@ -111,7 +117,7 @@ def take_backbone(
     if named is not None:
         return named, fingerprint_of([named.fingerprint(), backbone_options(config)]), []
     stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
-    backbone = load_backbone(stage.folder / "model", **backbone_options(config))
+    backbone = load_model(config, stage.folder / "model")
     return backbone, stage.fingerprint, [stage.as_dict("backbone")]
 
 
