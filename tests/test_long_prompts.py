@@ -75,7 +75,9 @@ def expected(task: str, history: list[int], source: int, target: int | None, roo
             history = history[1:]
         else:
             last = next(
-                name for name in ("query", "description", "title") if f"{{{name}}}" in PROMPTS[task][0].ask and fills[name]
+                name
+                for name in ("query", "description", "title")
+                if f"{{{name}}}" in PROMPTS[task][0].ask and fills[name]
             )
             fills[last] = fills[last][:-1]
     return spelled()
@@ -189,7 +191,7 @@ def test_a_batch_of_nothing_teaches_nothing(folder: Path, caplog: pytest.LogCapt
 def test_a_run_says_how_many_were_too_long(
     policy: str, settings_of: Any, small_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = {"item_text": "{movie_title}", "llm_context": 512, "long_prompts": policy, "prompt_tokens": 170}
+    more = {"item_text": "{movie_title}", "llm_context": 512, "long_prompts": policy, "prompt_tokens": 120}
     config = Config("AlignTokenRec", "small", config_dict=settings_of(**SMALL["AlignTokenRec"] | more))
     with caplog.at_level("INFO", logger="recbole_llm"):
         fit(config, store_of(config))

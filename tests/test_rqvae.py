@@ -330,6 +330,30 @@ def test_a_collapse_stops_the_training_in_one_line() -> None:
     train_rqvae(three, settings(least_usage=0.3, levels=1), seed=0)
 
 
+def test_a_collapse_that_reseeding_mends_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clusters()
+    used: list[int] = []
+    plain = rqvae_training.reseed_dead
+
+    def watched(model: RQVAE, points: torch.Tensor, codes: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        used.append(min(len(column.unique()) for column in codes.T))
+        plain(model, points, codes, optimizer)
+
+    monkeypatch.setattr(rqvae_training, "reseed_dead", watched)
+
+    def far_away(model: RQVAE, *more: Any) -> None:
+        model.levels.data.fill_(1e3)
+        model.levels.data[:, 0] = 0
+
+    # All items begin with one code, so that the first look finds a collapse.
+    monkeypatch.setattr(rqvae_training, "start_codes", far_away)
+    with pytest.raises(TrainingStoppedError, match="has collapsed"):
+        train_rqvae(x, settings(least_usage=0.5), seed=0)
+    made = train_rqvae(x, settings(least_usage=0.5, reseed_dead=True, epochs=30), seed=0)
+    assert used[0] < 4
+    assert min(look(made, x, None).used) >= 4
+
+
 def test_few_items_are_no_collapse() -> None:
     check_collapse([10, 9], 256, 10, 0.9, "nothing")
     with pytest.raises(TrainingStoppedError, match="at level 2 items use 8 of 10 codes"):

@@ -176,9 +176,11 @@ class _Training:
         if not self.best or key < self.best["key"]:
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.best = {"key": key, "epoch": self.epoch, "weights": weights}
-        check_collapse(found.used, settings.codes, len(self.x), settings.least_usage, REMEDIES)
         if settings.reseed_dead and self.epoch < self.epochs:
+            # The remedy comes first; whether it helped shows at the end.
             reseed_dead(self.model, self.x, found.codes, self.optimizer)
+        else:
+            check_collapse(found.used, settings.codes, len(self.x), settings.least_usage, REMEDIES)
         return found
 
     def _state(self) -> dict[str, Any]:

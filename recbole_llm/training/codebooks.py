@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,12 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
         sizes = [config["code_size"]] * config["code_levels"]
         return Quantiser(residual_kmeans(points, sizes, config["code_distance"], config["code_residual"], seed))
     if method == "rqvae":
+        settings = _settings(config)
+        if config["code_layers_narrow"]:
+            below = tuple(width for width in settings.hidden_sizes if width < points.shape[1])
+            settings = replace(settings, hidden_sizes=below)
         model = train_rqvae(
-            points, _settings(config), seed=seed, texts=texts, device=device, resume=resume, show_progress=shown
+            points, settings, seed=seed, texts=texts, device=device, resume=resume, show_progress=shown
         ).cpu()
         return Quantiser(model.codebook, model)
     made = train_alignment(
