@@ -37,8 +37,9 @@ from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING
 from recbole_llm.model.lcrec import LCRec
 from recbole_llm.tasks import Samples, Task, known_tasks, number, register
+from recbole_llm.training import fine_tuning
 from recbole_llm.training.language import read_item_text
-from recbole_llm.training.pipeline import fit, prepared, store_of
+from recbole_llm.training.pipeline import code_mark, fit, prepared, store_of
 from recbole_llm.training.runs import run
 from recbole_llm.training.task_texts import read_task_texts
 
@@ -421,6 +422,22 @@ def test_a_task_of_the_users_own(folder: Path, llm: Path, tmp_path: Path) -> Non
             read_templates(str(broken), [Rarity])
     with pytest.raises(ValueError, match="there is a task 'rarity' already"):
         register(type("Other", (Task,), {"name": "rarity"}))
+
+
+def test_a_task_of_the_users_own_that_was_edited_is_trained_anew(
+    settings_of: Any, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = yaml.safe_load((ROOT / "properties" / "prompts" / "lcrec.yaml").read_text(encoding="utf-8"))
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps(words | {"rarity": ["How often was {item} taken?"]}), encoding="utf-8")
+    more = {"item_text": "{movie_title}", "prompts": str(file), "tasks": ["sequential", "rarity"], "epochs": 1}
+    config = Config("LCRec", "small", config_dict=settings_of(**SMALL["LCRec"] | more))
+    first = fit(config, store_of(config))
+    assert fit(config, store_of(config)).fingerprint == first.fingerprint
+    monkeypatch.setattr(fine_tuning, "code_mark", lambda kind: "edited" if kind is Rarity else code_mark(kind))
+    again = fit(config, store_of(config))
+    assert again.fingerprint != first.fingerprint
+    assert again.stages[0]["fingerprint"] == first.stages[0]["fingerprint"]
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.split import TRAIN
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
-from recbole_llm.evaluation.results import read_run, result_file
 from recbole_llm.itemid.collisions import place_new
 from recbole_llm.itemid.item_tokens import ItemTokens, pool_of
 from recbole_llm.itemid.new_items import from_neighbours, from_text
@@ -30,6 +29,7 @@ from recbole_llm.training.embeddings import text_embeddings
 from recbole_llm.training.item_tokens import INDEX, ORIGIN, PREFIX, Sources, Tokenized, load_points, write_tokens
 from recbole_llm.training.language import backbone_options, load_model
 from recbole_llm.training.new_items import had_by_users
+from recbole_llm.training.run_files import CARD, cache_of, read_result, stage_folder
 from recbole_llm.training.state import WEIGHTS, load_state
 from recbole_llm.training.store import StageStore, fingerprint_of
 
@@ -78,13 +78,10 @@ class Continued:
         if config["continue_from"] is None:
             return None
         run = Path(config["continue_from"])
-        result, _ = read_run(run)
+        result = read_result(run)
         _check_alike(config, result, run)
         _check_rows(config, result, dataset, run)
-        folder = result_file(run).parent
-        named = Path(result["config"]["output_dir"]) / "cache"
-        cache = folder / "stages" if result["config"]["cache"] == "off" else named
-        cache = cache if cache.is_dir() else folder.parent / "cache"
+        cache = cache_of(result["config"], run)
         made = _folder(cache, _line(result, "item_tokens", run), run)
         tokens = ItemTokens.load(made)
         raw_ids: list[str] = []
@@ -175,7 +172,7 @@ class Continued:
             made = load_model(config, stage.folder / "model")
             return made, stage.fingerprint, [stage.as_dict()]
         mark = fingerprint_of([named.fingerprint(), backbone_options(config)])
-        card = json.loads((_folder(self.cache, self.result["stages"][-1], self.run) / "stage.json").read_text("utf-8"))
+        card = json.loads((_folder(self.cache, self.result["stages"][-1], self.run) / CARD).read_text("utf-8"))
         options = {**backbone_options(config), "device": self.result["config"]["device"]}
         if fingerprint_of([named.fingerprint(), options]) not in card["inputs"]["upstream"]:
             raise UserError(f"continue_from: {config['llm']} is not the language model that {self.run} had there")
@@ -311,7 +308,7 @@ def _line(result: Mapping[str, Any], name: str, run: Path) -> dict[str, Any]:
 
 
 def _folder(cache: Path, line: Mapping[str, Any], run: Path) -> Path:
-    folder = cache / f"{line['name']}-{line['fingerprint'][:16]}"
+    folder = stage_folder(cache, line)
     if not folder.is_dir():
         raise UserError(f"continue_from: {line['name']} of {run} is no more in the cache {cache}; run it again")
     return folder

@@ -21,6 +21,7 @@ from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
 from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
+from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
@@ -110,6 +111,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
+        # A task of the user's own may be edited between runs.
+        self._upstream += [mark for task in train_data.tasks if (mark := code_mark(type(task))) is not None]
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)
