@@ -70,6 +70,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(folder)
 
 
+def clear_parts(folder: Path) -> None:
+    """Take away what writers that were killed have left in a folder, beside files that are whole.
+
+    Args:
+        folder: where :func:`write_whole` wrote; a writer that is at work there is waited for.
+    """
+    with _alone_in(folder):
+        for left in folder.glob(f"*{PART}"):
+            remove(left)
+
+
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[int]:
     """The only writer of a folder: two runs may be asked to write the same result file."""

@@ -359,7 +359,9 @@ def test_the_loss_is_that_of_a_dense_pass(world: World, llm: Path) -> None:
         whole.get_output_embeddings().weight[first:] = model.code_tokens.outputs
         whole.get_input_embeddings().weight[first:] = model.code_tokens.inputs
     seen = set()
-    for batch in itertools.islice(world.loader, 12):
+    for count, batch in enumerate(world.loader):
+        if count >= 12 and set(batch["task"].tolist()) <= seen:
+            continue
         made = model.training_batch(batch)
         labels = torch.full_like(made.ids, -100)
         labels[made.rows, made.places] = made.labels
@@ -551,7 +553,7 @@ def test_all_prompts_give_the_mean_of_each(settings_of: Any) -> None:
         model.asked_with = which
         parts.append(measure(model, data, config, None))
     model.asked_with = 0
-    assert len({tuple(part.metrics.values()) for part in parts}) > 1
+    assert len({part.items.tobytes() for part in parts}) > 1
     for name, value in mean.metrics.items():
         assert value == pytest.approx(np.mean([part.metrics[name] for part in parts]))
         np.testing.assert_allclose(mean.per_user[name], np.mean([part.per_user[name] for part in parts], axis=0))

@@ -168,6 +168,16 @@ def test_what_is_not_complete_is_not_read(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_writer_left_behind_its_whole_block_goes(tmp_path: Path) -> None:
+    store = begun(tmp_path / "store")
+    for block in range(store.n_blocks):
+        store.write(block, *block_of(store, block))
+    left = tmp_path / "store" / "blocks" / "000001.npy.part"
+    left.mkdir()
+    assert store.finish()
+    assert not left.exists() and store.is_whole(1)
+
+
 @pytest.mark.parametrize("name", list(TOLD))
 def test_a_store_of_something_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
     filled(tmp_path / "store")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from recbole_llm.disk import remove, write_whole
+from recbole_llm.disk import clear_parts, remove, write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.serving.identity import difference
 from recbole_llm.serving.texts import NameIndex, TextTable, map_array, save_array
@@ -249,6 +249,8 @@ class TopKStore:
         """
         if self.missing():
             return False
+        # One that was killed right after its block was whole.
+        clear_parts(self._file(0).parent)
         _write_json(self.folder / COMPLETE, {"blocks": self.n_blocks})
         return True
 
