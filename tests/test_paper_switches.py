@@ -10,8 +10,10 @@ import torch
 from test_leakage import SMALL
 
 from recbole_llm.config import Config
-from recbole_llm.data.instructions import NEGATIVE, QUERY, SEQUENTIAL, TASKS, TEXT
 from recbole_llm.data.split import VALID
+from recbole_llm.tasks import known_tasks
+from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
+from recbole_llm.tasks.language import QUERY, TEXT
 from recbole_llm.training.pipeline import Fit, fit, store_of
 
 BEHAVIOUR_ONLY = {"text_task": False, "query_task": False}
@@ -67,7 +69,7 @@ def fitted(output: Path, **more: Any) -> Fit:
 def counts(made: Fit) -> dict[str, int]:
     """Samples of an epoch by task."""
     tasks = torch.cat([rows["task"] for rows in made.train_data])
-    return {task: int((tasks == number).sum()) for number, task in enumerate(TASKS)}
+    return {task: int((tasks == number).sum()) for number, task in enumerate(known_tasks())}
 
 
 @pytest.mark.parametrize("name", SWITCHES)

@@ -78,7 +78,10 @@ class Continued:
         if config["continue_from"] is None:
             return None
         run = Path(config["continue_from"])
-        result = read_result(run)
+        try:
+            result = read_result(run)
+        except UserError as error:
+            raise UserError(f"continue_from: {error}") from None
         _check_alike(config, result, run)
         _check_rows(config, result, dataset, run)
         cache = cache_of(result["config"], run)
