@@ -455,6 +455,22 @@ def test_a_damaged_stage_is_told_and_left(copied: Callable[..., Path]) -> None:
     assert weights.exists()
 
 
+@pytest.mark.parametrize("model", ["AlignTokenRec", "LCRec"])
+def test_new_items_enter_a_run_that_went_on_from_another(
+    model: str, run_of: Callable[..., Path], output: Path, tmp_path: Path
+) -> None:
+    """By the codebook that its items have tokens of, which is not what its own settings would make."""
+    settings = settings_of(model, output, continue_from=str(run_of(model)), seed=7)
+    folder = Path(run(model, "tiny", config_dict=settings)["result_file"]).parent
+    index, items = tmp_path / "all.json", write_new(tmp_path)[0]
+    asked = settings | {"model": model, "dataset": "tiny", "index_file": index, "new_items": items}
+    prepare([f"--{key}={value}" for key, value in asked.items()])
+    known = Recommender.of_run(folder).pool.candidates
+    recommender = Recommender.of_run(folder, index_file=index, new_items=items)
+    assert int(recommender.pool.candidates.sum()) == int(known.sum()) + 4
+    assert len(recommender.recommend_history(["n1", "i3"], 10)) == 10
+
+
 @pytest.mark.parametrize(
     "more",
     [

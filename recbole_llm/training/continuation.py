@@ -221,7 +221,9 @@ class Continued:
 
         stage = store.run("item_tokens", CONTINUED_VERSION, inputs, make)
         known = self._known(dataset)
-        sources = Sources(known, lines=lines, backbone=backbone, backbone_mark=mark)
+        sources = Sources(
+            known, load_points(stage.folder), lines=lines, backbone=backbone, backbone_mark=mark
+        )  # fmt: skip
         logger.info(
             "continue_from: %d items keep their tokens, %d new ones get some", known.sum(), len(known) - 1 - known.sum()
         )

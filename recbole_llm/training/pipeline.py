@@ -198,7 +198,8 @@ def _fit_once(
     upstream, stages = [], []
     staged = hasattr(model, "stages")
     if staged:
-        upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=refitted or before is not None))
+        merged = refitted or before is not None
+        upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=merged))
         stages = list(trainer.stages)
         if hasattr(model, "begin_stage"):
             # What trains is reported, also where the stage is found rather than trained.
