@@ -492,6 +492,14 @@ def test_what_trains(adapter: str, kind: str, folders: Any) -> None:
     torch.testing.assert_close(other.eval().full_sort_predict(users(1, 2)), model.eval().full_sort_predict(users(1, 2)))
 
 
+def test_a_head_of_its_own_takes_the_language_models_steps(folders: Any) -> None:
+    model = build(folders("llama"), adapter="full", adapter_learning_rate=0.01)
+    others, own = model.begin_stage(FINE_TUNING)
+    assert own["lr"] == 0.01 and any(weight is model.head_weight for weight in own["params"])
+    new = {id(weight) for weight in model.code_tokens.parameters()}
+    assert {id(weight) for weight in others["params"]} == new
+
+
 def test_lora_merged_into_the_weights_is_the_same_model(folders: Any) -> None:
     model = build(folders("llama"), adapter="lora")
     optimizer = torch.optim.Adam(model.begin_stage(FINE_TUNING), lr=0.1)

@@ -219,7 +219,7 @@ class AlignTokenRec(SequentialRecommender):
         """
         self.requires_grad_(True)
         trained = list(self.parameters())
-        return trained if self.adapter is None else self.adapter.groups(trained)
+        return trained if self.adapter is None else self.adapter.groups(trained, self.head_weight)
 
     def sample_lengths(self, samples: Any) -> Tensor:
         """About how many tokens each sample of the train loader will have: int64 ``[B]``."""
