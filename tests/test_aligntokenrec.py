@@ -633,6 +633,26 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 # --- refused before any work -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_two_processes_count_every_sequence_that_is_no_item(tmp_path: Path) -> None:
+    more = {"epochs": 1, "train_batch_size": 32, "state": "DEBUG", "constraint": "level", "inference_prompts": "all"}
+    more |= {"gradient_accumulation_steps": 3, "tensorboard": False, "gpu_id": "", "eval_batch_size": 16}
+    flags = [f"--{key}={value}" for key, value in (SMALL["LCRec"] | more).items()]
+    several = [*LAUNCH, "--main_process_port", "0", "--config_file", str(FILES / "ddp.yaml")]
+    found = []
+    for name, launcher in (("one", [sys.executable]), ("two", several)):
+        words = [*launcher, "run_recbole_llm.py", "--model=LCRec", "--dataset=tiny", *flags]
+        done = command([*words, f"--output_dir={tmp_path / name}"], tmp_path / name)
+        assert done.status == 0, done.err
+        (file,) = done.saved.glob("LCRec-tiny-*/result.json")
+        found.append(json.loads(file.read_text(encoding="utf-8")))
+    one, two = found
+    assert two["curves"]["loss"] == pytest.approx(one["curves"]["loss"], rel=1e-4)
+    assert two["test"] == pytest.approx(one["test"], abs=0.01)
+    assert 0 < one["evaluation"]["invalid_share"] < 1
+    assert two["evaluation"]["invalid_share"] == pytest.approx(one["evaluation"]["invalid_share"], abs=1e-4)
+
+
 def test_more_items_than_beams_and_prompts_too_long_are_refused(folders: Any) -> None:
     with pytest.raises(UserError, match="set beams to 9"):
         build(folders("llama"), topk=[9])
