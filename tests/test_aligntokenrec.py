@@ -43,6 +43,7 @@ from recbole_llm.tasks.language import QUERY, TEXT
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import fit, prepared, store_of
 from recbole_llm.training.task_texts import read_task_texts
+from recbole_llm.training.trainer import TrainerMixin
 
 SIZES = [3, 4, 5]
 OPTIONS: dict[str, Any] = {
@@ -312,6 +313,16 @@ def test_what_a_user_rated_low_is_what_he_hates(small_data: Path, settings_of: A
                 assert target not in split.histories(TRAIN).of(user)
                 sampled += 1
     assert true and sampled
+
+
+def test_every_tasks_own_randomness_is_kept_with_a_run() -> None:
+    own, more = loader(), torch.Generator()
+    assert own.tasks[1].sampler is not None
+    own.tasks[2].sampler = SimpleNamespace(generator=more)
+    trainer: Any = object.__new__(TrainerMixin)
+    trainer._train_data, trainer.model = own, SimpleNamespace()
+    kept = trainer._generators()
+    assert all(any(one is other for other in kept) for one in (own.generator, own.tasks[1].sampler.generator, more))
 
 
 def test_some_prefixes_a_user_are_drawn_anew() -> None:
