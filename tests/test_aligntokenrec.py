@@ -43,6 +43,7 @@ from recbole_llm.tasks.language import QUERY, TEXT
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import fit, prepared, store_of
 from recbole_llm.training.task_texts import read_task_texts
+from recbole_llm.training.trainer import TrainerMixin
 
 SIZES = [3, 4, 5]
 OPTIONS: dict[str, Any] = {
@@ -314,6 +315,16 @@ def test_what_a_user_rated_low_is_what_he_hates(small_data: Path, settings_of: A
     assert true and sampled
 
 
+def test_every_tasks_own_randomness_is_kept_with_a_run() -> None:
+    own, more = loader(), torch.Generator()
+    assert own.tasks[1].sampler is not None
+    own.tasks[2].sampler = SimpleNamespace(generator=more)
+    trainer: Any = object.__new__(TrainerMixin)
+    trainer._train_data, trainer.model = own, SimpleNamespace()
+    kept = trainer._generators()
+    assert all(any(one is other for other in kept) for one in (own.generator, own.tasks[1].sampler.generator, more))
+
+
 def test_some_prefixes_a_user_are_drawn_anew() -> None:
     samples = loader(negative_ratio=0, prefixes_per_user=2)
     lengths = np.diff(histories().offsets)
@@ -492,6 +503,14 @@ def test_what_trains(adapter: str, kind: str, folders: Any) -> None:
     torch.testing.assert_close(other.eval().full_sort_predict(users(1, 2)), model.eval().full_sort_predict(users(1, 2)))
 
 
+def test_a_head_of_its_own_takes_the_language_models_steps(folders: Any) -> None:
+    model = build(folders("llama"), adapter="full", adapter_learning_rate=0.01)
+    others, own = model.begin_stage(FINE_TUNING)
+    assert own["lr"] == 0.01 and any(weight is model.head_weight for weight in own["params"])
+    new = {id(weight) for weight in model.code_tokens.parameters()}
+    assert {id(weight) for weight in others["params"]} == new
+
+
 def test_lora_merged_into_the_weights_is_the_same_model(folders: Any) -> None:
     model = build(folders("llama"), adapter="lora")
     optimizer = torch.optim.Adam(model.begin_stage(FINE_TUNING), lr=0.1)
@@ -623,6 +642,26 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
 
 # --- refused before any work -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_sequence_that_is_no_item(tmp_path: Path) -> None:
+    more = {"epochs": 1, "train_batch_size": 32, "state": "DEBUG", "constraint": "level", "inference_prompts": "all"}
+    more |= {"gradient_accumulation_steps": 3, "tensorboard": False, "gpu_id": "", "eval_batch_size": 16}
+    flags = [f"--{key}={value}" for key, value in (SMALL["LCRec"] | more).items()]
+    several = [*LAUNCH, "--main_process_port", "0", "--config_file", str(FILES / "ddp.yaml")]
+    found = []
+    for name, launcher in (("one", [sys.executable]), ("two", several)):
+        words = [*launcher, "run_recbole_llm.py", "--model=LCRec", "--dataset=tiny", *flags]
+        done = command([*words, f"--output_dir={tmp_path / name}"], tmp_path / name)
+        assert done.status == 0, done.err
+        (file,) = done.saved.glob("LCRec-tiny-*/result.json")
+        found.append(json.loads(file.read_text(encoding="utf-8")))
+    one, two = found
+    assert two["curves"]["loss"] == pytest.approx(one["curves"]["loss"], rel=1e-4)
+    assert two["test"] == pytest.approx(one["test"], abs=0.01)
+    assert 0 < one["evaluation"]["invalid_share"] < 1
+    assert two["evaluation"]["invalid_share"] == pytest.approx(one["evaluation"]["invalid_share"], abs=1e-4)
 
 
 def test_more_items_than_beams_and_prompts_too_long_are_refused(folders: Any) -> None:

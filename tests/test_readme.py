@@ -13,7 +13,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("README.md", "CONTRIBUTING.md", "docs/install.md", "docs/item-tokens.md", "dataset/README.md")
+GUIDES = (
+    "README.md", "CONTRIBUTING.md", "docs/install.md", "docs/item-tokens.md", "docs/generative.md",
+    "docs/serving.md", "dataset/README.md",
+)  # fmt: skip
 BIN = Path(sys.executable).parent
 
 # What happens here to a command of a guide; one that none of these matches whole, or more than one, fails the test.
@@ -27,7 +30,7 @@ KINDS = {
     ),
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (
-        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes) .*",
+        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes|AlignTokenRec|LCRec) .*",
         r"\.venv/bin/python run_recbole_llm\.py --model=GLTA .*",
     ),
     # Runs, and the file that it names is there.

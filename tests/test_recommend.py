@@ -455,12 +455,29 @@ def test_a_damaged_stage_is_told_and_left(copied: Callable[..., Path]) -> None:
     assert weights.exists()
 
 
+@pytest.mark.parametrize("model", ["AlignTokenRec", "LCRec"])
+def test_new_items_enter_a_run_that_went_on_from_another(
+    model: str, run_of: Callable[..., Path], output: Path, tmp_path: Path
+) -> None:
+    """By the codebook that its items have tokens of, which is not what its own settings would make."""
+    settings = settings_of(model, output, continue_from=str(run_of(model)), seed=7)
+    folder = Path(run(model, "tiny", config_dict=settings)["result_file"]).parent
+    index, items = tmp_path / "all.json", write_new(tmp_path)[0]
+    asked = settings | {"model": model, "dataset": "tiny", "index_file": index, "new_items": items}
+    prepare([f"--{key}={value}" for key, value in asked.items()])
+    known = Recommender.of_run(folder).pool.candidates
+    recommender = Recommender.of_run(folder, index_file=index, new_items=items)
+    assert int(recommender.pool.candidates.sum()) == int(known.sum()) + 4
+    assert len(recommender.recommend_history(["n1", "i3"], 10)) == 10
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {"model": "SASRecCodes", "item_tokens": "lcrec", "code_levels": 4, "code_kmeans_points": 0},
         {"model": "BPR", "embedding_size": 8, "train_neg_sample_args": "{sample_num: 2}", "exclude_history": False},
         {"model": "SASRec", "eval_args": "{split: {RS: [0.8, 0.1, 0.1]}, order: TO}", "refit_on_valid": True},
+        {"model": "AlignTokenRec", "refit_on_valid": True, "eval_step": 1, "epochs": 2, "lr_schedule": "linear"},
         {"model": "LightGCN", "cache": "off", "train_share": 0.5, "tuned": False},
     ],
     ids=lambda more: more["model"],
@@ -474,6 +491,13 @@ def test_any_settings_are_found_again(more: dict[str, Any], output: Path) -> Non
     rankings = Rankings.read(folder / "rankings.npz")
     given = Recommender.of_run(folder, phases=("train", "valid")).recommend(rankings.user_id.tolist(), 10)
     assert [[item for item, _, _ in one] for one in given] == rankings.item_id[rankings.top[:, :10]].tolist()
+
+
+@pytest.mark.parametrize("more", [{"user": ","}, {"history": ""}, {"history": ","}, {"user": ",,"}], ids=str)
+def test_nobody_and_nothing_are_refused_before_the_run_is_read(more: dict[str, str]) -> None:
+    ((key, value),) = more.items()
+    with pytest.raises(UserError, match=f"--{key} names no"):
+        parse(["--run=nowhere", f"--{key}={value}"])
 
 
 def test_histories_that_are_not_excluded_come_again(loaded: Callable[..., Recommender], output: Path) -> None:

@@ -51,9 +51,14 @@ class Adapter(nn.Module):
             dropout.train(mode)
         return self
 
-    def groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-        """A recommender's parameters as two groups of an optimizer: the others, and these at their learning rate."""
-        own = {id(weight) for weight in self.parameters()}
+    def groups(self, parameters: Sequence[nn.Parameter], head: nn.Parameter | None = None) -> list[dict[str, Any]]:
+        """A recommender's parameters as two groups of an optimizer: the others, and these at their learning rate.
+
+        Args:
+            parameters: all that train.
+            head: the language model's own head, where it trains too; it goes with these.
+        """
+        own = {id(weight) for weight in (*self.parameters(), head)}
         others = [weight for weight in parameters if id(weight) not in own]
         mine = [weight for weight in parameters if id(weight) in own]
         return [{"params": others}, {"params": mine, "lr": self.learning_rate}]

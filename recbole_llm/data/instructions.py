@@ -105,9 +105,12 @@ def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Temp
     for key in ("wrapper", "separator", INFERENCE, *(task.name for task in tasks)):
         if key not in values:
             raise UserError(f"{file} says nothing for '{key}'{did_you_mean(key, values)}")
+    for key in ("wrapper", "separator", "title_separator", INFERENCE):
+        if not isinstance(values.get(key, ""), str):
+            raise UserError(f"{file}, {key}: {values[key]!r} should be a text")
     _check(file, "wrapper", values["wrapper"], (INSTRUCTION,))
-    _check(file, INFERENCE, str(values[INFERENCE]), (HISTORY,))
-    found: dict[str, tuple[Wording, ...]] = {INFERENCE: (Wording(str(values[INFERENCE]), ""),)}
+    _check(file, INFERENCE, values[INFERENCE], (HISTORY,))
+    found: dict[str, tuple[Wording, ...]] = {INFERENCE: (Wording(values[INFERENCE], ""),)}
     for task in tasks:
         entries = values[task.name] if isinstance(values[task.name], list) else [values[task.name]]
         found[task.name] = tuple(_wording(file, task, entry) for entry in entries)
@@ -117,9 +120,10 @@ def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Temp
 
 def _wording(file: Path, task: type[Task], entry: Any) -> Wording:
     """A template as it stands in a file: the question alone, or ``{ask: ..., answer: ...}``."""
-    if isinstance(entry, dict) and set(entry) != {"ask", "answer"}:
+    given = entry if isinstance(entry, dict) else {"ask": entry, "answer": task.answer}
+    if set(given) != {"ask", "answer"} or not all(isinstance(text, str) for text in given.values()):
         raise UserError(f"{file}, {task.name}: {entry!r} should be a text, or have 'ask' and 'answer'")
-    made = Wording(*map(str, (entry["ask"], entry["answer"]) if isinstance(entry, dict) else (entry, task.answer)))
+    made = Wording(given["ask"], given["answer"])
     _check(file, task.name, made.ask, task.places)
     _check(file, task.name, made.answer, task.answers)
     return made

@@ -62,8 +62,11 @@ class TaskLoader(_IndexLoader):
         self.length_of: Callable[[Any], Tensor] | None = None
         super().__init__(config, dataset, self.prefixes, config["train_batch_size"], config["shuffle"])
         self.tasks = [task(self) for task in active_tasks(config)]
-        # The trainer keeps its state with a run's.
-        self._sampler = next((task.sampler for task in self.tasks if task.sampler is not None), None)
+
+    @property
+    def samplers(self) -> list[Any]:
+        """The tasks' own sources of randomness; the trainer keeps their states with a run's."""
+        return [task.sampler for task in self.tasks if task.sampler is not None]
 
     def shown_before(self, users: Tensor, stops: Tensor) -> Tensor:
         """Where the history begins that a prompt shows of users (int64 ``[n]``) up to their items' ``stops``."""

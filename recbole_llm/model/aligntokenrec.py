@@ -41,7 +41,7 @@ from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
-from recbole_llm.tasks import active_tasks
+from recbole_llm.tasks import active_tasks, known_tasks
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ class AlignTokenRec(SequentialRecommender):
         self.history_length: int = config["history_length"]
         check_history_length(self.history_length, self.max_seq_length)
         self.tasks = active_tasks(config)
-        self.templates = read_templates(config["prompts"], self.tasks)
+        # Asked with all its templates, whether or not it is trained.
+        asked = [known_tasks()[SEQUENTIAL]] if config["inference_prompts"] == "all" else []
+        self.templates = read_templates(config["prompts"], list(dict.fromkeys([*self.tasks, *asked])))
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._search: tuple[Tensor, BeamSearch] | None = None
 
@@ -217,7 +219,7 @@ class AlignTokenRec(SequentialRecommender):
         """
         self.requires_grad_(True)
         trained = list(self.parameters())
-        return trained if self.adapter is None else self.adapter.groups(trained)
+        return trained if self.adapter is None else self.adapter.groups(trained, self.head_weight)
 
     def sample_lengths(self, samples: Any) -> Tensor:
         """About how many tokens each sample of the train loader will have: int64 ``[B]``."""

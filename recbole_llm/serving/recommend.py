@@ -214,6 +214,8 @@ def _take_whom(asked: Asked, given: dict[str, str]) -> None:
         asked.users = _lines(Path(given["users"]))
     else:
         asked.users = _listed(given["user"], "user") if "," in given["user"] else [given["user"]]
+    if not (asked.users if asked.history is None else asked.history):
+        raise UserError(f"--{whom[0]} names no {'item' if whom[0] == 'history' else 'user'}")
 
 
 def _one_of(given: dict[str, str], key: str, words: Sequence[str]) -> str:

@@ -306,7 +306,7 @@ def _enter(fit: Fit, index_file: Path, raw_ids: list[str]) -> None:
     if trained is None or not hasattr(fit.model, "enter_items"):
         raise UserError(
             f"{fit.config['model']} does not read items as codes, so a new item means nothing to it before it is "
-            "trained again; AlignTokenRec and SASRecCodes take new ones"
+            "trained again; AlignTokenRec, LCRec and SASRecCodes take new ones"
         )
     if trained.kind != "codes":
         raise UserError(f"the items of this run are {trained.kind} tokens, of which a new item has none")

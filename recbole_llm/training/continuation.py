@@ -78,7 +78,10 @@ class Continued:
         if config["continue_from"] is None:
             return None
         run = Path(config["continue_from"])
-        result = read_result(run)
+        try:
+            result = read_result(run)
+        except UserError as error:
+            raise UserError(f"continue_from: {error}") from None
         _check_alike(config, result, run)
         _check_rows(config, result, dataset, run)
         cache = cache_of(result["config"], run)
@@ -218,7 +221,9 @@ class Continued:
 
         stage = store.run("item_tokens", CONTINUED_VERSION, inputs, make)
         known = self._known(dataset)
-        sources = Sources(known, lines=lines, backbone=backbone, backbone_mark=mark)
+        sources = Sources(
+            known, load_points(stage.folder), lines=lines, backbone=backbone, backbone_mark=mark
+        )  # fmt: skip
         logger.info(
             "continue_from: %d items keep their tokens, %d new ones get some", known.sum(), len(known) - 1 - known.sum()
         )

@@ -82,6 +82,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         source = read_task_texts(config, dataset, text)
         for task in train_data.tasks:
             source.texts |= task.own_texts()
+        train_data.texts = source
+        _check_samples(config, train_data)
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
         before = Continued.read(config, dataset)
@@ -107,12 +109,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             texts=tables,
             codebook=_codebook(config, made),
         )
-        train_data.texts = source
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         # A task of the user's own may be edited between runs.
-        self._upstream += [mark for task in train_data.tasks if (mark := code_mark(type(task))) is not None]
+        self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)
@@ -167,13 +168,22 @@ def staged_trainer(model_class: type) -> type[StagedTrainer]:
 def _check_beams(config: Any, dataset: Any) -> None:
     """See before any work that a search can find as many items as it has beams, for every user."""
     split = getattr(dataset, "split", None)
-    if split is None or not config["exclude_history"]:
+    if split is None:
         return
-    known = split.histories(TRAIN, VALID, WITHHELD).lengths
-    left = int(split.candidates.sum()) - int(known.max())
+    left, what = int(split.candidates.sum()), "that can be recommended"
+    if config["exclude_history"]:
+        left -= int(split.histories(TRAIN, VALID, WITHHELD).lengths.max())
+        what = "that are left for the user with the longest history"
     if config["beams"] > left:
+        raise UserError(f"beams {config['beams']} is above the {left} items {what}")
+
+
+def _check_samples(config: Any, train_data: Any) -> None:
+    """See before any work that the tasks have something to train on, once their texts are read."""
+    if not train_data.samples():
         raise UserError(
-            f"beams {config['beams']} is above the {left} items that are left for the user with the longest history"
+            f"tasks: {', '.join(task.name for task in train_data.tasks)} have no sample on '{config['dataset']}': no "
+            "texts that they read, negative_ratio: 0, or no user with two train items; name another, such as sequential"
         )
 
 

@@ -21,6 +21,7 @@ _DERIVED = frozenset({
 })  # fmt: skip
 # A setting that names others (a recipe, a language model) moves defaults; theirs name none.
 _ROUNDS = 4
+SCHEDULE = "schedule_epochs"
 
 
 class FoundStages(StageStore):
@@ -69,6 +70,9 @@ def config_of(result: Mapping[str, Any], **settings: Any) -> Config:
         if not more:
             break
         given |= more
+    if SCHEDULE in wanted:
+        # The second training of refit_on_valid has it of every model, those with no such setting too.
+        config[SCHEDULE] = wanted[SCHEDULE]
     return config
 
 

@@ -250,7 +250,7 @@ def _place_unseen(sources: Sources, unseen: np.ndarray) -> None:
 
 
 def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> None:
-    """Put the language model and what it makes of ``sources.item_text`` into the sources.
+    """Put the language model, where none is there yet, and what it makes of ``sources.item_text`` into the sources.
 
     Args:
         config: the run's.
@@ -260,10 +260,10 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         named: see :func:`~recbole_llm.training.language.take_backbone`.
     """
     assert sources.item_text is not None
-    sources.backbone, mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
-    sources.backbone_mark = mark
-    sources.lines += lines
-    backbone, texts = sources.backbone, sources.item_text.texts
+    if sources.backbone is None:
+        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+        sources.lines += lines
+    backbone, mark, texts = sources.backbone, sources.backbone_mark, sources.item_text.texts
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
     options = {key: value for key, value in backbone_options(config).items() if key != "device"}

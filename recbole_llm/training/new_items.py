@@ -133,18 +133,22 @@ def _points(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the new items stand, float32 ``[n_new, d]``, and their texts ``[n_new, H]`` where some stand by these."""
     sources = made.sources
-    assert sources.points is not None
-    points = from_neighbours(sources.points, had_by_users(dataset), arrivals.users)
     rest = np.flatnonzero(~arrivals.placed)
-    if not len(rest):
-        return points, points[:, :0]
-    if sources.item_text is None:
+    if len(rest) and sources.item_text is None:
         sources.item_text = read_item_text(config, dataset)
-        read_texts(config, dataset, store, sources, named_backbone(config))
-    assert sources.backbone is not None and sources.texts is not None
-    texts = text_embeddings(sources.backbone, arrivals.texts, config["text_embedding"], config["text_embedding_tokens"])
+        read_texts(config, dataset, store, sources, None if sources.backbone else named_backbone(config))
+    texts = np.zeros((len(arrivals.raw_ids), 0), dtype=np.float32)
+    if len(rest):
+        assert sources.backbone is not None
+        kind, limit = config["text_embedding"], config["text_embedding_tokens"]
+        texts = text_embeddings(sources.backbone, arrivals.texts, kind, limit)
     if config["code_input"] == "text":
         return texts, texts
+    assert sources.points is not None
+    points = from_neighbours(sources.points, had_by_users(dataset), arrivals.users)
+    if not len(rest):
+        return points, texts
+    assert sources.texts is not None
     points[rest] = from_text(
         np.concatenate([sources.points, points]), np.concatenate([sources.texts, texts]),
         np.append(sources.seen, np.zeros(len(points), dtype=bool)), len(sources.texts) + rest,

@@ -123,14 +123,13 @@ def fit_found(config: Config, store: StageStore) -> Fit:
     """A recommender that was trained before, from a cache that has every stage of it; nothing is measured.
 
     Args:
-        config: of its run.
+        config: of its run; of one with ``refit_on_valid``, as its result has them, the settings of the second training.
         store: a :class:`~recbole_llm.training.found.FoundStages`.
 
     Raises:
         UserError: a stage is not there.
     """
-    first = _fit_once(config, store, None)
-    return _fit_once(config, store, first) if config["refit_on_valid"] and len(first.valid_data) else first
+    return _fit_once(config, store, None, refitted=config["refit_on_valid"])
 
 
 def prepared(config: Config) -> tuple[Any, Any, Any, Any]:
@@ -163,15 +162,27 @@ def _for_refit(config: Config, before: Fit) -> tuple[Config, Any]:
         # The learning rate is to be at each epoch what it was then.
         "schedule_epochs": config["schedule_epochs"] or config["epochs"],
     }
-    merged = before.train_data._dataset.split.with_valid_in_train()
-    return config, make_loaders(config, before.dataset.cut(merged))[0]
+    return config, _with_valid(config, before.dataset, before.train_data)
 
 
-def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watch | None = None) -> Fit:
-    """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs."""
+def _with_valid(config: Config, dataset: Any, train_data: Any) -> Any:
+    """A loader of train + valid rows."""
+    return make_loaders(config, dataset.cut(train_data._dataset.split.with_valid_in_train()))[0]
+
+
+def _fit_once(
+    config: Config, store: StageStore, before: Fit | None, watch: Watch | None = None, refitted: bool = False
+) -> Fit:
+    """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs.
+
+    With ``refitted`` the settings are those of the latter already, and the fit before is not asked for.
+    """
     init_seed(config["seed"], config["reproducibility"])
     if before is None:
         dataset, train_data, valid_data, test_data = prepared(config)
+        refitted = refitted and len(valid_data) > 0
+        if refitted:
+            train_data = _with_valid(config, dataset, train_data)
     else:
         config, train_data = _for_refit(config, before)
         dataset, valid_data, test_data = before.dataset, before.valid_data, before.test_data
@@ -187,7 +198,8 @@ def _fit_once(config: Config, store: StageStore, before: Fit | None, watch: Watc
     upstream, stages = [], []
     staged = hasattr(model, "stages")
     if staged:
-        upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=before is not None))
+        merged = refitted or before is not None
+        upstream = trainer.prepare(train_data, store, fit_parts_of(config, store, merged=merged))
         stages = list(trainer.stages)
         if hasattr(model, "begin_stage"):
             # What trains is reported, also where the stage is found rather than trained.

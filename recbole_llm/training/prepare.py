@@ -12,7 +12,9 @@ from recbole_llm.disk import full_disk_told
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.itemid.index_file import write_index
 from recbole_llm.progress import clock
+from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import KEPT, tokenize_items
+from recbole_llm.training.language import named_backbone, read_item_text
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import fit_parts_of, prepared, store_of
@@ -64,7 +66,12 @@ def _prepare(config: Config, own: dict[str, Path], folder: Path) -> str:
     arrivals = None
     if own.get("new_items"):
         arrivals = read_new_items(config, dataset, own["new_items"], own.get("new_interactions"))
-    made = tokenize_items(config, dataset, store, fit_parts_of(config, store))
+    before = Continued.read(config, dataset)
+    if before is None:
+        made = tokenize_items(config, dataset, store, fit_parts_of(config, store))
+    else:
+        texts = read_item_text(config, dataset).texts
+        made = before.tokenize(config, dataset, store, list(texts), named_backbone(config))
     lines = [_stage_line(line) for line in (*made.sources.lines, made.stage.as_dict())]
     tokens, raw_ids = made.tokens, dataset.field2id_token[dataset.iid_field].tolist()
     lines += ["", f"{tokens.n_items - 1} items, {tokens.size} tokens; {tokens.collision_rate():.4f} collide"]

@@ -168,8 +168,9 @@ class TrainerMixin:
         self.best_epoch = state["epoch"]
 
     def _generators(self) -> list[Generator]:
-        sampler = getattr(self._train_data, "_sampler", None)
-        owners = (self._train_data, sampler, self.model)
+        loader = self._train_data
+        samplers = getattr(loader, "samplers", None) or [getattr(loader, "_sampler", None)]
+        owners = (loader, *samplers, self.model)
         return [getattr(owner, "generator", None) for owner in owners]
 
     def _keep(self, epoch: int) -> None:
