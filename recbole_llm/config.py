@@ -48,6 +48,13 @@ _UNRANKABLE = {
     "S3Rec": "it trains in two phases with a file between them",
 }
 
+# Settings that divide interactions, or number items: a model that teaches another has the other's.
+_SPLITTING = frozenset({
+    "policy", "eval_args", "split_seed", "short_users", "exclude_history", "train_share", "cold_item_share",
+    "cold_item_choice", "merge_valid", "refit_on_valid", "load_col", "user_inter_num_interval",
+    "item_inter_num_interval", "val_interval", "rm_dup_inter",
+})  # fmt: skip
+
 # Settings that change no trained number: they stay out of a stage's fingerprint.
 NEUTRAL_KEYS = frozenset({
     "gpu_id", "use_gpu", "state", "show_progress", "data_path", "checkpoint_dir", "save_dataset",
@@ -153,7 +160,20 @@ class Config(RecBoleConfig):
         if not isinstance(model, str):
             return model.__name__, model, dataset
         model = registry.variant_of(model, given)
-        return model, registry.get_model(model), dataset
+        model_class = registry.class_of(model, given)
+        if hasattr(model_class, "wraps"):
+            self._take_base_keys()
+        return model, model_class, dataset
+
+    def _take_base_keys(self) -> None:
+        """A wrapper's settings are those of its base and its own, so ``base_model.key`` is ``key``."""
+        given = self.external_config_dict
+        for key in [key for key in given if key.startswith("base_model.")]:
+            flat, value = key.partition(".")[2], given.pop(key)
+            if given.setdefault(flat, value) != value:
+                raise UserError(f"{key} and {flat} are one setting, and they are given as {value!r} and {given[flat]!r}")
+            if key in self.cmd_config_dict:
+                self.cmd_config_dict[flat] = value
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -174,7 +194,8 @@ class Config(RecBoleConfig):
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
-        self._load_tuned(model, dataset)
+        for name in dict.fromkeys((getattr(model_class, "wraps", model), model)):
+            self._load_tuned(name, dataset)
         self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
         self._check_keys(model, model_class)
         self._check_model(model, model_class)
@@ -301,11 +322,27 @@ class Config(RecBoleConfig):
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
+            if part in getattr(model_class, "teachers", ()):
+                self._check_teacher(part, name, kind)
+                continue
             items_only = part in getattr(model_class, "item_parts", ())
             fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
             if not fits or hasattr(kind, "stages"):
                 wanted = "recommender with item" if items_only else "general recommender with user and item"
                 raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
+
+    def _check_teacher(self, part: str, name: str, kind: Any) -> None:
+        """Refuse what cannot score the catalogue for this run's train rows."""
+        scores = kind.type in (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
+        if not scores or hasattr(kind, "stages") or name in _UNRANKABLE:
+            raise UserError(
+                f"{part} should be a recommender that scores every item and trains by itself, such as SASRec, LightGCN "
+                f"or EASE, not {name}"
+            )
+        for key in self.external_config_dict:
+            prefix, _, rest = key.partition(".")
+            if prefix == part and rest in _SPLITTING:
+                raise UserError(f"{key} would train {name} on another split than it teaches; set {rest} for the run")
 
     def _merges(self) -> list[str]:
         """The setting that trains on valid rows, in a list; empty where none is set.
