@@ -171,7 +171,7 @@ class Config(RecBoleConfig):
         for key in [key for key in given if key.startswith("base_model.")]:
             flat, value = key.partition(".")[2], given.pop(key)
             if given.setdefault(flat, value) != value:
-                raise UserError(f"{key} and {flat} are one setting, and they are given as {value!r} and {given[flat]!r}")
+                raise UserError(f"{key} and {flat} are one setting, given as {value!r} and as {given[flat]!r}")
             if key in self.cmd_config_dict:
                 self.cmd_config_dict[flat] = value
 
@@ -319,6 +319,9 @@ class Config(RecBoleConfig):
             raise UserError(
                 f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
             )
+        self._check_parts(model_class)
+
+    def _check_parts(self, model_class: Any) -> None:
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)

@@ -63,7 +63,7 @@ class AlignTokenRec(SequentialRecommender):
 
     input_type = InputType.POINTWISE
     train_view = "tasks"
-    parts = ("embedding_model",)
+    parts: tuple[str, ...] = ("embedding_model",)
     item_parts = ("embedding_model",)
     stages = (FINE_TUNING,)
     ranking = "beam"

@@ -152,7 +152,7 @@ class TCA4Rec(CollaborativeLabels, AlignTokenRec):
     """
 
     wraps = "AlignTokenRec"
-    parts = (*AlignTokenRec.parts, *CollaborativeLabels.teachers)
+    parts: tuple[str, ...] = (*AlignTokenRec.parts, *CollaborativeLabels.teachers)
 
     def __new__(cls, config: Any, dataset: Any) -> Any:
         """RecBole's way names the model alone: the base is in its settings."""

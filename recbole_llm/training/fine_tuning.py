@@ -114,8 +114,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         # A task of the user's own may be edited between runs.
+        self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
         self._upstream += teachers
-        self._upstream += [mark for task in train_data.tasks if (mark := code_mark(type(task))) is not None]
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)

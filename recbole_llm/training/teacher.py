@@ -40,8 +40,10 @@ class Teacher:
         self.name: str = fit.config["model"]
         self._sequential = fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if not _same_rows(own, dataset):
-            raise UserError(f"{part}: {self.name} was trained on another split than it is to teach; take one of this run")
+            raise UserError(f"{part}: {self.name} was trained on other rows than those that it is to teach")
         self.model = fit.model.eval().requires_grad_(False)
+        # Its own training has left some.
+        self.model.zero_grad(set_to_none=True)
         self.device = torch.device(fit.config["device"])
         self.fingerprint = fit.fingerprint
         self._loader, self._dataset = PrefixLoader(fit.config, own), own
