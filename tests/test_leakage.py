@@ -207,7 +207,8 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec"]
+    "model",
+    ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec"],
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []

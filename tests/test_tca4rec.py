@@ -25,6 +25,7 @@ from recbole_llm.config import Config
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
+from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.model.lcrec import LCRec
@@ -294,6 +295,15 @@ def test_the_teacher_is_the_leaderboards_own_row(settings_of: Callable[..., dict
     assert alone["stages"][0]["cached"]
     assert inside["parts"]["cf_model"]["test"] == alone["test"]
     assert inside["stages"][names.index("cf_model")]["fingerprint"] == alone["stages"][0]["fingerprint"]
+    # Both rank the same users; at 20 beams the base gives 20 items, whatever they are.
+    ranked = [Rankings.read(Path(result["result_file"]).with_name("rankings.npz")) for result in (inside, alone)]
+    assert ranked[0].user_id.tolist() == ranked[1].user_id.tolist()
+    for k in (5, 10, 20):
+        shared = [
+            len({*one[:k]} & {*other[:k]}) / k for one, other in zip(ranked[0].top.tolist(), ranked[1].top.tolist())
+        ]
+        assert inside["consistency"]["cf_model"][f"overlap@{k}"] == pytest.approx(sum(shared) / len(shared))
+    assert "consistency" not in alone
     # Another share of the teacher is another fine-tuning, of the same parts.
     other = run("TCA4Rec", "small", config_dict=settings | {"alpha": 0.25})
     assert [stage["name"] for stage in other["stages"] if not stage["cached"]] == ["fine_tuning"]
