@@ -23,7 +23,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 )
 
 from recbole_llm import processes, registry  # noqa: E402
-from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
+from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics, check_teacher  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -47,13 +47,6 @@ _UNRANKABLE = {
     "RaCT": "it trains in three phases with files between them",
     "S3Rec": "it trains in two phases with a file between them",
 }
-
-# Settings that divide interactions, or number items: a model that teaches another has the other's.
-_SPLITTING = frozenset({
-    "policy", "eval_args", "split_seed", "short_users", "exclude_history", "train_share", "cold_item_share",
-    "cold_item_choice", "merge_valid", "refit_on_valid", "load_col", "user_inter_num_interval",
-    "item_inter_num_interval", "val_interval", "rm_dup_inter",
-})  # fmt: skip
 
 # Settings that change no trained number: they stay out of a stage's fingerprint.
 NEUTRAL_KEYS = frozenset({
@@ -326,26 +319,13 @@ class Config(RecBoleConfig):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
             if part in getattr(model_class, "teachers", ()):
-                self._check_teacher(part, name, kind)
+                check_teacher(part, name, None if name in _UNRANKABLE else kind, self.external_config_dict)
                 continue
             items_only = part in getattr(model_class, "item_parts", ())
             fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
             if not fits or hasattr(kind, "stages"):
                 wanted = "recommender with item" if items_only else "general recommender with user and item"
                 raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
-
-    def _check_teacher(self, part: str, name: str, kind: Any) -> None:
-        """Refuse what cannot score the catalogue for this run's train rows."""
-        scores = kind.type in (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
-        if not scores or hasattr(kind, "stages") or name in _UNRANKABLE:
-            raise UserError(
-                f"{part} should be a recommender that scores every item and trains by itself, such as SASRec, LightGCN "
-                f"or EASE, not {name}"
-            )
-        for key in self.external_config_dict:
-            prefix, _, rest = key.partition(".")
-            if prefix == part and rest in _SPLITTING:
-                raise UserError(f"{key} would train {name} on another split than it teaches; set {rest} for the run")
 
     def _merges(self) -> list[str]:
         """The setting that trains on valid rows, in a list; empty where none is set.
