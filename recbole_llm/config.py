@@ -23,7 +23,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 )
 
 from recbole_llm import processes, registry  # noqa: E402
-from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
+from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics, check_teacher  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -153,7 +153,20 @@ class Config(RecBoleConfig):
         if not isinstance(model, str):
             return model.__name__, model, dataset
         model = registry.variant_of(model, given)
-        return model, registry.get_model(model), dataset
+        model_class = registry.class_of(model, given)
+        if hasattr(model_class, "wraps"):
+            self._take_base_keys()
+        return model, model_class, dataset
+
+    def _take_base_keys(self) -> None:
+        """A wrapper's settings are those of its base and its own, so ``base_model.key`` is ``key``."""
+        given = self.external_config_dict
+        for key in [key for key in given if key.startswith("base_model.")]:
+            flat, value = key.partition(".")[2], given.pop(key)
+            if given.setdefault(flat, value) != value:
+                raise UserError(f"{key} and {flat} are one setting, given as {value!r} and as {given[flat]!r}")
+            if key in self.cmd_config_dict:
+                self.cmd_config_dict[flat] = value
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -174,7 +187,8 @@ class Config(RecBoleConfig):
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
-        self._load_tuned(model, dataset)
+        for name in dict.fromkeys((getattr(model_class, "wraps", model), model)):
+            self._load_tuned(name, dataset)
         self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
         self._check_keys(model, model_class)
         self._check_model(model, model_class)
@@ -298,9 +312,15 @@ class Config(RecBoleConfig):
             raise UserError(
                 f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
             )
+        self._check_parts(model_class)
+
+    def _check_parts(self, model_class: Any) -> None:
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
+            if part in getattr(model_class, "teachers", ()):
+                check_teacher(part, name, None if name in _UNRANKABLE else kind, self.external_config_dict)
+                continue
             items_only = part in getattr(model_class, "item_parts", ())
             fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
             if not fits or hasattr(kind, "stages"):

@@ -1,17 +1,24 @@
-"""What the settings of the measuring, as they finally stand, must be; refused before any work."""
+"""What the settings of the measuring, and of what a model learns from, must be; refused before any work."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recbole.evaluator import metric_types, metrics_dict, smaller_metrics
 from recbole.evaluator.base_metric import TopkMetric
-from recbole.utils import EvaluatorType
+from recbole.utils import EvaluatorType, ModelType
 
 from recbole_llm.errors import UserError, did_you_mean
+
+# Settings that divide interactions, or number items: a model that teaches another has the other's.
+_SPLITTING = frozenset({
+    "policy", "eval_args", "split_seed", "short_users", "exclude_history", "train_share", "cold_item_share",
+    "cold_item_choice", "merge_valid", "refit_on_valid", "load_col", "user_inter_num_interval",
+    "item_inter_num_interval", "val_interval", "rm_dup_inter",
+})  # fmt: skip
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
 _INTERVAL = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]")
@@ -39,6 +46,27 @@ def check_metrics(final: dict[str, Any]) -> None:
             f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
         )
     final["valid_metric_bigger"] = name.lower() not in smaller_metrics
+
+
+def check_teacher(part: str, name: str, kind: Any, given: Iterable[str]) -> None:
+    """A part that teaches scores the whole catalogue, and is trained on the run's own train rows.
+
+    Args:
+        part: its key.
+        name: of its model.
+        kind: the model's class; ``None`` for one that cannot be ranked with.
+        given: the settings that the user gave.
+    """
+    types = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
+    if kind is None or kind.type not in types or hasattr(kind, "stages"):
+        raise UserError(
+            f"{part} should be a recommender that scores every item and trains by itself, such as SASRec, LightGCN or "
+            f"EASE, not {name}"
+        )
+    for key in given:
+        prefix, _, rest = key.partition(".")
+        if prefix == part and rest in _SPLITTING:
+            raise UserError(f"{key} would train {name} on another split than it teaches; set {rest} for the run")
 
 
 def check_intervals(final: Mapping[str, Any]) -> None:

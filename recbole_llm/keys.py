@@ -44,9 +44,11 @@ def model_files(model: str, model_class: type | None = None) -> list[Path]:
 
     Args:
         model: a registered name, or the name of a class of the user's own.
-        model_class: where no file has its name, the nearest class it inherits from that has one stands in.
+        model_class: where no file has its name, the nearest class it inherits from that has one stands in; where it
+            wraps another model, that one's files come first.
     """
-    names = list(dict.fromkeys((registry.yaml_base(model), model)))
+    wrapped = getattr(model_class, "wraps", model)
+    names = list(dict.fromkeys((registry.yaml_base(wrapped), wrapped, registry.yaml_base(model), model)))
     files = _named_files(names)
     for parent in model_class.__mro__ if model_class is not None else ():
         files = files or _named_files([parent.__name__])

@@ -55,6 +55,10 @@ _OURS = (
         "LCRec", "recbole_llm.model.lcrec", "language", ("backbone", "item_texts", "item_tokens", "fine_tuning"),
         ("time", "item text"), base="AlignTokenRec",
     ),
+    Entry(
+        "TCA4Rec", "recbole_llm.model.tca4rec", "language",
+        ("embedding_model", "backbone", "item_texts", "item_tokens", "cf_model", "fine_tuning"), ("time", "item text"),
+    ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
     Entry(
@@ -138,6 +142,28 @@ def get_model(name: str, fast: bool = True) -> Any:
             if error.name and error.name.startswith("recbole_llm"):
                 raise
             raise UserError(f"{name} needs the package '{error.name}', which is not installed") from None
+
+
+def class_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """The class that a run's model is of: :func:`get_model`'s, around another where it wraps one.
+
+    Args:
+        name: as for :func:`get_model`.
+        settings: of the run; ``base_model`` of a wrapper, if not its own default.
+
+    Raises:
+        UserError: see :func:`get_model`, or the base is none that can be wrapped.
+    """
+    found = get_model(name)
+    wrap = getattr(found, "over", None)
+    return found if wrap is None else wrap(settings.get("base_model", found.wraps))
+
+
+def generative() -> list[str]:
+    """Names of our models that generate items, wrappers not among them."""
+    languages = [name for name, entry in entries().items() if entry.kind == "language"]
+    classes = {name: get_model(name) for name in languages}
+    return [name for name, one in classes.items() if hasattr(one, "label_loss") and not hasattr(one, "over")]
 
 
 def is_recboles(name: str) -> bool:

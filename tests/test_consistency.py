@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm.evaluation.consistency import overlap, rank_biased_overlap
+from recbole_llm.evaluation.consistency import consistency, overlap, rank_biased_overlap
 
 
 @st.composite
@@ -52,6 +52,15 @@ def test_golden() -> None:
     assert rank_biased_overlap(ours, theirs, 0.5)[0, 2] == pytest.approx(5 / 12)
     assert rank_biased_overlap(ours, ours)[0].tolist() == pytest.approx([1, 1, 1])
     assert not rank_biased_overlap(ours, ours + 10).any()
+
+
+def test_means_over_users_at_the_depths_asked_for() -> None:
+    ours, theirs = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[2, 1, 4], [4, 5, 6]])
+    found = consistency(ours, theirs, [1, 3])
+    assert found == {
+        "overlap@1": 0.5, "overlap@3": pytest.approx(5 / 6), "rbo@1": 0.5,
+        "rbo@3": pytest.approx((1 + rank_biased_overlap(ours, theirs)[0, 2]) / 2),
+    }  # fmt: skip
 
 
 def test_more_users_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

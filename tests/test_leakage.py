@@ -33,6 +33,7 @@ QUICK = (
     "GLTA",
     "AlignTokenRec",
     "LCRec",
+    "TCA4Rec",
 )
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -59,6 +60,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
+}  # fmt: skip
+SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
+    "alpha": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16, "cf_model.inner_size": 16,
+    "cf_model.MAX_ITEM_LIST_LENGTH": 10,
 }  # fmt: skip
 # Models that need what the data has not, or a package that is not among the requirements.
 OUT_OF_REACH = {
@@ -202,7 +207,8 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec"]
+    "model",
+    ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec"],
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []

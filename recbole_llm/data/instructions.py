@@ -3,7 +3,8 @@
 Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a segment, tokenised once. Segments
 have one numbering and a prompt is a run of numbers, so a batch is one gather: no loop over rows, items or tokens.
 Tokens of items are pasted as ids and text is encoded as plain text, so nothing that a title or a review spells can
-become one. A token that the model is to learn carries :data:`LABEL` until the batch is padded.
+become one. A token that the model is to learn carries :data:`LABEL` until the batch is padded, and one of the item that
+answers :data:`ANSWER` besides.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from recbole_llm.schema import properties_dir, read_yaml
 from recbole_llm.tasks import behaviour
 from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, Task, known_tasks
 
-LABEL = 1 << 40
+LABEL, ANSWER = 1 << 40, 1 << 41
 PLACE = re.compile(r"\{(\w+)\}")
 INSTRUCTION, INFERENCE = "instruction", "inference"
 
@@ -146,16 +147,20 @@ class TokenBatch:
         rows: int64 ``[L]``, ascending; the prompt of each label.
         places: int64 ``[L]``, the position within the prompt from whose state the label is told.
         labels: int64 ``[L]``, token ids.
+        answers: bool ``[L]``, the tokens of an item that is the answer; those of a prompt stand in the item's order.
+        moments: int64 ``[B]``, where among the train interactions the one is that the answer is of; -1 where none is.
     """
 
     ids: Tensor
     rows: Tensor
     places: Tensor
     labels: Tensor
+    answers: Tensor
+    moments: Tensor
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same on a device."""
-        parts = (self.ids, self.rows, self.places, self.labels)
+        parts = (self.ids, self.rows, self.places, self.labels, self.answers, self.moments)
         return TokenBatch(*(part.to(device, non_blocking=True) for part in parts))
 
     def targets_count(self) -> int:
@@ -166,7 +171,8 @@ class TokenBatch:
         """The prompts of one of ``count`` processes."""
         mine = self.rows % count == rank
         return TokenBatch(
-            self.ids[rank::count], self.rows[mine] // count, self.places[mine], self.labels[mine]
+            self.ids[rank::count], self.rows[mine] // count, self.places[mine], self.labels[mine], self.answers[mine],
+            self.moments[rank::count],
         )  # fmt: skip
 
 
@@ -237,7 +243,7 @@ class InstructionWriter:
             ITEM: items,
             "next": _behind(gaps[0], items),
             "next learned": _behind(gaps[0], labels),
-            TARGET: labels,
+            TARGET: Ragged(labels.values + ANSWER, labels.offsets),
             TITLES: titles,
             "next title": _behind(gaps[1], titles),
             **texts,
@@ -368,7 +374,9 @@ class InstructionWriter:
         texts = self._segments.lengths_of(torch.where(text, self._bases[kinds] + sources.unsqueeze(1), 0))
         return self._fixed[templates] + texts.sum(1) + self._per_shown[kinds].sum(1) * counts
 
-    def write(self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor) -> TokenBatch:
+    def write(
+        self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor, moments: Tensor | None = None
+    ) -> TokenBatch:
         """Prompts with their answers.
 
         Args:
@@ -376,16 +384,19 @@ class InstructionWriter:
             histories: items, oldest first, one row a prompt; read by templates with a history.
             sources: int64 ``[B]``, the row of the texts, for templates with one.
             targets: int64 ``[B]``, the items asked about or to answer with.
+            moments: int64 ``[B]``, what :attr:`TokenBatch.moments` says of them; ``None``, nothing.
 
         Returns:
             A batch of these rows, or of those that there is room for.
         """
         runs = self._runs(templates, histories, sources, targets)
-        padded = self._fitted(runs, templates, self._room is not None and self._room.drop).padded(0)
+        written, kept = self._fitted(runs, templates, self._room is not None and self._room.drop)
+        padded = written.padded(0)
         rows, places = (padded[:, 1:] >= LABEL).nonzero(as_tuple=True)
-        ids = padded & (LABEL - 1)
+        ids, told = padded & (LABEL - 1), padded[rows, places + 1]
+        moments = torch.full_like(kept, -1) if moments is None else moments[kept]
         # The end token itself is read from nowhere.
-        return TokenBatch(ids[:, :-1], rows, places, ids[rows, places + 1])
+        return TokenBatch(ids[:, :-1], rows, places, told & (LABEL - 1), (told & ANSWER) > 0, moments)
 
     def ask(self, histories: Ragged, which: int = 0) -> Ragged:
         """The prompts of inference: token ids, one row a history.
@@ -396,23 +407,27 @@ class InstructionWriter:
         """
         templates = torch.full((len(histories),), self._first[INFERENCE] + which)
         nothing = torch.zeros_like(templates)
-        asked = self._fitted(self._runs(templates, histories, nothing, nothing), templates, answered=False)
+        asked, _ = self._fitted(self._runs(templates, histories, nothing, nothing), templates, answered=False)
         return Ragged(asked.values & (LABEL - 1), asked.offsets)
 
-    def _fitted(self, runs: Ragged, templates: Tensor, drop: bool = False, answered: bool = True) -> Ragged:
-        """Tokens of prompts, those that are too long left out or made shorter."""
+    def _fitted(
+        self, runs: Ragged, templates: Tensor, drop: bool = False, answered: bool = True
+    ) -> tuple[Ragged, Tensor]:
+        """Tokens of prompts, those that are too long left out or made shorter, and which prompts they are."""
+        every = torch.arange(len(runs))
         if self._room is None:
-            return self._tokens(self._segments.take(runs.values), runs)
+            return self._tokens(self._segments.take(runs.values), runs), every
         tokens = self._room.tokens - (0 if answered else self._answer_length)
         long = self._room.too_long(runs, tokens) > 0
         if long.any():
             self.too_long.update(self._task_of[template] for template in templates[long].tolist())
         if drop:
-            runs = runs.take((~long).nonzero().squeeze(1))
-            return self._tokens(self._segments.take(runs.values), runs)
+            every = every[~long]
+            runs = runs.take(every)
+            return self._tokens(self._segments.take(runs.values), runs), every
         runs, cuts = self._room.shorten(runs, tokens)
         taken = self._segments.take(runs.values)
-        return self._tokens(taken.keep(taken.positions < (taken.lengths - cuts)[taken.rows]), runs)
+        return self._tokens(taken.keep(taken.positions < (taken.lengths - cuts)[taken.rows]), runs), every
 
     @staticmethod
     def _tokens(taken: Ragged, runs: Ragged) -> Ragged:

@@ -5,6 +5,8 @@ Both measures are symmetric, within 0..1, and say nothing about whether either l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # Users whose lists are compared at a time: K x K comparisons each.
@@ -37,6 +39,21 @@ def overlap(recommended: np.ndarray, teacher: np.ndarray) -> np.ndarray:
         user, i, j = np.nonzero((ours[:, :, None] == theirs[:, None, :]) & (ours >= 0)[:, :, None])
         np.add.at(found, (user + low, later[i, j]), 1.0)
     return found.cumsum(axis=1) / (ranks + 1)
+
+
+def consistency(recommended: np.ndarray, teacher: np.ndarray, topk: Sequence[int]) -> dict[str, float]:
+    """Both measures' means over users.
+
+    Args:
+        recommended: as for :func:`overlap`.
+        teacher: as for :func:`overlap`.
+        topk: depths, each at most K.
+
+    Returns:
+        ``overlap@k`` and ``rbo@k`` (:func:`rank_biased_overlap`) for every depth.
+    """
+    found = {"overlap": overlap(recommended, teacher), "rbo": rank_biased_overlap(recommended, teacher)}
+    return {f"{name}@{k}": float(values[:, k - 1].mean()) for name, values in found.items() for k in topk}
 
 
 def rank_biased_overlap(recommended: np.ndarray, teacher: np.ndarray, persistence: float = 0.9) -> np.ndarray:

@@ -41,7 +41,7 @@ from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
-from recbole_llm.tasks import active_tasks, known_tasks
+from recbole_llm.tasks import active_tasks, known_tasks, number
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class AlignTokenRec(SequentialRecommender):
 
     input_type = InputType.POINTWISE
     train_view = "tasks"
-    parts = ("embedding_model",)
+    parts: tuple[str, ...] = ("embedding_model",)
     item_parts = ("embedding_model",)
     stages = (FINE_TUNING,)
     ranking = "beam"
@@ -237,7 +237,8 @@ class AlignTokenRec(SequentialRecommender):
             draws = torch.rand(int(groups.max()) + 1, self.history_length)
             kept = draws[groups[histories.rows], histories.positions] >= self.config["history_dropout"]
             histories = histories.keep(kept | (histories.positions == histories.lengths[histories.rows] - 1))
-        return self.writer.write(templates, histories, interaction["source"], interaction["target"])
+        moments = torch.where(interaction["task"] == number(SEQUENTIAL), stops, -1)
+        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments)
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
@@ -245,7 +246,19 @@ class AlignTokenRec(SequentialRecommender):
             # Every prompt was too long.
             return torch.stack([weight.sum() * 0 for weight in self.parameters()]).sum()
         states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
-        return F.cross_entropy(self.head.logits(states), batch.labels.to(self.device))
+        return self.label_loss(self.head.logits(states), batch)
+
+    def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the labels; where a wrapper (TCA4Rec) puts labels of its own.
+
+        Args:
+            logits: float ``[L, V]``, those of the batch's labels.
+            batch: which labels.
+
+        Returns:
+            float32 scalar.
+        """
+        return F.cross_entropy(logits, batch.labels.to(self.device))
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a batch of the train loader."""

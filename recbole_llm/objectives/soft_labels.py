@@ -82,6 +82,28 @@ class SoftLabels:
         """A copy whose tensors are on a device."""
         return SoftLabels(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    def among(self, labels: Tensor, places: Tensor) -> SoftLabels:
+        """These labels among others that are hard: all the mass of each of those is on itself.
+
+        Args:
+            labels: of all L positions, the language model's ids, int64 [L]; at ``places`` those of these.
+            places: which of them these are, int64 [M], ascending.
+
+        Returns:
+            Of L positions; ``samples`` is -1 where the label is hard.
+        """
+        soft = torch.zeros_like(labels, dtype=torch.bool)
+        soft[places] = True
+        counts = torch.ones_like(labels)
+        counts[places] = self.offsets.diff()
+        positions = torch.arange(len(labels), device=labels.device).repeat_interleave(counts)
+        of_these = soft[positions]
+        tokens, probs = labels[positions], self.probs.new_ones(len(positions))
+        tokens[of_these], probs[of_these] = self.tokens, self.probs
+        samples = torch.full_like(labels, -1)
+        samples[places] = self.samples
+        return SoftLabels(functional.pad(counts.cumsum(0), (1, 0)), positions, tokens, probs, labels, samples)
+
     def dense(self, size: int) -> Tensor:
         """Whole rows of a vocabulary, for a look and for tests.
 

@@ -26,6 +26,7 @@ from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
 from recbole_llm.training.task_texts import read_task_texts
+from recbole_llm.training.teacher import Teacher
 from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
 
@@ -96,6 +97,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if backbone is None:
             backbone, mark, lines = take_backbone(config, dataset, text, store, named)
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
+        teachers = self._teachers(dataset, fit_part)
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
         tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
@@ -114,11 +116,22 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
+        self._upstream += teachers
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)
             self._upstream.append(before.fingerprint)
         return self._upstream
+
+    def _teachers(self, dataset: Any, fit_part: Callable[[str], Any]) -> list[str]:
+        """Train (or find) the recommenders that the model learns from; their fingerprints."""
+        marks = []
+        for part in getattr(self.model, "teachers", ()):
+            fit = self.part_fits[part] = fit_part(part)
+            self.stages += [{**line, "name": part} for line in fit.stages]
+            self.model.take_teacher(Teacher(fit, dataset, part))
+            marks.append(fit.fingerprint)
+        return marks
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces trainer.py:257: training looks at one prompt, whatever ``inference_prompts`` says."""

@@ -53,7 +53,7 @@ def config_of(result: Mapping[str, Any], **settings: Any) -> Config:
         UserError: the run's model, or one of its settings, is not known any more.
     """
     model, saved = result["model"], result["config"]
-    model_class = registry.get_model(model)
+    model_class = registry.class_of(model, saved)
     parts = tuple(f"{part}." for part in registry.parts_of(model_class))
     wanted = {key: value for key, value in saved.items() if key not in _DERIVED and key not in settings}
     fixed = {"data_path": str(Path(saved["data_path"]).parent), **settings}

@@ -24,6 +24,7 @@ from recbole_llm import __version__, processes
 from recbole_llm.config import Config
 from recbole_llm.disk import full_disk_told, write_whole
 from recbole_llm.errors import TrainingStoppedError, UserError
+from recbole_llm.evaluation.consistency import consistency
 from recbole_llm.evaluation.ranking import Measured
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.training.logs import run_logging
@@ -190,6 +191,9 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     if text is not None:
         result["item_text"] = {"template": text.template, "fallback": text.fallback, "missing": text.missing}
         result["item_text"] |= {"dropped": text.dropped, "shuffled": text.shuffled}
+    agreement = _consistency(fitted, measured)
+    if agreement:
+        result["consistency"] = agreement
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
@@ -202,6 +206,22 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         copy = Path(result_file)
         _write_result(copy, f"{copy.stem}.", result, arrays, rankings)
     return result | {"result_file": str(folder / "result.json")}
+
+
+def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, float]]:
+    """How far a run's test rankings agree with those of the recommenders it learned from, by their config keys."""
+    found = {}
+    for part in getattr(fitted.model, "teachers", ()):
+        teacher = fitted.parts[part]
+        if not len(measured.users) or not teacher.trainer.evaluate(teacher.test_data, load_best_model=False):
+            continue
+        theirs: Measured = teacher.trainer.measured
+        # Under eval_unit: row only a sequential recommender ranks rows; a part may have a topk of its own.
+        if np.array_equal(theirs.users, measured.users) and theirs.items.shape == measured.items.shape:
+            found[part] = consistency(measured.items, theirs.items, fitted.config["topk"])
+            told = ", ".join(f"{name} {value:.4f}" for name, value in found[part].items())
+            logger.info("agreement with %s (%s): %s", fitted.config[part], part, told)
+    return found
 
 
 def _write_result(

@@ -1,0 +1,190 @@
+"""TCA4Rec: a generative recommender that learns from a collaborative one, token by token.
+
+It wraps a recommender that generates items (``base_model``) and changes the labels of its loss and nothing else. Where
+the base learns the tokens of a user's next item, another recommender's scores over the catalogue (``cf_model``, trained
+first and frozen) become a distribution over the tokens that could stand at each place, and the label is a mixture of
+the item's own token with it. Prompts, tasks, what trains and how items are found are the base's, under its own keys.
+
+Source: Lin et al., "TCA4Rec: Token-level Collaborative Alignment for LLM-based Generative Recommendation", WWW 2026,
+arXiv 2601.18457, and the authors' public code; the parts are in :mod:`recbole_llm.objectives`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recbole_llm import registry
+from recbole_llm.data.instructions import TokenBatch
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.errors import UserError
+from recbole_llm.model.aligntokenrec import AlignTokenRec
+from recbole_llm.objectives.quirks import behaviour
+from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels
+from recbole_llm.objectives.soft_loss import SoftLabelLoss
+
+if TYPE_CHECKING:
+    from recbole_llm.itemid.item_tokens import ItemTokens
+    from recbole_llm.training.teacher import Teacher
+
+
+class CollaborativeLabels:
+    """What a generative recommender becomes TCA4Rec by: to stand before it among a class's bases.
+
+    The base has ``label_loss(logits, batch)``, its mean over labels, and calls ``take_item_tokens``.
+    """
+
+    wraps = ""
+    teachers = ("cf_model",)
+
+    config: Any
+    device: Any
+    item_tokens: ItemTokens
+    teacher: Teacher
+    _lm_ids: Tensor
+    _train_items: Tensor
+    _tokenizer: CollaborativeTokenizer | None = None
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)  # type: ignore[call-arg]
+        self._quirks = behaviour(config["official_quirks"])
+        self.soft_loss = SoftLabelLoss(config["tca_loss"], config["alpha"], config["tau"])
+        self._user_starts = torch.from_numpy(dataset.train_histories.offsets).long()
+
+    def take_item_tokens(self, tokens: ItemTokens) -> None:
+        """Note what the tokens of every item are."""
+        super().take_item_tokens(tokens)  # type: ignore[misc]
+        self._tokenizer = None
+
+    def take_teacher(self, teacher: Teacher) -> None:
+        """Note whose scores the labels are made of."""
+        # Not a submodule: nothing of it trains, and its weights are its own stage's.
+        self.__dict__["teacher"] = teacher
+
+    @property
+    def tokenizer(self) -> CollaborativeTokenizer:
+        """What makes distributions over tokens of scores over items."""
+        if self._tokenizer is None:
+            config, quirks = self.config, self._quirks
+            self._tokenizer = CollaborativeTokenizer(
+                self.item_tokens, self._lm_ids, beta=config["beta"], standardise=config["standardise"],
+                drop_last=self._dropped_of_item, dtype=quirks.dtype,
+            ).to(self.device)  # fmt: skip
+        return self._tokenizer
+
+    @property
+    def _dropped_of_item(self) -> int:
+        """Last tokens of an item that are no labels; titles bring their end token, of codes it is the answer's."""
+        return max(self._quirks.drop_last - (self.item_tokens.kind != "titles"), 0)
+
+    def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """The mean over labels, those of the next item's tokens mixed with what the teacher expects there.
+
+        Args:
+            logits: float ``[L, V]``, those of the batch's labels.
+            batch: which labels.
+
+        Returns:
+            float32 scalar; 0 where no label counts.
+        """
+        soft, counted = self.soft_labels(batch)
+        losses = self.soft_loss.of_positions(logits, soft)
+        if counted is None:
+            return losses.mean()
+        return losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def soft_labels(self, batch: TokenBatch) -> tuple[SoftLabels, Tensor | None]:
+        """The labels of a batch: what the teacher says at the tokens of next items, one-hot anywhere else.
+
+        Args:
+            batch: of training.
+
+        Returns:
+            Of all labels; and which of them count, bool ``[L]``, ``None`` where all do.
+        """
+        asked = batch.moments >= 0
+        moments = batch.moments[asked]
+        targets = self._train_items[moments]
+        places = (batch.answers & asked[batch.rows]).nonzero().squeeze(1)
+        counted = torch.ones(len(batch.labels), dtype=torch.bool)
+        if self._quirks.drop_last:
+            places = self._undropped(batch, places, targets, counted)
+        labels, places = batch.labels.to(self.device), places.to(self.device)
+        counted = counted.to(self.device)
+        tokenizer = self.tokenizer
+        if len(moments):
+            logits = self.teacher.logits(moments).to(self.device)
+            history = self._histories(moments).to(self.device) if self.config["mask_history"] else None
+            found = tokenizer(logits, targets.to(self.device), history)
+        else:
+            found = tokenizer(torch.zeros(0, self.item_tokens.n_items, device=self.device), targets.to(self.device))
+        if self.config["skip_forced"] and not self.config["official_quirks"]:
+            counted[places[found.forced]] = False
+        soft = found.among(labels, places)
+        return soft, None if bool(counted.all()) else counted
+
+    def _undropped(self, batch: TokenBatch, places: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """The places of item tokens without the last ones, which, as the end token behind them, do not count."""
+        lengths = self.item_tokens.lengths[targets]
+        left = lengths.cumsum(0).repeat_interleave(lengths) - torch.arange(len(places))
+        dropped = left <= self._dropped_of_item
+        counted[places[dropped]] = False
+        if self.item_tokens.kind != "titles":
+            counted[places[left == 1] + 1] = False
+        return places[~dropped]
+
+    def _histories(self, moments: Tensor) -> Tensor:
+        """Items that users had before train interactions, int64 ``[S, H]``, filled up with 0."""
+        owners = torch.searchsorted(self._user_starts, moments, right=True) - 1
+        return Ragged.from_slices(self._train_items, self._user_starts[owners], moments).padded(0)
+
+
+class TCA4Rec(CollaborativeLabels, AlignTokenRec):
+    """TCA4Rec (arXiv 2601.18457) as a RecBole recommender; around AlignTokenRec, or what ``base_model`` names.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+    """
+
+    wraps = "AlignTokenRec"
+    parts: tuple[str, ...] = (*AlignTokenRec.parts, *CollaborativeLabels.teachers)
+
+    def __new__(cls, config: Any, dataset: Any) -> Any:
+        """RecBole's way names the model alone: the base is in its settings."""
+        wanted = cls.over(config["base_model"])
+        return super().__new__(cls) if wanted is cls else wanted(config, dataset)
+
+    @staticmethod
+    def over(base: str) -> Any:
+        """The class around a base.
+
+        Args:
+            base: a registered name.
+
+        Raises:
+            UserError: there is no such model, or it does not generate items.
+        """
+        if base == TCA4Rec.wraps:
+            return TCA4Rec
+        found = registry.get_model(base)
+        if hasattr(found, "over") or not hasattr(found, "label_loss"):
+            why = "is what wraps one" if hasattr(found, "over") else "does not"
+            raise UserError(f"base_model should generate items, as {', '.join(registry.generative())} do; {base} {why}")
+        return _around(found, base)
+
+
+@functools.cache
+def _around(base: Any, name: str) -> Any:
+    class Around(CollaborativeLabels, base):  # type: ignore[misc]
+        """TCA4Rec (arXiv 2601.18457) around another recommender."""
+
+        wraps = name
+        parts = (*base.parts, *CollaborativeLabels.teachers)
+
+    Around.__name__ = TCA4Rec.__name__
+    return Around

@@ -1,0 +1,385 @@
+"""TCA4Rec: what it changes of a base's loss and what not, what its teacher is asked, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from catalogues import dictionary
+from test_aligntokenrec import OPTIONS, SETTINGS, loader, shipped, tokens
+from test_errors import refused
+from test_glta import N_ITEMS, dataset, histories
+from test_leakage import SMALL
+from test_soft_labels import naive
+from tiny_folders import KINDS, write
+
+from recbole_llm import registry
+from recbole_llm.backbone.load import load_backbone, load_with_head
+from recbole_llm.config import Config
+from recbole_llm.data.instructions import TokenBatch
+from recbole_llm.data.split import TRAIN
+from recbole_llm.errors import UserError
+from recbole_llm.evaluation.rankings import Rankings
+from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
+from recbole_llm.model.lcrec import LCRec
+from recbole_llm.model.tca4rec import TCA4Rec
+from recbole_llm.objectives.soft_loss import FORMS
+from recbole_llm.schema import Loader, properties_dir
+from recbole_llm.tasks import number
+from recbole_llm.tasks.behaviour import SEQUENTIAL
+from recbole_llm.training.pipeline import fit, prepared, store_of
+from recbole_llm.training.runs import run
+from recbole_llm.training.teacher import Teacher
+
+BASES = {"AlignTokenRec": (AlignTokenRec, {}), "LCRec": (LCRec, {"prompts": "lcrec", "tasks": [SEQUENTIAL]})}
+TEACHERS = ("SASRec", "BERT4Rec", "GRU4Rec", "LightGCN", "DCCF", "BPR", "ItemKNN", "EASE", "Pop", "FM")
+
+
+def own() -> dict[str, Any]:
+    return yaml.load((properties_dir() / "model" / "TCA4Rec.yaml").read_text(encoding="utf-8"), Loader=Loader)
+
+
+def scores(moments: torch.Tensor) -> torch.Tensor:
+    """A teacher's, different for every interaction."""
+    rows = [torch.randn(N_ITEMS, generator=torch.Generator().manual_seed(int(moment))) for moment in moments]
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(KINDS["llama"], tmp_path_factory.mktemp("llama"))
+
+
+def build(folder: Path, model_class: Any, item_tokens: ItemTokens | None = None, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    made = model_class({**shipped(), **own(), **SETTINGS, **settings}, dataset())
+    made.prepare(
+        item_tokens=item_tokens or tokens(), backbone=load_backbone(folder, **OPTIONS),
+        head_model=load_with_head(folder, **OPTIONS), tie_order=torch.arange(N_ITEMS), texts={},
+    )  # fmt: skip
+    made.begin_stage(FINE_TUNING)
+    if hasattr(made, "take_teacher"):
+        made.take_teacher(SimpleNamespace(logits=scores))
+    return made.eval()
+
+
+def sampled(model: Any, **settings: Any) -> tuple[Any, TokenBatch]:
+    torch.manual_seed(3)
+    samples = next(iter(loader(**{"tasks": model.config["tasks"], "train_batch_size": 24, **settings})))
+    return samples, model.training_batch(samples)
+
+
+def lists_of(model: Any, batch: TokenBatch, row: int) -> list[tuple[int, int]]:
+    """Places among the labels, and labels, of a prompt."""
+    return [(place, int(batch.labels[place])) for place in (batch.rows == row).nonzero().squeeze(1).tolist()]
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("positions", ["all", "response"])
+@pytest.mark.parametrize("base", BASES)
+def test_alpha_0_is_the_bases_loss_and_gradient(base: str, positions: str, form: str, folder: Path) -> None:
+    plain_class, more = BASES[base]
+    settings = {**more, "train_positions": positions}
+    plain = build(folder, plain_class, **settings)
+    wrapped = build(folder, TCA4Rec.over(base), **settings, base_model=base, alpha=0.0, tca_loss=form)
+    assert isinstance(wrapped, plain_class) and type(wrapped).__name__ == "TCA4Rec"
+    gradients, losses = [], []
+    for model in (plain, wrapped):
+        loss = model.stage_loss(FINE_TUNING, sampled(model)[1])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    mixed = build(folder, TCA4Rec.over(base), **settings, base_model=base, alpha=0.5, tca_loss=form)
+    assert abs(mixed.stage_loss(FINE_TUNING, sampled(mixed)[1]).item() - losses[0]) > 1e-4
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_the_tokens_of_next_items_get_the_teachers_shares_and_no_others(
+    positions: str, mask_history: bool, folder: Path
+) -> None:
+    model = build(folder, TCA4Rec, train_positions=positions, mask_history=mask_history)
+    samples, batch = sampled(model)
+    soft, counted = model.soft_labels(batch)
+    assert counted is None and len(soft) == len(batch.labels) and torch.equal(soft.labels, batch.labels)
+    dense = soft.dense(int(model._lm_ids[-1]) + 1)
+    nodes, first = dictionary(tokens()), int(model._lm_ids[0])
+    items, offsets = histories().items, histories().offsets
+    seen = {"soft": 0, "hard": 0}
+    for row in range(len(batch.ids)):
+        told = lists_of(model, batch, row)
+        answer: list[int] = []
+        if int(samples["task"][row]) == number(SEQUENTIAL):
+            stop = int(samples["stop"][row])
+            target = int(items[stop])
+            assert int(batch.moments[row]) == stop and target == int(samples["target"][row])
+            user_start = max(int(offset) for offset in offsets if offset <= stop)
+            excluded = set(items[user_start:stop].tolist()) - {target} if mask_history else set()
+            answer = tokens().of(target)
+            logits = scores(torch.tensor([stop]))[0].clone()
+            logits[0] = -math.inf
+            # The answer's tokens are the last labels but the end token.
+            for depth, (place, label) in enumerate(told[-len(answer) - 1 : -1]):
+                assert label == first + answer[depth]
+                expected = naive(nodes, tuple(answer[:depth]), answer[depth], logits, excluded)
+                wanted = torch.zeros(dense.shape[1])
+                for token, share in expected.items():
+                    wanted[first + token] = share
+                torch.testing.assert_close(dense[place], wanted, rtol=1e-4, atol=1e-6)
+                seen["soft"] += 1
+        else:
+            assert int(batch.moments[row]) == -1
+        for place, label in told[: len(told) - len(answer) - 1] + told[-1:] if answer else told:
+            assert dense[place, label] == 1 and dense[place].sum() == 1
+            seen["hard"] += 1
+    assert seen["soft"] and seen["hard"] and sum(seen.values()) == len(batch.labels)
+
+
+def test_skipped_and_dropped_labels_are_not_in_the_mean(folder: Path) -> None:
+    items = torch.arange(N_ITEMS)
+    codes = torch.stack([items % 3, items // 3, items % 2], dim=1)
+    codes[0] = -1
+    sequential = {"tasks": [SEQUENTIAL], "train_positions": "response"}
+    forced = build(folder, TCA4Rec, ItemTokens.from_codes(codes, [3, 10, 2]), skip_forced=True, **sequential)
+    _, batch = sampled(forced)
+    # Two codes tell the items apart, so the third is forced; the end token, no item's, counts.
+    _, counted = forced.soft_labels(batch)
+    assert counted is not None and counted.tolist() == [True, True, False, True] * len(batch.ids)
+    quirky = build(folder, TCA4Rec, official_quirks=True, alpha=0.0, **sequential)
+    _, batch = sampled(quirky)
+    _, counted = quirky.soft_labels(batch)
+    # Of the codes and the end token of each answer the last two are none.
+    assert counted is not None and counted.tolist() == [True, True, False, False] * len(batch.ids)
+    logits = torch.randn(len(batch.labels), int(quirky._lm_ids[-1]) + 1, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.cross_entropy(logits[counted], batch.labels[counted])
+    assert quirky.label_loss(logits, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_several_processes_have_the_loss_of_one(folder: Path) -> None:
+    model = build(folder, TCA4Rec, alpha=0.5)
+    _, batch = sampled(model)
+    with torch.no_grad():
+        whole = model.stage_loss(FINE_TUNING, batch).item()
+        parts = [batch.share(rank, 3) for rank in range(3)]
+        shares = [model.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
+    assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
+
+
+def test_prompts_that_are_left_out_take_their_moments_along(folder: Path) -> None:
+    plain = build(folder, TCA4Rec, alpha=0.5)
+    _, whole = sampled(plain)
+    lengths = torch.zeros(len(whole.ids), dtype=torch.long).scatter_reduce(0, whole.rows, whole.places, "amax") + 2
+    room = int(lengths.float().median())
+    tight = build(folder, TCA4Rec, alpha=0.5)
+    tight.writer.leave_room(room, drop=True)
+    _, batch = sampled(tight)
+    kept = lengths <= room
+    assert 0 < len(batch.ids) < len(whole.ids) and torch.equal(batch.moments, whole.moments[kept])
+    assert (batch.moments >= 0).any() and torch.isfinite(tight.stage_loss(FINE_TUNING, batch))
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def small(settings_of: Callable[..., dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return settings_of(item_text="{movie_title} {class}", **SMALL["TCA4Rec"]) | more
+
+
+def raw_rows(folder: Path) -> dict[str, list[str]]:
+    """Users' items by time, ties as in the file, by plain reading."""
+    head, *lines = (folder / "small" / "small.inter").read_text(encoding="utf-8").splitlines()
+    names = [name.partition(":")[0] for name in head.split("\t")]
+    rows = [dict(zip(names, line.split("\t"))) for line in lines]
+    by_user: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: float(row["timestamp"])):
+        by_user.setdefault(row["user_id"], []).append(row["item_id"])
+    return by_user
+
+
+def test_a_teacher_reads_nothing_from_the_target_on_and_learns_nothing(
+    settings_of: Callable[..., dict[str, Any]], small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recbole_llm.model.sasrec import SASRec
+
+    read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    asked: list[torch.Tensor] = []
+    states: list[dict[str, torch.Tensor]] = []
+    score, ask = SASRec.full_sort_predict, Teacher.logits
+
+    def watched(self: Any, interaction: Any) -> torch.Tensor:
+        read.append((interaction["user_id"], interaction["item_id_list"], interaction["item_length"]))
+        return score(self, interaction)
+
+    def asking(self: Teacher, moments: torch.Tensor) -> torch.Tensor:
+        if not states:
+            states.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        asked.append(moments.clone())
+        read.clear()
+        found = ask(self, moments)
+        told.extend(read)
+        assert found.dtype == torch.float32 and not found.requires_grad and not self.model.training
+        return found
+
+    told: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(SASRec, "full_sort_predict", watched)
+    monkeypatch.setattr(Teacher, "logits", asking)
+    config = Config("TCA4Rec", "small", config_dict=small(settings_of, alpha=0.5, epochs=1, eval_step=0))
+    trained = fit(config, store_of(config))
+    teacher = trained.parts["cf_model"].model
+    assert all(weight.grad is None for weight in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, states[0][name]), name
+    assert not set(map(id, teacher.parameters())) & set(map(id, trained.model.parameters()))
+
+    split = trained.train_data._dataset.split
+    raw_user, raw_item = (trained.dataset.field2id_token[field] for field in ("user_id", "item_id"))
+    by_user, count = raw_rows(small_data), 0
+    targets = split.items[split.phases == TRAIN]
+    for moments, (users, lists, lengths) in zip(asked, told, strict=True):
+        for moment, user, row, length in zip(moments.tolist(), users.tolist(), lists.tolist(), lengths.tolist()):
+            shown, target = raw_item[row[:length]].tolist(), raw_item[targets[moment]]
+            # Leave one out: the last two are valid and test.
+            sequence = by_user[raw_user[user]][:-2]
+            place = sequence.index(target)
+            assert sequence.count(target) == 1 and shown == sequence[:place][-10:] and not any(row[length:])
+            count += 1
+    assert count > 50
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_whatever_scores_the_catalogue_can_teach(
+    name: str, settings_of: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {f"cf_model.{key}": value for key, value in (SMALL.get(name, {}) | {"eval_step": 0, "epochs": 1}).items()}
+    given = {key: value for key, value in small(settings_of).items() if not key.startswith("cf_model.")}
+    config = Config("TCA4Rec", "small", config_dict=given | more | {"cf_model": name})
+    _, train_data, _, _ = prepared(config)
+    made = fit(config.part("cf_model"), store_of(config))
+    with caplog.at_level("INFO", logger="recbole_llm"):
+        teacher = Teacher(made, train_data._dataset)
+    sequential = name in ("SASRec", "BERT4Rec", "GRU4Rec")
+    assert ("has seen all train interactions" in caplog.text) == (not sequential)
+    moments = train_data.stops[[3, 40, 41, 3]]
+    found = teacher.logits(moments)
+    assert found.shape == (4, train_data._dataset.item_num) and found.dtype == torch.float32
+    assert torch.equal(found[0], found[3]) and bool((found[:, 0] == -math.inf).all()) and not found.isnan().any()
+    alone = torch.cat([teacher.logits(moment.view(1)) for moment in moments])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    assert name == "Pop" or found[0, 1:].unique().numel() > 1
+
+
+def test_the_teacher_is_the_leaderboards_own_row(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = small(settings_of)
+    del settings["cf_model.eval_step"]
+    inside = run("TCA4Rec", "small", config_dict=settings)
+    names = [stage["name"] for stage in inside["stages"]]
+    assert names.index("item_tokens") < names.index("cf_model") < names.index("fine_tuning")
+    assert inside["config"]["base_model"] == "AlignTokenRec" and inside["config"]["cf_model"] == "SASRec"
+    plain = {key: value for key, value in settings.items() if key in settings_of()}
+    teachers = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("cf_model.")}
+    alone = run("SASRec", "small", config_dict=plain | teachers)
+    assert alone["stages"][0]["cached"]
+    assert inside["parts"]["cf_model"]["test"] == alone["test"]
+    assert inside["stages"][names.index("cf_model")]["fingerprint"] == alone["stages"][0]["fingerprint"]
+    # Both rank the same users; at 20 beams the base gives 20 items, whatever they are.
+    ranked = [Rankings.read(Path(result["result_file"]).with_name("rankings.npz")) for result in (inside, alone)]
+    assert ranked[0].user_id.tolist() == ranked[1].user_id.tolist()
+    for k in (5, 10, 20):
+        shared = [
+            len({*one[:k]} & {*other[:k]}) / k for one, other in zip(ranked[0].top.tolist(), ranked[1].top.tolist())
+        ]
+        assert inside["consistency"]["cf_model"][f"overlap@{k}"] == pytest.approx(sum(shared) / len(shared))
+    assert "consistency" not in alone
+    # Another share of the teacher is another fine-tuning, of the same parts.
+    other = run("TCA4Rec", "small", config_dict=settings | {"alpha": 0.25})
+    assert [stage["name"] for stage in other["stages"] if not stage["cached"]] == ["fine_tuning"]
+    # And another teacher too.
+    taught = run("TCA4Rec", "small", config_dict=settings | {"cf_model.learning_rate": 0.01})
+    assert [stage["name"] for stage in taught["stages"] if not stage["cached"]] == ["cf_model", "fine_tuning"]
+
+
+def test_a_run_with_alpha_0_takes_the_bases_steps(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = small(settings_of, epochs=1)
+    bases = {key: value for key, value in settings.items() if not key.startswith(("cf_model", "alpha"))}
+    plain = run("AlignTokenRec", "small", config_dict=bases)
+    wrapped = run("TCA4Rec", "small", config_dict=settings | {"alpha": 0.0})
+    assert wrapped["curves"]["loss"] == pytest.approx(plain["curves"]["loss"], rel=1e-5)
+    shared = [name for name in ("embedding_model", "backbone", "item_texts", "item_tokens")]
+    cached = {stage["name"]: stage["cached"] for stage in wrapped["stages"]}
+    assert all(cached[name] for name in shared)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_brings_its_own_settings() -> None:
+    plain = Config("LCRec", "tiny", command_line=[])
+    wrapped = Config("TCA4Rec", "tiny", config_dict={"base_model": "LCRec"}, command_line=[])
+    mine = {*own(), "model"}
+    assert {key: wrapped[key] for key in plain.final_config_dict if key not in mine} == {
+        key: value for key, value in plain.final_config_dict.items() if key not in mine
+    }
+    assert wrapped.model_class is TCA4Rec.over("LCRec") and registry.parts_of(wrapped.model_class)[-1] == "cf_model"
+    assert own()["base_model"] == TCA4Rec.wraps
+
+
+def test_the_bases_keys_may_be_given_by_its_name() -> None:
+    words = ["--base_model.epochs=3", "--base_model.embedding_model.epochs=2", "--cf_model.epochs=7"]
+    config = Config("TCA4Rec", "tiny", command_line=words)
+    assert config["epochs"] == 3 and config.part("embedding_model")["epochs"] == 2
+    assert config.part("cf_model")["epochs"] == 7
+    with pytest.raises(UserError, match=r"base_model\.epochs and epochs are one setting"):
+        Config("TCA4Rec", "tiny", command_line=[*words, "--epochs=4"])
+    with pytest.raises(UserError, match="unknown setting 'epoch'"):
+        Config("TCA4Rec", "tiny", command_line=["--base_model.epoch=3"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("base_model=SASRec", ["base_model should generate items", "AlignTokenRec, LCRec do; SASRec does not"]),
+        ("base_model=GLTA", ["AlignTokenRec, LCRec do; GLTA does not"]),
+        ("base_model=TCA4Rec", ["base_model should generate items", "TCA4Rec is what wraps one"]),
+        ("base_model=AlignTokenRce", ["unknown model 'AlignTokenRce'", "'AlignTokenRec'"]),
+        ("cf_model=GLTA", ["cf_model should be a recommender that scores every item", "not GLTA"]),
+        ("cf_model=AlignTokenRec", ["cf_model should be", "not AlignTokenRec"]),
+        ("cf_model=XGBoost", ["XGBoost"]),
+        ("cf_model=DIEN", ["cf_model should be", "not DIEN"]),
+        ("cf_model=SASRce", ["unknown model 'SASRce'", "'SASRec'"]),
+        ("cf_model.epoch=3", ["unknown setting 'cf_model.epoch'", "'epochs'"]),
+        ("cf_model.split_seed=3", ["another split", "split_seed"]),
+        ("alpha=1.5", ["alpha should be float 0..1", "1.5"]),
+        ("alpha=-0.1", ["alpha should be float 0..1"]),
+        ("beta=0", ["beta should be float > 0"]),
+        ("tau=0", ["tau should be float > 0"]),
+        ("tca_loss=ce", ["tca_loss should be", "log_mixture", "soft_ce", "kl"]),
+    ],
+)
+def test_wrong_input_gets_one_line(setting: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "run", "--model=TCA4Rec", "--dataset=tiny", f"--{setting}")
+    for word in words:
+        assert word in said
+
+
+def test_a_teacher_of_another_split_is_refused(settings_of: Callable[..., dict[str, Any]]) -> None:
+    plain = {key: value for key, value in small(settings_of, epochs=1, eval_step=0).items() if key in settings_of()}
+    config = Config("EASE", "small", config_dict=plain)
+    made = fit(config, store_of(config))
+    other = Config("EASE", "small", config_dict=plain | {"eval_args": {"split": {"LS": "test_only"}}})
+    _, train_data, _, _ = prepared(other)
+    with pytest.raises(UserError, match="cf_model: EASE was trained on other rows"):
+        Teacher(made, train_data._dataset)
