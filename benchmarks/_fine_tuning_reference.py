@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import timed_parts
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
-
-
-@contextmanager
-def timed(places: Sequence[tuple[Any, str, str]], seconds: dict[str, float]) -> Iterator[None]:
-    """Add up where the processors' time goes: objects, the names of their methods, and of the parts."""
-
-    def timing(call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
-
-        return run
-
-    for owner, name, part in places:
-        setattr(owner, name, timing(getattr(owner, name), part))
-    try:
-        start = time.process_time()
-        yield
-        seconds["all"] = time.process_time() - start
-    finally:
-        for owner, name, _ in places:
-            delattr(owner, name)
 
 
 class _Trainer(Trainer):
@@ -135,7 +109,7 @@ class Recipe:
             (trainer.accelerator, "backward", "backward"), (trainer.accelerator, "clip_grad_norm_", "optimizer"),
             (trainer.optimizer, "step", "optimizer"), (self.model, "zero_grad", "optimizer"),
         ]  # fmt: skip
-        with timed(places, seconds):
+        with timed_parts(places, seconds):
             self.run(trainer)
         steps = -(-len(samples) // batch_size)
         return {part: round(1e3 * value / steps, 1) for part, value in seconds.items()}

@@ -11,15 +11,14 @@ level's are compared with ``generate`` under a processor that does the same to i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from _harness import once, parser, ratios_of, report
+from _harness import once, parser, ratios_of, report, timed_parts
 from torch.nn import functional
 from transformers import LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
 
@@ -131,36 +130,12 @@ def compare(item_tokens: ItemTokens, found: Found, tokens: torch.Tensor, scores:
     return bool(same), error
 
 
-@contextmanager
-def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up where the processors' time of ours goes: what else the machine does moves it less than the clock's."""
-    parts: list[tuple[Any, str, str]] = [
-        (SharedPrompts, "__init__", "prompts"), (SharedPrompts, "step", "beams' tokens"),
-        (Head, "log_sum_of_rest", "vocabulary"), (Head, "logits", "level's rows"),
-        (Trie, "legal_padded", "constraint"), (Exclusion, "left", "constraint"), (Trie, "is_leaf", "constraint"),
-        (module, "best", "choice"),
-    ]  # fmt: skip
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
-
-    def timing(call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
-
-        return run
-
-    for (owner, name, call), (_, _, part) in zip(kept, parts):
-        setattr(owner, name, timing(call, part))
-    try:
-        start = time.process_time()
-        yield
-        seconds["all"] = time.process_time() - start
-    finally:
-        for owner, name, call in kept:
-            setattr(owner, name, call)
+PARTS: list[tuple[Any, str, str]] = [
+    (SharedPrompts, "__init__", "prompts"), (SharedPrompts, "step", "beams' tokens"),
+    (Head, "log_sum_of_rest", "vocabulary"), (Head, "logits", "level's rows"),
+    (Trie, "legal_padded", "constraint"), (Exclusion, "left", "constraint"), (Trie, "is_leaf", "constraint"),
+    (module, "best", "choice"),
+]  # fmt: skip
 
 
 def parts_of(call: Callable[[], Any], runs: int) -> dict[str, float]:
@@ -168,7 +143,7 @@ def parts_of(call: Callable[[], Any], runs: int) -> dict[str, float]:
     tables: list[dict[str, float]] = []
     for _ in range(runs):
         seconds: dict[str, float] = {}
-        with timed_parts(seconds):
+        with timed_parts(PARTS, seconds):
             call()
         tables.append(seconds)
     found = {part: 1e3 * value for part, value in min(tables, key=lambda table: table["all"]).items()}

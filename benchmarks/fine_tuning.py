@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _fine_tuning_reference import Recipe, timed
-from _harness import once, parser, ratios_of, report
+from _fine_tuning_reference import Recipe
+from _harness import once, parser, ratios_of, report, timed_parts
 from recbole.data.interaction import Interaction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -178,7 +178,7 @@ class Ours:
             (loop.accelerator, "backward", "backward"), (loop.accelerator, "clip_grad_norm_", "optimizer"),
             (loop.optimizer, "step", "optimizer"), (loop.optimizer, "zero_grad", "optimizer"),
         ]  # fmt: skip
-        with timed(places, seconds):
+        with timed_parts(places, seconds):
             self.run(loop, rows)
         return {part: round(1e3 * value / len(rows), 1) for part, value in seconds.items()}
 

@@ -73,3 +73,18 @@ def anomaly_mode_stays_off() -> Iterator[None]:
     """Anomaly mode doubles every training step; nothing of ours may leave it on."""
     yield
     assert not torch.is_anomaly_enabled()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny random language models, by the names of ``tiny_folders.KINDS``; each is written once."""
+    from tiny_folders import KINDS, write
+
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = write(KINDS[kind], tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder

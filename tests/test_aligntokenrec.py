@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from test_glta import N_ITEMS, N_USERS, dataset, histories
 from test_leakage import SMALL
 from test_processes import FILES, LAUNCH, command
-from tiny_folders import KINDS, write
 from transformers import AutoModelForCausalLM
 
 from recbole_llm.backbone.base import Backbone
@@ -69,18 +68,6 @@ def tokens() -> ItemTokens:
     codes = torch.stack([items % 3, items // 3 % 4, items // 12], dim=1)
     codes[0] = -1
     return ItemTokens.from_codes(codes, SIZES)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = write(KINDS[kind], tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder
 
 
 def build(folder: Path, texts: dict[str, list[str]] | None = None, **settings: Any) -> AlignTokenRec:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_aligntokenrec import FINE_TUNING, N_ITEMS, OPTIONS, SETTINGS, batch, dataset, shipped, users
 from test_leakage import SMALL
-from tiny_folders import KINDS, write
+from tiny_folders import KINDS
 from transformers import AutoModelForCausalLM
 
 from recbole_llm.backbone.codebook_rows import CodebookRows
@@ -24,18 +24,6 @@ from recbole_llm.training.codebooks import CODEBOOK
 from recbole_llm.training.pipeline import fit, store_of
 
 LEVELS, CODES, WIDTH, NUMBERS = 2, 6, 5, 3
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = write(KINDS[kind], tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder
 
 
 def tokens(numbered: bool) -> ItemTokens:

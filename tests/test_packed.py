@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_folders import KINDS, write
+from tiny_folders import KINDS
 from torch import Tensor
 
 from recbole_llm.backbone.checkpointing import checkpoint_layers
@@ -34,18 +33,6 @@ PLACES = torch.tensor([1, 8, 11, 1, 8, 2, 4, 9, 0, 5, 2])
 def padded(prompts: list[list[int]]) -> Tensor:
     width = max(map(len, prompts)) + 1
     return torch.tensor([prompt + [1] * (width - len(prompt)) for prompt in prompts])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = write(KINDS[kind], tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder
 
 
 @settings(deadline=None, max_examples=200)
