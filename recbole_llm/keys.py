@@ -47,12 +47,12 @@ def model_files(model: str, model_class: type | None = None) -> list[Path]:
         model_class: where no file has its name, the nearest class it inherits from that has one stands in; where it
             wraps another model, that one's files come first.
     """
-    wrapped = getattr(model_class, "wraps", model)
-    names = list(dict.fromkeys((registry.yaml_base(wrapped), wrapped, registry.yaml_base(model), model)))
+    names = list(dict.fromkeys((registry.yaml_base(model), model)))
     files = _named_files(names)
     for parent in model_class.__mro__ if model_class is not None else ():
         files = files or _named_files([parent.__name__])
-    return files
+    wrapped = getattr(model_class, "wrapped", None)
+    return files if wrapped is None else [*model_files(getattr(model_class, "wraps", ""), wrapped), *files]
 
 
 def _named_files(names: list[str]) -> list[Path]:

@@ -34,7 +34,8 @@ from recbole_llm.objectives.soft_loss import FORMS
 from recbole_llm.schema import Loader, properties_dir
 from recbole_llm.tasks import number
 from recbole_llm.tasks.behaviour import SEQUENTIAL
-from recbole_llm.training.pipeline import fit, prepared, store_of
+from recbole_llm.training.found import config_of
+from recbole_llm.training.pipeline import code_mark, fit, prepared, store_of
 from recbole_llm.training.runs import run
 from recbole_llm.training.teacher import Teacher
 
@@ -346,6 +347,28 @@ def test_the_bases_keys_may_be_given_by_its_name() -> None:
         Config("TCA4Rec", "tiny", command_line=[*words, "--epochs=4"])
     with pytest.raises(UserError, match="unknown setting 'epoch'"):
         Config("TCA4Rec", "tiny", command_line=["--base_model.epoch=3"])
+
+
+class Edited(AlignTokenRec):
+    """A base of a user's own."""
+
+
+def test_a_users_own_base_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {**registry.entries(), "Edited": registry.Entry("Edited", __name__, "external")}
+    monkeypatch.setattr(registry, "entries", lambda: entries)
+    config = Config("TCA4Rec", "tiny", config_dict={"base_model": "Edited"}, command_line=[])
+    assert config["beams"] == shipped()["beams"] and config["alpha"] == own()["alpha"]
+    assert issubclass(config.model_class, Edited) and code_mark(config.model_class) == code_mark(Edited) is not None
+    assert code_mark(TCA4Rec) is None and code_mark(TCA4Rec.over("LCRec")) is None
+
+
+def test_a_run_is_found_with_its_base() -> None:
+    given = {"base_model": "LCRec", "cf_model": "LightGCN", "cf_model.epochs": 4, "alpha": 0.3, "fusion_samples": 7}
+    config = Config("TCA4Rec", "tiny", config_dict=given, command_line=[])
+    found = config_of({"model": "TCA4Rec", "dataset": "tiny", "config": config.as_dict()})
+    assert found.model_class is config.model_class is TCA4Rec.over("LCRec")
+    assert found.stage_keys() == config.stage_keys()
+    assert found.part("cf_model").stage_keys() == config.part("cf_model").stage_keys()
 
 
 @pytest.mark.parametrize(

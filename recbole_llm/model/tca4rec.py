@@ -37,7 +37,9 @@ class CollaborativeLabels:
     The base has ``label_loss(logits, batch)``, its mean over labels, and calls ``take_item_tokens``.
     """
 
+    # The registered name of the base, and its class.
     wraps = ""
+    wrapped: type
     teachers = ("cf_model",)
 
     config: Any
@@ -151,7 +153,7 @@ class TCA4Rec(CollaborativeLabels, AlignTokenRec):
         dataset: RecBole-like, with ``train_histories``.
     """
 
-    wraps = "AlignTokenRec"
+    wraps, wrapped = "AlignTokenRec", AlignTokenRec
     parts: tuple[str, ...] = (*AlignTokenRec.parts, *CollaborativeLabels.teachers)
 
     def __new__(cls, config: Any, dataset: Any) -> Any:
@@ -183,7 +185,7 @@ def _around(base: Any, name: str) -> Any:
     class Around(CollaborativeLabels, base):  # type: ignore[misc]
         """TCA4Rec (arXiv 2601.18457) around another recommender."""
 
-        wraps = name
+        wraps, wrapped = name, base
         parts = (*base.parts, *CollaborativeLabels.teachers)
 
     Around.__name__ = TCA4Rec.__name__

@@ -277,7 +277,11 @@ def data_mark(config: Config) -> str:
 
 
 def code_mark(model_class: type) -> str | None:
-    """SHA-256 of a user's own model class, which may be edited between runs; ``None`` for RecBole's and ours."""
+    """SHA-256 of a user's own model class, which may be edited between runs; ``None`` for RecBole's and ours.
+
+    Of a class that is made around another one it is the other's.
+    """
+    model_class = getattr(model_class, "wrapped", model_class)
     if model_class.__module__.startswith(("recbole.", "recbole_llm.")):
         return None
     try:
