@@ -175,6 +175,8 @@ class RankingLoader(FullSortEvalDataLoader):
         self.by_row = config["eval_unit"] == "row" and self.is_sequential
         exclude = config["exclude_history"]
         self.excludes = exclude is True or (exclude == "recbole" and not self.is_sequential)
+        # The phases whose rows are a user's history.
+        self.shown: tuple[int, ...] = (TRAIN,) if phase == VALID else (TRAIN, VALID)
         self._index_rows()
         self.sample_size = len(self.users)
         self.order = np.arange(self.sample_size)
@@ -201,8 +203,7 @@ class RankingLoader(FullSortEvalDataLoader):
             self.target_offsets = np.concatenate(([0], np.cumsum(counts)))
         self.targets = items
         # Withheld rows are not recommended either, so that every train_share is judged on the same candidates.
-        known = (TRAIN, WITHHELD) if self.phase == VALID else (TRAIN, VALID, WITHHELD)
-        self.history = split.histories(*known)
+        self.history = split.histories(*self.shown, WITHHELD)
         self.graph_history = split.histories(TRAIN)
 
     def _index_histories(self, dataset: Any) -> None:
@@ -215,7 +216,7 @@ class RankingLoader(FullSortEvalDataLoader):
             starts = np.searchsorted(split.users[usable], self.users, side="left")
             ends = rank[self.last]
         else:
-            usable = np.isin(split.phases, (TRAIN,) if self.phase == VALID else (TRAIN, VALID))
+            usable = np.isin(split.phases, self.shown)
             starts = np.searchsorted(split.users[usable], self.users, side="left")
             ends = np.searchsorted(split.users[usable], self.users, side="right")
         self.starts, self.ends, self.lengths = starts, ends, np.minimum(ends - starts, width)

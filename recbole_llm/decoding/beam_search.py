@@ -191,10 +191,8 @@ class BeamSearch(nn.Module):
         self.check(k, exclude)
         if exclude is not None and exclude.rows != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
-        ids, lengths = self._lay_out(prompts)
-        read = SharedPrompts if self.shares_prompts else WholePrompts
-        reader: Reader = read(self.decoder, ids, lengths, sum(self._widths[1:]))
-        zeros = torch.zeros(len(ids), 1, device=ids.device)
+        reader = self._read(prompts, sum(self._widths[1:]))
+        zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
         for depth in range(len(self._levels)):
             tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked)
@@ -208,6 +206,12 @@ class BeamSearch(nn.Module):
             reader.step(self._lm_ids[chosen_tokens], chosen // tokens.shape[-1])
         assert ended is not None  # the deepest nodes are leaves
         return self._items(ended, k, exclude, leaked)
+
+    def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
+        """Read the prompts, with room for so many tokens of beams each."""
+        ids, lengths = self._lay_out(prompts)
+        read = SharedPrompts if self.shares_prompts else WholePrompts
+        return read(self.decoder, ids, lengths, beams)
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool
@@ -264,14 +268,19 @@ class BeamSearch(nn.Module):
             return False
         return bool((beams.scores.amax(dim=1) < ended.scores[:, k - 1]).all())
 
-    def _items(self, ended: _Beams, k: int, exclude: Exclusion | None, leaked: bool) -> Found:
-        """The k best items that end at the leaves found."""
-        starts, ends = (bound.unsqueeze(-1) for bound in self.trie.ranges(ended.nodes))
+    def _at(self, nodes: Tensor, exclude: Exclusion | None) -> tuple[Tensor, Tensor]:
+        """Places of the items at nodes [B, K], int64 [B, K, most at one], and which there are and may be shown."""
+        starts, ends = (bound.unsqueeze(-1) for bound in self.trie.ranges(nodes))
         places = starts + torch.arange(self._most_equal, device=starts.device)
         there = places < ends
         places = torch.where(there, places, 0)
         if exclude is not None:
             there &= ~exclude.contains(torch.arange(len(places), device=places.device).view(-1, 1, 1), places)
+        return places, there
+
+    def _items(self, ended: _Beams, k: int, exclude: Exclusion | None, leaked: bool) -> Found:
+        """The k best items that end at the leaves found."""
+        places, there = self._at(ended.nodes, exclude)
         items = self.trie.order[places].flatten(1)
         scores = torch.where(there, ended.scores.unsqueeze(-1), -torch.inf).flatten(1)
         chosen = best(scores, k, self._rank[items])

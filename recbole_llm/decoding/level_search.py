@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recbole_llm.decoding.beam_search import BeamSearch, Found, best
-from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 
@@ -79,12 +78,10 @@ class LevelSearch(BeamSearch):
             raise ValueError("leaked mass is told by the search on the trie")
         k = self.beams if k is None else k
         self.check(k, exclude)
-        ids, lengths = self._lay_out(prompts)
         widths = self._kept()
-        read = SharedPrompts if self.shares_prompts else WholePrompts
-        reader: Reader = read(self.decoder, ids, lengths, sum(widths))
-        scores = torch.zeros(len(ids), 1, device=ids.device)
-        sequences = torch.zeros(len(ids), 1, 0, dtype=torch.int64, device=ids.device)
+        reader = self._read(prompts, sum(widths))
+        scores = torch.zeros(len(prompts), 1, device=self.trie.device)
+        sequences = torch.zeros(len(prompts), 1, 0, dtype=torch.int64, device=self.trie.device)
         for depth, used in enumerate(self._used):
             grown = (scores.unsqueeze(-1) + self._logs(reader.state, depth)).flatten(1)
             chosen = best(grown, widths[depth])
@@ -119,13 +116,8 @@ class LevelSearch(BeamSearch):
         nodes = self.trie.walk(sequences)[..., -1]
         none = nodes < 0
         self.sequences, self.invalid = self.sequences + none.numel(), self.invalid + int(none.sum())
-        starts, ends = (bound.unsqueeze(-1) for bound in self.trie.ranges(nodes.clamp(min=0)))
-        places = starts + torch.arange(self._most_equal, device=starts.device)
-        there = (places < ends) & ~none.unsqueeze(-1)
-        places = torch.where(there, places, 0)
-        if exclude is not None:
-            rows = torch.arange(len(places), device=places.device).view(-1, 1, 1)
-            there &= ~exclude.contains(rows, places)
+        places, there = self._at(nodes.clamp(min=0), exclude)
+        there &= ~none.unsqueeze(-1)
         items = torch.where(there, self.trie.order[places], -1)
         found = torch.where(there, scores.unsqueeze(-1), -torch.inf)
         found[..., 0] = torch.where(none, FILTERED if self.filter_items else scores, found[..., 0])

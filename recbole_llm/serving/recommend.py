@@ -180,7 +180,9 @@ def parse(arguments: Sequence[str]) -> Asked:
     asked.k = _count(given.get("k", "10"), "k")
     asked.shard = _shard(given.get("shard", "0/1"))
     asked.phases = phases_of(given.get("history_phases", ",".join(PHASES)))
-    asked.index_file, asked.new_items = (Path(given[key]) if key in given else None for key in OWN[-3:-1])
+    asked.index_file, asked.new_items = (
+        Path(given[key]) if key in given else None for key in ("index_file", "new_items")
+    )
     asked.settings = {key: given[key] for key in PASSED if key in given}
     asked.named = given.get("store", "off") not in ("off", "")
     if asked.new_items is not None and asked.index_file is None:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_llm.data.dataset import take
 from recbole_llm.data.loaders import RankingLoader
 from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
 
@@ -34,21 +33,12 @@ class RequestLoader(RankingLoader):
 
     def _index_rows(self) -> None:
         # A user has one list here, whatever a ranking was in the run's evaluation.
-        self.by_row = False
-        shown = self.split.histories(*self._known)
+        self.by_row, self.shown = False, self._known
+        shown = self.split.histories(*self.shown)
         self.users = np.flatnonzero(shown.lengths > 0)
         self.targets = np.zeros(0, dtype=np.int64)
         self.target_offsets = np.zeros(len(self.users) + 1, dtype=np.int64)
-        self.history = self.split.histories(*self._known, WITHHELD)
-
-    def _index_histories(self, dataset: Any) -> None:
-        split = self.split
-        usable = np.isin(split.phases, self._known)
-        self.starts = np.searchsorted(split.users[usable], self.users, side="left")
-        self.ends = np.searchsorted(split.users[usable], self.users, side="right")
-        self.lengths = np.minimum(self.ends - self.starts, dataset.max_item_list_len)
-        self.source = take(dataset.rows, split.rows[usable])
-        self.width = dataset.max_item_list_len
+        self.history = self.split.histories(*self.shown, WITHHELD)
 
     def _init_batch_size_and_step(self) -> None:
         super()._init_batch_size_and_step()

@@ -15,20 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from recbole_llm.backbone.base import Backbone
-from recbole_llm.data.split import TRAIN
-from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.collisions import place_new
 from recbole_llm.itemid.item_tokens import ItemTokens, pool_of
 from recbole_llm.itemid.new_items import from_neighbours, from_text
-from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.codebooks import CODEBOOK, Quantiser
 from recbole_llm.training.embeddings import text_embeddings
-from recbole_llm.training.item_tokens import INDEX, ORIGIN, PREFIX, Sources, Tokenized, load_points, write_tokens
+from recbole_llm.training.item_tokens import (
+    INDEX,
+    PREFIX,
+    Sources,
+    Tokenized,
+    load_points,
+    origin_of,
+    write_origin,
+    write_tokens,
+)
 from recbole_llm.training.language import backbone_options, load_model
-from recbole_llm.training.new_items import had_by_users
+from recbole_llm.training.new_items import codes_of_new, had_by_users
 from recbole_llm.training.run_files import CARD, cache_of, read_result, stage_folder
 from recbole_llm.training.state import WEIGHTS, load_state
 from recbole_llm.training.store import StageStore, fingerprint_of
@@ -199,7 +204,7 @@ class Continued:
         backbone, mark, lines = self.backbone(config, store, named)
         raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
         line = _line(self.result, "item_tokens", self.run)
-        origin = {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+        origin = origin_of(dataset)
         inputs = {
             "continued": line["fingerprint"], "pool": pool_of(raw_ids), "rows": origin, "backbone": mark,
             "texts": fingerprint_of(texts), "unseen_items": config["unseen_items"],
@@ -207,15 +212,14 @@ class Continued:
 
         def make(folder: Path) -> dict[str, Any]:
             before = _folder(self.cache, line, self.run)
-            text = json.dumps(origin)
-            write_whole(folder / ORIGIN, lambda part: part.write_text(text, encoding="utf-8"))
+            write_origin(origin, folder)
             if self.codes is None:
                 write_tokens(self.tokens, raw_ids, folder)
                 return {"method": "continued", "vocabulary": self.tokens.size, "tokens": 0}
             read = backbone.tokens_read
             tokens, points = self._placed(config, dataset, before, backbone, texts)
             write_tokens(tokens, raw_ids, folder, points)
-            if (before / "codebook.safetensors").is_file():
+            if (before / CODEBOOK).is_file():
                 Quantiser.load(before).save(folder)
             return {"method": "continued", "vocabulary": tokens.size, "tokens": backbone.tokens_read - read}
 
@@ -248,13 +252,9 @@ class Continued:
             placed[known] = points[1:][rows]
             points = placed
         if len(new):
-            quantiser = Quantiser.load(before)
-            latent = _latent(config, dataset, quantiser, points, known, new, backbone, texts)
-            chosen, _ = quantiser.codebook.encode(latent)
-            names = np.array([raw_ids[item] for item in new])
-            codes[new] = place_new(
-                config["code_collisions"], quantiser.codebook, latent, chosen, self.codes, names
-            )  # fmt: skip
+            placed_new = _placed_new(config, dataset, points, known, new, backbone, texts)
+            names = [raw_ids[item] for item in new]
+            codes[new] = codes_of_new(config, Quantiser.load(before), *placed_new, self.codes, names)
         try:
             return ItemTokens.from_codes(codes, self.tokens.level_sizes, raw_ids), points
         except ValueError as error:
@@ -276,32 +276,33 @@ class Continued:
             raise UserError(f"continue_from: the weights of {self.run} do not fit ({reason})") from None
 
 
-def _latent(
-    config: Any, dataset: Any, quantiser: Quantiser, points: np.ndarray | None, known: np.ndarray, new: np.ndarray,
-    backbone: Backbone, texts: list[str],
-) -> torch.Tensor:  # fmt: skip
-    """Where the codebook takes the new items, float32 ``[n_new, d]``; fills in their ``points``."""
+def _placed_new(
+    config: Any, dataset: Any, points: np.ndarray | None, known: np.ndarray, new: np.ndarray, backbone: Backbone,
+    texts: list[str],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Where the new items stand, float32 ``[n_new, d]``, which no interaction places, and the texts of these.
+
+    ``points`` of all items get theirs.
+    """
 
     def read(items: np.ndarray) -> np.ndarray:
         own = [texts[item] for item in items]
         return text_embeddings(backbone, own, config["text_embedding"], config["text_embedding_tokens"])
 
+    none = np.zeros((0, 0), dtype=np.float32)
     if config["code_input"] == "text":
-        return quantiser.latent(read(new))
+        return read(new), np.zeros(len(new), dtype=bool), none
     assert points is not None
     history = had_by_users(dataset)
     items = np.flatnonzero(known)
     points[new] = from_neighbours(points[items], history[:, items], history[:, new].T.tocsr())
-    rest = new[~points[new].any(axis=1)]
-    projected = config["unseen_items"] == "projection"
-    if len(rest) and not projected and config["unseen_items"] == "text":
+    unplaced = ~points[new].any(axis=1)
+    rest = new[unplaced]
+    if len(rest) and config["unseen_items"] == "text":
         both = np.concatenate([items, rest])
         points[rest] = from_text(points[both], read(both), known[both], len(items) + np.arange(len(rest)))
-    latent = quantiser.latent(points[new])
-    if len(rest) and projected:
-        latent = latent.clone()
-        latent[np.isin(new, rest)] = quantiser.project(read(rest))
-    return latent
+    projected = len(rest) and config["unseen_items"] == "projection"
+    return points[new], unplaced, read(rest) if projected else none
 
 
 def _line(result: Mapping[str, Any], name: str, run: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def tokenize_items(
         UserError: see :func:`gather`, or the codebook collapsed.
     """
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
-    origin = {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+    origin = origin_of(dataset)
     given = known = None
     if config["code_tokens"] is not None:
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
@@ -129,8 +129,7 @@ def tokenize_items(
     def make(folder: Path) -> dict[str, Any]:
         if given is None or known:
             # Of tokens from elsewhere nothing is claimed that is not known.
-            text = json.dumps(origin)
-            write_whole(folder / ORIGIN, lambda part: part.write_text(text, encoding="utf-8"))
+            write_origin(origin, folder)
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
         tokens = given or ItemTokens.raw(len(raw_ids), raw_ids)
@@ -180,6 +179,21 @@ def write_tokens(tokens: ItemTokens, raw_ids: list[str], folder: Path, points: n
         write_index(folder / INDEX, tokens, raw_ids)
     if points is not None:
         np.savez(folder / POINTS, points=points)
+
+
+def origin_of(dataset: Any) -> dict[str, Any]:
+    """Which rows tokens are made from, as a run that takes them checks it.
+
+    Args:
+        dataset: the train data set.
+    """
+    return {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+
+
+def write_origin(origin: Mapping[str, Any], folder: Path) -> None:
+    """Write what :func:`origin_of` says into a stage's folder."""
+    text = json.dumps(origin)
+    write_whole(folder / ORIGIN, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def load_points(folder: Path) -> np.ndarray | None:

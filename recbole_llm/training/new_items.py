@@ -110,22 +110,44 @@ def tokenize_new_items(config: Any, dataset: Any, store: StageStore, made: Token
     """
     quantiser = Quantiser.load(made.stage.folder)
     points, texts = _points(config, dataset, store, made, arrivals)
-    latent = quantiser.latent(points)
     rest = ~arrivals.placed
-    if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and rest.any():
-        latent = latent.clone()
-        latent[rest] = quantiser.project(texts[rest])
-    chosen, _ = quantiser.codebook.encode(latent)
     old = made.tokens.codes.numpy()
-    final = place_new(
-        config["code_collisions"], quantiser.codebook, latent, chosen, old[1:], np.array(arrivals.raw_ids)
-    )
+    final = codes_of_new(config, quantiser, points, rest, texts[rest], old[1:], arrivals.raw_ids)
     raw_ids = [*dataset.field2id_token[dataset.iid_field].tolist(), *arrivals.raw_ids]
     try:
         tokens = ItemTokens.from_codes(np.concatenate([old, final]), made.tokens.level_sizes, raw_ids)
     except ValueError as error:
         raise UserError(f"the extra token has no number left for a new item ({error}); make the tokens anew") from None
     return NewItems(raw_ids, tokens)
+
+
+def codes_of_new(
+    config: Any, quantiser: Quantiser, points: np.ndarray, rest: np.ndarray, texts: np.ndarray, taken: np.ndarray,
+    raw_ids: Sequence[str],
+) -> np.ndarray:  # fmt: skip
+    """Codes for new items by a trained codebook.
+
+    Args:
+        config: the run's.
+        quantiser: of the items that have codes.
+        points: where the new ones stand, float32 ``[n_new, d]``.
+        rest: bool ``[n_new]``, those that no interaction places.
+        texts: of the rest, float32 ``[n_rest, H]``; read with ``unseen_items: projection``.
+        taken: codes of the others, int64 ``[n, N]``.
+        raw_ids: of the new ones.
+
+    Returns:
+        int64 ``[n_new, N]``.
+
+    Raises:
+        UserError: no codes are left for one.
+    """
+    latent = quantiser.latent(points)
+    if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and rest.any():
+        latent = latent.clone()
+        latent[rest] = quantiser.project(texts)
+    chosen, _ = quantiser.codebook.encode(latent)
+    return place_new(config["code_collisions"], quantiser.codebook, latent, chosen, taken, np.array(raw_ids))
 
 
 def _points(
