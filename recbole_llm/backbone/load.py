@@ -101,17 +101,7 @@ def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
     Returns:
         The Hugging Face causal language model, in evaluation mode, without gradients.
     """
-    quantization, dtype, source = options["quantization"], DTYPES[options["dtype"]], str(name_or_folder)
-    given: dict[str, Any] = {"trust_remote_code": options["trust_remote_code"]}
-    if quantization != "none":
-        config = AutoConfig.from_pretrained(source, **given)
-        given |= {"quantization_config": _quantization_config(quantization, dtype, config)}
-        given |= {"device_map": {"": options["device"]}}
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
-    if quantization == "none":
-        model = model.to(options["device"])
-    return model.eval().requires_grad_(False)
+    return load_backbone(name_or_folder, **(options | {"random_init": None}), with_head=True).causal
 
 
 @contextmanager
