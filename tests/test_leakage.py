@@ -34,6 +34,9 @@ QUICK = (
     "AlignTokenRec",
     "LCRec",
     "TCA4Rec",
+    "TALLRec",
+    "BIGRec",
+    "MSL",
 )
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -60,6 +63,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
+}  # fmt: skip
+SMALL["TALLRec"] = SMALL["BIGRec"] = SMALL["MSL"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+    "history_length": 5, "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "adapter_learning_rate": 0.01, "beams": 20,
+    "long_titles": "truncate",
 }  # fmt: skip
 SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
     "alpha": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16, "cf_model.inner_size": 16,
@@ -208,7 +216,19 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec"],
+    [
+        "BPR",
+        "LightGCN",
+        "DCCF",
+        "SASRec",
+        "SASRecAllPositions",
+        "EASE",
+        "GLTA",
+        "AlignTokenRec",
+        "LCRec",
+        "TCA4Rec",
+        "MSL",
+    ],
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []
