@@ -176,7 +176,8 @@ class Config(RecBoleConfig):
         own = properties_dir()
         training = [own / "training.yaml"] if hasattr(model_class, "stage_loss") else []
         data = own / "dataset" / f"{dataset}.yaml"
-        tokens = [own / "item_tokens" / "overall.yaml"] if hasattr(model_class, "take_item_tokens") else []
+        codes = hasattr(model_class, "take_item_tokens") and getattr(model_class, "item_kind", "codes") == "codes"
+        tokens = [own / "item_tokens" / "overall.yaml"] if codes else []
         files = [own / "overall.yaml", *training, data, *tokens, *model_files(model, model_class)]
         for file in files:
             if file.is_file():

@@ -42,6 +42,7 @@ class Entry:
     fast_of: bool = False
 
 
+_OF_TITLES = ("backbone", "item_tokens", "fine_tuning")
 _OURS = (
     Entry(
         "GLTA", "recbole_llm.model.glta", "language",
@@ -55,6 +56,9 @@ _OURS = (
         "LCRec", "recbole_llm.model.lcrec", "language", ("backbone", "item_texts", "item_tokens", "fine_tuning"),
         ("time", "item text"), base="AlignTokenRec",
     ),
+    Entry("TALLRec", "recbole_llm.model.tallrec", "language", _OF_TITLES, ("time", "item text")),
+    Entry("BIGRec", "recbole_llm.model.bigrec", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
+    Entry("MSL", "recbole_llm.model.msl", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
     Entry(
         "TCA4Rec", "recbole_llm.model.tca4rec", "language",
         ("embedding_model", "backbone", "item_texts", "item_tokens", "cf_model", "fine_tuning"), ("time", "item text"),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.codebook_rows import CodebookRows
+from recbole_llm.backbone.live_head import LiveHead, own_rows
 from recbole_llm.decoding.head import Head
 
 # Rows that are weights, or that are made anew at each pass.
@@ -100,7 +101,7 @@ def _factor(table: nn.Embedding) -> float:
     return float(table(row).float().norm() / table.weight[row].float().norm())
 
 
-class ExtendedHead:
+class ExtendedHead(LiveHead):
     """A vocabulary head with further rows behind its own, as it stands at each moment of the training.
 
     Args:
@@ -110,8 +111,8 @@ class ExtendedHead:
     """
 
     def __init__(self, head: Head, weight: Tensor, rows: Rows) -> None:
-        self._scale, self._softcap, self._bias = head.scale, head.softcap, head.bias
-        self._weight, self._rows = weight, rows
+        super().__init__(head, weight)
+        self._rows = rows
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits of all tokens, the new ones last.
@@ -124,8 +125,7 @@ class ExtendedHead:
         """
         states = states.to(self._weight.dtype)
         known, new = F.linear(states, self._weight, self._bias), F.linear(states, _now(self._rows).to(states.dtype))
-        logits = torch.cat([known, new], dim=-1).float() * self._scale
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+        return self._capped(torch.cat([known, new], dim=-1))
 
     @torch.no_grad()
     def for_search(self) -> Head:
@@ -151,9 +151,7 @@ def extend(
         The new rows; the head's own rows, ``None`` where they are the table's; the head with both.
     """
     table = backbone.embed_tokens
-    head, output = Head.of(model), model.get_output_embeddings().weight
-    tied = output is model.get_input_embeddings().weight
-    own = None if tied else nn.Parameter(output.detach(), requires_grad=False)
+    head, own = Head.of(model), own_rows(model)
     tokens = CodeTokens(count, table.weight, own, codebook, hidden).to(table.weight.device)
     decoder: Any = backbone.decoder
     decoder.set_input_embeddings(ExtendedEmbedding(table, tokens.inputs, count))

@@ -29,7 +29,7 @@ from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, T
 
 LABEL, ANSWER = 1 << 40, 1 << 41
 PLACE = re.compile(r"\{(\w+)\}")
-INSTRUCTION, INFERENCE = "instruction", "inference"
+INSTRUCTION, INFERENCE, DOMAIN = "instruction", "inference", "domain"
 
 
 class Wording(NamedTuple):
@@ -84,12 +84,31 @@ class Templates:
         return [self.wrapper.replace("{instruction}", text) for text in asked]
 
 
-def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Templates:
+def templates_of(config: Any, tasks: Sequence[type[Task]] | None = None) -> Templates:
+    """The templates that a run asks for.
+
+    Args:
+        config: ``prompts``; and of models that have them ``domain``, which stands for ``{domain}`` in a template, and
+            ``official_prompt``, which takes the file's counterpart that ends in ``-official``.
+        tasks: see :func:`read_templates`.
+
+    Raises:
+        UserError: see :func:`read_templates`.
+    """
+    official = "official_prompt" in config and config["official_prompt"]
+    name = f"{config['prompts']}-official" if official else config["prompts"]
+    return read_templates(name, tasks, {DOMAIN: config[DOMAIN]} if DOMAIN in config else {})
+
+
+def read_templates(
+    name: str, tasks: Sequence[type[Task]] | None = None, words: Mapping[str, str] | None = None
+) -> Templates:
     """Templates from a file of ``properties/prompts`` or a file of the user's.
 
     Args:
         name: the shipped file's name without its ending, or a path that ends in ``.yaml``.
         tasks: those whose wording is wanted; all that the file has if ``None``.
+        words: what stands for further places, the same in every prompt.
 
     Raises:
         UserError: there is no such file, a task is missing, or a template names a place that its task does not have.
@@ -101,7 +120,7 @@ def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Temp
         raise UserError(
             f"prompts: there is no '{name}'{did_you_mean(name, known)} ({', '.join(known)} or a .yaml file)"
         )
-    values = read_yaml(file)
+    values = {key: _with_words(value, words or {}) for key, value in read_yaml(file).items()}
     tasks = [task for task in known_tasks().values() if task.name in values] if tasks is None else tasks
     for key in ("wrapper", "separator", INFERENCE, *(task.name for task in tasks)):
         if key not in values:
@@ -117,6 +136,15 @@ def read_templates(name: str, tasks: Sequence[type[Task]] | None = None) -> Temp
         found[task.name] = tuple(_wording(file, task, entry) for entry in entries)
     separator = values["separator"]
     return Templates(values["wrapper"], separator, values.get("title_separator", separator), found)
+
+
+def _with_words(value: Any, words: Mapping[str, str]) -> Any:
+    """A text, or all texts in lists and mappings, with words for places."""
+    if isinstance(value, str):
+        return PLACE.sub(lambda place: words.get(place[1], place[0]), value)
+    if isinstance(value, list):
+        return [_with_words(one, words) for one in value]
+    return {key: _with_words(one, words) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _wording(file: Path, task: type[Task], entry: Any) -> Wording:
@@ -195,6 +223,8 @@ class InstructionWriter:
         label_history: whether the tokens of shown items, but the first, are labels too in the sequential task.
         title_separator: between two titles of a history.
         title_tokens: each title of a history is cut to so many tokens.
+        answers: tokens of every item as it answers, its end token with them; ``None``, as ``items``, and the language
+            model's end token behind the answer.
 
     Attributes:
         too_long: how many prompts were left out or made shorter (:meth:`leave_room`), by task; to be cleared by its
@@ -214,6 +244,7 @@ class InstructionWriter:
         label_history: bool = False,
         title_separator: str = "; ",
         title_tokens: int = 16,
+        answers: Ragged | None = None,
     ) -> None:
         self._first: dict[str, int] = {}
         self._count: dict[str, int] = {}
@@ -232,18 +263,20 @@ class InstructionWriter:
         self._task_of = [task for task, wordings in prompts.items() for _ in wordings]
         gaps = encode([separator, title_separator])
         labels = Ragged(items.values + LABEL, items.offsets)
+        own_end = answers is not None
+        answers = items if answers is None else answers
         answered = {place for wording in flat for place in PLACE.findall(wording.answer)} - {TARGET}
         titles = Ragged.from_lengths(items.values[:0], torch.zeros_like(items.lengths))
         if any(TITLES in wording.places for wording in flat):
             titles = texts["title"].cut(title_tokens).take(torch.arange(len(texts["title"])))
-        pieces = self._pieces_of(flat, encode, bos_id, eos_id)
+        pieces = self._pieces_of(flat, encode, bos_id, eos_id, own_end)
         tables: dict[str, Ragged | TokenTable] = {
             "pieces": Ragged.from_lists([[], *(piece for row in pieces for piece in row)]),
             "opening": items,
             ITEM: items,
             "next": _behind(gaps[0], items),
             "next learned": _behind(gaps[0], labels),
-            TARGET: Ragged(labels.values + ANSWER, labels.offsets),
+            TARGET: Ragged(answers.values + LABEL + ANSWER, answers.offsets),
             TITLES: titles,
             "next title": _behind(gaps[1], titles),
             **texts,
@@ -279,9 +312,9 @@ class InstructionWriter:
         self._by_item = torch.tensor([name in (ITEM, TARGET) for name in [""] * SINGLE + singles])
         widest = {name: _widest(table) for name, table in tables.items()}
         self._per_shown = torch.tensor([0, widest["next"], widest["next title"]] + [0] * len(singles))
-        self._answer_length = widest[ITEM] + 1
+        self._answer_length = widest[TARGET] + (not own_end)
         # By template: wording and single items; texts that answer; texts that are asked about, which can be cut.
-        item = torch.where(self._by_item, widest[ITEM], 0)
+        item = torch.tensor([0] * SINGLE + [widest[name] if name in (ITEM, TARGET) else 0 for name in singles])
         self._fixed = self._segments.lengths_of(self._pieces).sum(1) + item[self._kinds].sum(1)
         asked_only = torch.tensor([task == INFERENCE for task in self._task_of])
         self._fixed += asked_only.long() * self._answer_length
@@ -302,9 +335,13 @@ class InstructionWriter:
 
     @staticmethod
     def _pieces_of(
-        flat: Sequence[Wording], encode: Callable[[list[str]], list[list[int]]], bos_id: int | None, eos_id: int
-    ) -> list[list[list[int]]]:
-        """The fixed text of each template between its places; what belongs to the answer is labelled."""
+        flat: Sequence[Wording], encode: Callable[[list[str]], list[list[int]]], bos_id: int | None, eos_id: int,
+        ended: bool,
+    ) -> list[list[list[int]]]:  # fmt: skip
+        """The fixed text of each template between its places; what belongs to the answer is labelled.
+
+        An answer ends with the end token; where items have ended themselves (``ended``) one that is an item has it.
+        """
         texts = [(PLACE.split(wording.ask)[::2], PLACE.split(wording.answer)[::2]) for wording in flat]
         encoded = iter(encode([text for asked, told in texts for text in (*asked, *told)]))
         found = []
@@ -313,7 +350,7 @@ class InstructionWriter:
             answer = [[token + LABEL for token in next(encoded)] for _ in told]
             if bos_id is not None:
                 question[0].insert(0, bos_id)
-            if wording.answer:
+            if wording.answer and not (ended and wording.answer.endswith(f"{{{TARGET}}}")):
                 answer[-1].append(eos_id + LABEL)
             found.append([*question[:-1], question[-1] + answer[0], *answer[1:]])
         return found

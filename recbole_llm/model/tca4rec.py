@@ -12,6 +12,7 @@ arXiv 2601.18457, and the authors' public code; the parts are in :mod:`recbole_l
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 class CollaborativeLabels:
     """What a generative recommender becomes TCA4Rec by: to stand before it among a class's bases.
 
-    The base has ``label_loss(logits, batch)``, its mean over labels, and calls ``take_item_tokens``.
+    The base has ``label_loss(logits, batch)``, its mean over labels, and ``mean_loss``, the same against soft ones; it
+    calls ``take_item_tokens``.
     """
 
     # The registered name of the base, and its class.
@@ -46,6 +48,9 @@ class CollaborativeLabels:
     device: Any
     item_tokens: ItemTokens
     teacher: Teacher
+    legal_only: bool
+    forced_in_mean: bool
+    mean_loss: Callable[..., Tensor]
     _lm_ids: Tensor
     _train_items: Tensor
     _tokenizer: CollaborativeTokenizer | None = None
@@ -53,7 +58,11 @@ class CollaborativeLabels:
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self._quirks = behaviour(config["official_quirks"])
-        self.soft_loss = SoftLabelLoss(config["tca_loss"], config["alpha"], config["tau"])
+        if not self._quirks.skip_forced and self.legal_only:
+            self.forced_in_mean = True
+        self.soft_loss = SoftLabelLoss(
+            config["tca_loss"], config["alpha"], config["tau"], legal_only=self.legal_only
+        )  # fmt: skip
         self._user_starts = torch.from_numpy(dataset.train_histories.offsets).long()
 
     def take_item_tokens(self, tokens: ItemTokens) -> None:
@@ -93,10 +102,7 @@ class CollaborativeLabels:
             float32 scalar; 0 where no label counts.
         """
         soft, counted = self.soft_labels(batch)
-        losses = self.soft_loss.of_positions(logits, soft)
-        if counted is None:
-            return losses.mean()
-        return losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
+        return self.mean_loss(logits, soft, self.soft_loss, counted)
 
     @torch.no_grad()
     def soft_labels(self, batch: TokenBatch) -> tuple[SoftLabels, Tensor | None]:

@@ -77,7 +77,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         check_settings(config)
         if sharding():
             raise UserError(f"{config['model']} cannot shard its language model; train whole copies")
-        _check_beams(config, dataset)
+        if self.model.ranking == "beam":
+            _check_beams(config, dataset)
         _check_code_embedding(config)
         text = read_item_text(config, dataset)
         source = read_task_texts(config, dataset, text)

@@ -12,7 +12,7 @@ from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
 from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
-from recbole_llm.data.instructions import read_templates
+from recbole_llm.data.instructions import templates_of
 from recbole_llm.data.item_text import ItemText, load_item_text
 from recbole_llm.data.text_noise import with_noise
 from recbole_llm.disk import remove
@@ -27,18 +27,19 @@ logger = logging.getLogger("recbole_llm")
 BACKBONE_VERSION = 1
 
 
-def read_item_text(config: Any, dataset: Any, key: str = "item_text") -> ItemText:
+def read_item_text(config: Any, dataset: Any, key: str = "item_text", template: str | None = None) -> ItemText:
     """The texts of a data set's items, by internal id, read out of band.
 
     Args:
         config: the run's.
         dataset: the train data set.
         key: the setting that says how columns make a text.
+        template: what it says, where the setting leaves that open.
 
     Raises:
         UserError: the data set has no template or no item file.
     """
-    name, template = config["dataset"], config[key]
+    name, template = config["dataset"], config[key] or template
     file = Path(config["data_path"]) / f"{name}.item"
     if not template:
         raise UserError(
@@ -127,7 +128,7 @@ def embedded_stage(
     """Train (or find) the embedded LM on the texts of items that stand in train, and the run's prompt templates."""
     seen = np.unique(dataset.train_histories.items)
     # Words that the tokenizer has not met cost a token for every few letters, in every prompt.
-    templates = read_templates(config["prompts"]).whole() if config["prompts"] else prompts.TEMPLATES
+    templates = templates_of(config).whole() if config["prompts"] else prompts.TEMPLATES
     corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], templates, config["seed"])
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
 

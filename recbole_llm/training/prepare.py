@@ -13,12 +13,13 @@ from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.itemid.index_file import write_index
 from recbole_llm.progress import clock
 from recbole_llm.training.continuation import Continued
-from recbole_llm.training.item_tokens import KEPT, tokenize_items
+from recbole_llm.training.item_tokens import KEPT
 from recbole_llm.training.language import named_backbone, read_item_text
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import fit_parts_of, prepared, store_of
 from recbole_llm.training.runs import new_run_folder, tidy, writable
+from recbole_llm.training.titles import tokenize
 
 SHOWN = 5
 _OWN = ("index_file", "new_items", "new_interactions")
@@ -68,7 +69,7 @@ def _prepare(config: Config, own: dict[str, Path], folder: Path) -> str:
         arrivals = read_new_items(config, dataset, own["new_items"], own.get("new_interactions"))
     before = Continued.read(config, dataset)
     if before is None:
-        made = tokenize_items(config, dataset, store, fit_parts_of(config, store))
+        made = tokenize(config, dataset, store, fit_parts_of(config, store))
     else:
         texts = read_item_text(config, dataset).texts
         made = before.tokenize(config, dataset, store, list(texts), named_backbone(config))

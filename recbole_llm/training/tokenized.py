@@ -12,8 +12,9 @@ from recbole.utils import init_seed
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
 from recbole_llm.itemid.item_tokens import ItemTokens
-from recbole_llm.training.item_tokens import KEPT, Tokenized, tokenize_items
+from recbole_llm.training.item_tokens import KEPT, Tokenized
 from recbole_llm.training.store import StageStore
+from recbole_llm.training.titles import tokenize
 from recbole_llm.training.trainer import TrainerMixin
 
 
@@ -53,7 +54,7 @@ class TokenizedMixin(TrainerMixin):
         self, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
     ) -> Tokenized:
         """Run (or find) the stages up to the tokens, and note what a run reports of them."""
-        return self._noted(tokenize_items(self.config, dataset, store, fit_part, named))
+        return self._noted(tokenize(self.config, dataset, store, fit_part, named))
 
     def _noted(self, made: Tokenized) -> Tokenized:
         self.part_fits, self.item_text = made.sources.parts, made.sources.item_text

@@ -1,0 +1,150 @@
+"""BIGRec: a language model writes a title, and the catalogue is ranked by how near items' titles are to it.
+
+Fine-tuning is that of the other recommenders that generate titles. What differs is how a text becomes a ranking
+(``grounding: embedding``): the model writes freely, whether or not an item is called so; the last state of the text's
+last token is its embedding, as of every title; and items are ranked by the L2 distance. This ranks all of them.
+
+Source: Bao et al., "A Bi-Step Grounding Paradigm for Large Language Models in Recommendation Systems", 2023, arXiv
+2308.08434, and the authors' public code, which embeds texts by the language model as it was before fine-tuning. Here it
+is the fine-tuned one, the only one there is where all of it trains.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from recbole_llm.data.prompts import Ragged, join
+from recbole_llm.model.titles import TitleRecommender
+
+if TYPE_CHECKING:
+    from recbole_llm.itemid.item_tokens import ItemTokens
+
+EMBEDDING = "embedding"
+# Texts that are read at a time.
+TEXTS_AT_ONCE = 1024
+
+
+class BIGRec(TitleRecommender):
+    """BIGRec (arXiv 2308.08434) as a RecBole recommender.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+    """
+
+    causal: Any
+    _title_states: Tensor | None = None
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        if config["grounding"] == EMBEDDING:
+            # No search: the catalogue is scored.
+            self.ranking = "full"
+        super().__init__(config, dataset)
+        counts = torch.bincount(self._train_items, minlength=self.n_items).float()
+        self._popularity = _scaled(counts[1:]).unsqueeze(0)
+
+    def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
+        super()._take_tokens(item_tokens, head_model, codebook)
+        # Not a submodule, as the backbone is none.
+        self.__dict__["causal"] = head_model
+
+    def take_item_tokens(self, tokens: ItemTokens) -> None:
+        """Note what the tokens of every item are."""
+        super().take_item_tokens(tokens)
+        self._title_states = None
+
+    def train(self, mode: bool = True) -> BIGRec:
+        """Training or evaluation mode; titles are read anew, as weights may have changed."""
+        self._title_states = None
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+        """Scores over the catalogue: distances with a minus before them, or what the beam search found.
+
+        Args:
+            interaction: users' item lists (0-padded on the right, oldest first).
+            rows: int64 ``[E]`` rows of the batch.
+            items: int64 ``[E]``; ``items[e]`` may not be recommended in row ``rows[e]``.
+            candidates: bool ``[n_items]``.
+
+        Returns:
+            ``[B, n_items]``: finite, but ``-inf`` for the padding item and what may not be recommended.
+        """
+        if self.ranking == "beam":
+            return super().full_sort_predict_excluding(interaction, rows, items, candidates)
+        history = self._histories_of(interaction)
+        scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
+        for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
+            asked = self.writer.ask(history.take(part), self.asked_with)
+            states = self._states_of(self.generate(asked))
+            scores[part.to(self.device), 1:] = -self._weighted(torch.cdist(states, self._titles()))
+        scores[:, ~candidates.to(self.device)] = -torch.inf
+        scores[rows.to(self.device), items.to(self.device)] = -torch.inf
+        return scores
+
+    def _weighted(self, distances: Tensor) -> Tensor:
+        """Distances ``[B, n_items - 1]``, those of popular items made smaller where ``popularity_gamma`` is above 0."""
+        gamma = self.config["popularity_gamma"]
+        if not gamma:
+            return distances
+        return _scaled(distances) * (1 + self._popularity.to(distances)) ** -gamma
+
+    @torch.no_grad()
+    def generate(self, prompts: Ragged) -> Ragged:
+        """What the language model writes, freely.
+
+        Args:
+            prompts: token ids, one row a prompt.
+
+        Returns:
+            Token ids without the end token, one row a prompt.
+        """
+        backbone, width = self.backbone, int(prompts.lengths.max())
+        ids = torch.full((len(prompts), width), backbone.pad_id)
+        columns = prompts.positions + (width - prompts.lengths)[prompts.rows]
+        ids[prompts.rows, columns] = prompts.values
+        mask = torch.zeros_like(ids)
+        mask[prompts.rows, columns] = 1
+        settings = GenerationConfig(
+            max_new_tokens=self.item_tokens.longest, num_beams=self.config["generation_beams"], do_sample=False,
+            eos_token_id=backbone.eos_id, pad_token_id=backbone.pad_id, bos_token_id=backbone.bos_id,
+        )  # fmt: skip
+        made = self.causal.generate(
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
+        )
+        written = made[:, width:].cpu()
+        return Ragged.from_padded(written, (written == backbone.eos_id).cumsum(1) == 0)
+
+    def _states_of(self, texts: Ragged) -> Tensor:
+        """The last state of each text's last token, float32 ``[R, H]``.
+
+        A text opens with what the language model opens texts with; of an empty one that is all there is, or, where the
+        model has nothing of the kind, its end token.
+        """
+        opening = self.backbone.eos_id if self.backbone.bos_id is None else self.backbone.bos_id
+        needed = torch.ones_like(texts.lengths) if self.backbone.bos_id is not None else (texts.lengths == 0).long()
+        whole = join([Ragged.from_lengths(torch.full((int(needed.sum()),), opening), needed), texts])
+        states = []
+        for part in torch.arange(len(whole)).split(TEXTS_AT_ONCE):
+            own = whole.take(part)
+            rows = torch.arange(len(own))
+            states.append(self._reader.states(own.padded(0), rows, own.lengths - 1, self.device).float())
+        return torch.cat(states)
+
+    def _titles(self) -> Tensor:
+        """Of every item but the padding one, float32 ``[n_items - 1, H]``."""
+        if self._title_states is None:
+            self._title_states = self._states_of(self._shown().take(torch.arange(1, self.n_items)))
+        return self._title_states
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """Rows brought to 0 to 1; 0 where all values of a row are equal."""
+    least, most = values.aminmax(dim=-1, keepdim=True)
+    return (values - least) / (most - least).clamp(min=torch.finfo(values.dtype).tiny)

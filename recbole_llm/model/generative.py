@@ -1,0 +1,393 @@
+"""What recommenders share that generate an item's tokens with a causal language model, whatever the tokens are.
+
+Histories are read, and the next item is written, as tokens; which, a subclass says: new ones of its own
+(:class:`~recbole_llm.model.aligntokenrec.AlignTokenRec`), or those of titles
+(:class:`~recbole_llm.model.titles.TitleRecommender`). Here are the prompts of tasks, training on them, and the beam
+search among the tokens of items alone, by which items are ranked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
+from recbole_llm.backbone.packed import PackedReader
+from recbole_llm.data.instructions import (
+    INFERENCE,
+    InstructionWriter,
+    TokenBatch,
+    templates_of,
+)
+from recbole_llm.data.prompts import Ragged, check_history_length
+from recbole_llm.data.task_loader import history_groups
+from recbole_llm.data.token_table import TokenTable
+from recbole_llm.decoding.beam_search import BeamSearch, Found
+from recbole_llm.errors import UserError
+from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.tasks import active_tasks, known_tasks, number
+from recbole_llm.tasks.behaviour import SEQUENTIAL
+
+if TYPE_CHECKING:
+    from recbole_llm.backbone.base import Backbone
+    from recbole_llm.itemid.item_tokens import ItemTokens
+    from recbole_llm.objectives.soft_labels import SoftLabels
+    from recbole_llm.objectives.soft_loss import SoftLabelLoss
+
+logger = logging.getLogger("recbole_llm")
+
+FINE_TUNING = "fine_tuning"
+
+
+class GenerativeRecommender(SequentialRecommender):
+    """A recommender that generates items as tokens.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+
+    Attributes:
+        item_kind: what the items' tokens are: ``codes`` (or raw ids), made by the stages of
+            ``properties/item_tokens``, or ``titles``.
+        head: the vocabulary's, with ``logits`` and ``for_search``; set by :meth:`_take_tokens`.
+    """
+
+    input_type = InputType.POINTWISE
+    train_view = "tasks"
+    parts: tuple[str, ...] = ()
+    stages = (FINE_TUNING,)
+    ranking = "beam"
+    item_kind = "codes"
+    # Whether the loss is over the tokens that an item can go on with rather than over the vocabulary.
+    legal_only = False
+
+    backbone: Backbone
+    item_tokens: ItemTokens
+    head: Any
+    head_weight: nn.Parameter | None
+    # The language model's id of each token of the items' vocabulary, int64.
+    _lm_ids: Tensor
+    # Which of the prompts of inference is asked.
+    asked_with = 0
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        check_adapter(config)
+        self.config = config
+        if self.ranking == "beam" and max(config["topk"]) > config["beams"]:
+            raise UserError(
+                f"topk asks for {max(config['topk'])} items and the search keeps {config['beams']} beams; "
+                f"set beams to {max(config['topk'])}"
+            )
+        self.history_length: int = config["history_length"]
+        check_history_length(self.history_length, self.max_seq_length)
+        self.tasks = active_tasks(config)
+        # Asked with all its templates, whether or not it is trained.
+        asked = [known_tasks()[SEQUENTIAL]] if config["inference_prompts"] == "all" else []
+        self.templates = templates_of(config, list(dict.fromkeys([*self.tasks, *asked])))
+        self._train_items = torch.from_numpy(dataset.train_histories.items).long()
+        self._search: tuple[Tensor, BeamSearch] | None = None
+
+    def prepare(
+        self,
+        *,
+        item_tokens: ItemTokens,
+        backbone: Backbone,
+        head_model: Any,
+        tie_order: Tensor,
+        texts: Mapping[str, Sequence[str] | TokenTable],
+        codebook: Tensor | None = None,
+    ) -> None:
+        """Take in what the stages before made, and build what trains.
+
+        Args:
+            item_tokens: of every item.
+            backbone: the frozen language model; it learns to read the new tokens' ids, in place.
+            head_model: the same language model with its vocabulary head.
+            tie_order: all item ids, int64 ``[n_items]``: how equal scores are ranked.
+            texts: for each place of the tasks' templates that holds a text what can stand there, or its tokens:
+                ``title`` and ``description`` by item id, ``query`` and others by number. A task that needs some and has
+                none is left out.
+            codebook: float32 ``[N, C, d]``, the codes' vectors; of ``code_embedding`` other than none.
+
+        Raises:
+            UserError: a prompt does not fit the language model, and ``long_prompts`` does not say what then.
+        """
+        config = self.config
+        # Not a submodule: of the language model only what trains is part of the model's state and parameters.
+        self.__dict__["backbone"] = backbone
+        self._tie_order = tie_order
+        self.adapter: Adapter | None = adapt(backbone.decoder, config)
+        self._take_tokens(item_tokens, head_model, codebook)
+        self.take_item_tokens(item_tokens)
+        self.to(self.device)
+        self._reader = PackedReader(backbone.decoder)
+        prompts = {
+            task.name: self.templates.instructions(task.name, list(texts), only_first=config["prompt_set"] == "first")
+            for task in self.tasks
+            if not task.reads or set(task.reads) & set(texts)
+        }
+        asked = SEQUENTIAL if config["inference_prompts"] == "all" else INFERENCE
+        prompts[INFERENCE] = [wording._replace(answer="") for wording in self.templates.instructions(asked, [])]
+        self.prompts_asked = len(prompts[INFERENCE])
+        fills = {
+            place: own
+            if isinstance(own, TokenTable)
+            else TokenTable.of(backbone.encode_batch(own), config["text_tokens"])
+            for place, own in texts.items()
+        }
+        self._write_for = partial(
+            InstructionWriter,
+            prompts,
+            backbone.encode_batch,
+            bos_id=backbone.bos_id,
+            eos_id=backbone.eos_id,
+            separator=self.templates.separator,
+            texts=fills,
+            label_history=config["train_positions"] == "all",
+            title_separator=self.templates.title_separator,
+            title_tokens=config["history_title_tokens"],
+        )
+        self._make_writer()
+
+    def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
+        """Set ``head``, ``head_weight`` (what of the head trains) and ``_lm_ids`` for the items' vocabulary."""
+        raise NotImplementedError
+
+    def _shown(self) -> Ragged:
+        """What an item is shown as in a prompt: the language model's ids, one row an item."""
+        return Ragged(self._lm_ids[self.item_tokens.tokens], self.item_tokens.offsets)
+
+    def _told(self) -> Ragged | None:
+        """What an item is answered with, its end token with it; ``None``, as it is shown, with one behind."""
+        return None
+
+    def _make_writer(self) -> None:
+        """Prompts of the items that there are; what does not fit is left out or made shorter."""
+        self.writer = self._write_for(items=self._shown(), answers=self._told())
+        config, longest = self.config, self.writer.longest(self.history_length)
+        context = getattr(self.backbone.decoder.config, "max_position_embeddings", None)
+        rooms = {"prompt_tokens allows": config["prompt_tokens"], "the language model has": context}
+        given = {name: room for name, room in rooms.items() if room is not None}
+        if not given or longest <= min(given.values()):
+            return
+        name, room = min(given.items(), key=lambda pair: pair[1])
+        if config["long_prompts"] == "refuse":
+            raise UserError(
+                f"prompts take up to {longest} tokens, {name} {room}; lower history_length or text_tokens, or set "
+                "long_prompts: truncate or drop"
+            )
+        if self.writer.shortest() > room:
+            raise UserError(f"prompts of one item take {self.writer.shortest()} tokens, {name} {room}")
+        self.writer.leave_room(room, drop=config["long_prompts"] == "drop")
+
+    def tell_long_prompts(self) -> None:
+        """Log how many prompts were left out or made shorter since this was last told."""
+        for task, count in self.writer.too_long.items():
+            done = "left out" if self.config["long_prompts"] == "drop" and task != INFERENCE else "made shorter"
+            logger.info("%s: %d prompts were too long and %s (long_prompts)", task, count, done)
+        self.writer.too_long.clear()
+
+    def take_item_tokens(self, tokens: ItemTokens) -> None:
+        """Note what the tokens of every item are."""
+        self.item_tokens = tokens
+
+    def enter_items(self, tokens: ItemTokens, tie_order: Tensor) -> None:
+        """Let items that came after training be shown and found; nothing that was learned changes.
+
+        Args:
+            tokens: of every item, those that were there first under the ids they had; of the vocabulary that was
+                trained.
+            tie_order: all item ids, int64 ``[n_items]``.
+        """
+        self.take_item_tokens(tokens)
+        self.n_items, self._tie_order, self._search = tokens.n_items, tie_order, None
+        self._make_writer()
+
+    def wording(self) -> list[Any]:
+        """What the prompts are made of, for a fingerprint."""
+        return [self.templates.wrapper, self.templates.separator, self.templates.title_separator, self.templates.tasks]
+
+    # Training
+
+    def begin_stage(self, stage: str) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """Free what trains: all parameters, of the language model those that ``adapter`` says.
+
+        Returns:
+            The parameters, as an optimizer takes them; an adapter's are a group with a learning rate of its own.
+        """
+        self.requires_grad_(True)
+        trained = list(self.parameters())
+        return trained if self.adapter is None else self.adapter.groups(trained, self.head_weight)
+
+    def sample_lengths(self, samples: Any) -> Tensor:
+        """About how many tokens each sample of the train loader will have: int64 ``[B]``."""
+        return self.writer.lengths(samples["task"], samples["stop"] - samples["start"], samples["source"])
+
+    def training_batch(self, interaction: Any) -> TokenBatch:
+        """Prompts and answers of the train loader's samples; templates by torch's own generator."""
+        starts, stops = interaction["start"], interaction["stop"]
+        groups = history_groups(starts, stops)
+        templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups)
+        histories = Ragged.from_slices(self._train_items, starts, stops)
+        if self.config["history_dropout"]:
+            # The last item stays: a history is never empty, and it says most of what comes next. Samples of one history
+            # lose the same items.
+            draws = torch.rand(int(groups.max()) + 1, self.history_length)
+            kept = draws[groups[histories.rows], histories.positions] >= self.config["history_dropout"]
+            histories = histories.keep(kept | (histories.positions == histories.lengths[histories.rows] - 1))
+        moments = torch.where(interaction["task"] == number(SEQUENTIAL), stops, -1)
+        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments)
+
+    def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the labels; the head reads their states only."""
+        if not len(batch.labels):
+            # Every prompt was too long.
+            return torch.stack([weight.sum() * 0 for weight in self.parameters()]).sum()
+        states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
+        return self.label_loss(self.head.logits(states), batch)
+
+    def mean_loss(self, logits: Tensor, soft: SoftLabels, loss: SoftLabelLoss, counted: Tensor | None = None) -> Tensor:
+        """The mean over labels of a loss against soft ones: with all mass on the labels, :meth:`label_loss`'s.
+
+        Args:
+            logits: float ``[L, V]``, those of the batch's labels.
+            soft: the labels.
+            loss: of each; over the legal tokens where :attr:`legal_only` says so.
+            counted: bool ``[L]``, which of them count; ``None``, all.
+
+        Returns:
+            float32 scalar; 0 where no label counts.
+        """
+        losses = loss.of_positions(logits, soft)
+        if counted is None:
+            return losses.mean()
+        return losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
+
+    def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the labels; where a wrapper (TCA4Rec) puts labels of its own.
+
+        Args:
+            logits: float ``[L, V]``, those of the batch's labels.
+            batch: which labels.
+
+        Returns:
+            float32 scalar.
+        """
+        return F.cross_entropy(logits, batch.labels.to(self.device))
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """The loss of a batch of the train loader."""
+        return self.stage_loss(FINE_TUNING, self.training_batch(interaction))
+
+    # Inference
+
+    def train(self, mode: bool = True) -> GenerativeRecommender:
+        """Training or evaluation mode; the search is made anew, as weights may have changed."""
+        self._search = None
+        return super().train(mode)
+
+    def searcher(self, candidates: Tensor) -> BeamSearch:
+        """The search among some items, with the weights as they are.
+
+        Args:
+            candidates: bool ``[n_items]``, the items that may be found.
+        """
+        candidates = candidates.cpu()
+        if self._search is None or not torch.equal(self._search[0], candidates):
+            tokens = self.item_tokens
+            kept = candidates.repeat_interleave(tokens.lengths)
+            offsets = torch.cat([tokens.offsets[:1], (tokens.lengths * candidates).cumsum(0)])
+            kind, more = self._search_kind()
+            search = kind(
+                self.backbone.decoder, self.head.for_search(),
+                replace(tokens, offsets=offsets, tokens=tokens.tokens[kept]),
+                beams=self.config["beams"], lm_ids=self._lm_ids, normaliser=self.config["normaliser"],
+                tie_order=self._tie_order, **more,
+            )  # fmt: skip
+            self._search = candidates, search
+        return self._search[1]
+
+    def _search_kind(self) -> tuple[type[BeamSearch], dict[str, Any]]:
+        """The search, and settings that it has beside those of every search."""
+        return BeamSearch, {}
+
+    @property
+    def invalid_share(self) -> float | None:
+        """Of the last evaluation, the share of sequences that no item has; ``None`` where the search allows none."""
+        return None
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores over the catalogue with nothing excluded but the padding item, ``[B, n_items]``."""
+        none = torch.empty(0, dtype=torch.long)
+        return self.full_sort_predict_excluding(interaction, none, none, torch.ones(self.n_items, dtype=torch.bool))
+
+    @torch.no_grad()
+    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+        """Scores over the catalogue: log-probabilities of the items that were found, one value below them for others.
+
+        Args:
+            interaction: users' item lists (0-padded on the right, oldest first).
+            rows: int64 ``[E]`` rows of the batch.
+            items: int64 ``[E]``; ``items[e]`` may not be recommended in row ``rows[e]``.
+            candidates: bool ``[n_items]``.
+
+        Returns:
+            ``[B, n_items]``: finite, but ``-inf`` for the padding item and what may not be recommended.
+        """
+        history = self._histories_of(interaction)
+        excluded = self._by_row(len(history), rows.cpu(), items.cpu())
+        candidates = candidates.cpu().clone()
+        candidates[0] = False
+        search = self.searcher(candidates)
+        scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
+        scores[:, candidates.to(self.device)] = 0.0
+        for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
+            asked, barred = self.writer.ask(history.take(part), self.asked_with), excluded.take(part)
+            prompts = asked.values.split(asked.lengths.tolist())
+            found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
+            own = scores[part.to(self.device)]
+            found = self._placed(search, found, own, barred)
+            least = found.scores.masked_fill(found.items == 0, torch.inf).amin(1, keepdim=True)
+            # Below the least of them by one; equal, so that the tie order alone ranks them.
+            own = own + torch.where(least.isfinite(), least - 1.0, 0.0)
+            scores[part.to(self.device)] = own.scatter(1, found.items, found.scores)
+        scores[:, 0] = -torch.inf
+        scores[rows.to(self.device), items.to(self.device)] = -torch.inf
+        return scores
+
+    def _histories_of(self, interaction: Any) -> Ragged:
+        """The items that prompts of users show: of their lists the latest."""
+        lists, lengths = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu().unsqueeze(1)
+        places = torch.arange(lists.shape[1])
+        return Ragged.from_padded(lists, (places < lengths) & (places >= lengths - self.history_length))
+
+    def _placed(self, search: BeamSearch, found: Found, scores: Tensor, barred: Ragged) -> Found:
+        """What was found, with an item in the place of what is none.
+
+        Args:
+            search: that found it.
+            found: of B prompts.
+            scores: ``[B, n_items]``, -inf at what is no candidate.
+            barred: items that may not be recommended, by row.
+        """
+        return found
+
+    @staticmethod
+    def _by_row(count: int, rows: Tensor, items: Tensor) -> Ragged:
+        order = rows.argsort(stable=True)
+        return Ragged.from_lengths(items[order], torch.bincount(rows, minlength=count))
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of the items in the interaction, one a row."""
+        scores = self.full_sort_predict(interaction)
+        return scores.gather(1, interaction[self.ITEM_ID].to(scores.device).unsqueeze(1)).squeeze(1)

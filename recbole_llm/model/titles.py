@@ -1,0 +1,57 @@
+"""What recommenders share that generate the title of the next item, in the language model's own tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from recbole_llm.backbone.live_head import live_head
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.errors import UserError
+from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.model.generative import GenerativeRecommender
+from recbole_llm.tasks.behaviour import SEQUENTIAL
+
+
+class TitleRecommender(GenerativeRecommender):
+    """A recommender whose items are titles: shown as they are, answered with the end token behind.
+
+    Nothing joins the vocabulary. Items of equal titles are one sequence of tokens: they are found together, with equal
+    scores, and ranked in the order of ties.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+
+    Raises:
+        UserError: nothing of the language model trains, or a task other than the sequential one, or labels other than
+            answers, are asked for.
+    """
+
+    item_kind = "titles"
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        others = [task.name for task in self.tasks if task.name != SEQUENTIAL]
+        if others:
+            raise UserError(f"tasks: {config['model']} learns next items alone; {others[0]} is no task of its")
+
+    def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
+        head, own = live_head(head_model, self.backbone.embed_tokens.weight)
+        self.__dict__["head"], self.head_weight = head, own if self.config["adapter"] == "full" else None
+
+    def take_item_tokens(self, tokens: ItemTokens) -> None:
+        """Note what the tokens of every item are."""
+        super().take_item_tokens(tokens)
+        assert tokens.lm_ids is not None
+        self._lm_ids = tokens.lm_ids
+
+    def _shown(self) -> Ragged:
+        """Titles without their end tokens."""
+        whole = self._told()
+        return whole.keep(whole.positions < whole.lengths[whole.rows] - 1)
+
+    def _told(self) -> Ragged:
+        """Titles with their end tokens."""
+        return super()._shown()
