@@ -34,6 +34,8 @@ QUICK = (
     "AlignTokenRec",
     "LCRec",
     "TCA4Rec",
+    "LLaRA",
+    "CoLLM",
 )
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -61,6 +63,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
 }  # fmt: skip
+SMALL["LLaRA"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+    "embedding_model.epochs": 1, "embedding_model.eval_step": 0, "embedding_model.hidden_size": 16,
+    "embedding_model.inner_size": 16, "embedding_model.MAX_ITEM_LIST_LENGTH": 10, "history_length": 3,
+    "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 1, "beams": 20, "title_tokens": 8, "long_titles": "truncate",
+}  # fmt: skip
+SMALL["CoLLM"] = SMALL["LLaRA"] | {"text_epochs": 1}
 SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
     "alpha": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16, "cf_model.inner_size": 16,
     "cf_model.MAX_ITEM_LIST_LENGTH": 10,
@@ -208,7 +217,20 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["BPR", "LightGCN", "DCCF", "SASRec", "SASRecAllPositions", "EASE", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec"],
+    [
+        "BPR",
+        "LightGCN",
+        "DCCF",
+        "SASRec",
+        "SASRecAllPositions",
+        "EASE",
+        "GLTA",
+        "AlignTokenRec",
+        "LCRec",
+        "TCA4Rec",
+        "LLaRA",
+        "CoLLM",
+    ],
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:
     states = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
-from recbole_llm.training.embeddings import graph_embeddings, item_embeddings
+from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, makes_states
 from recbole_llm.training.teacher import same_rows
 
 if TYPE_CHECKING:
@@ -22,6 +21,10 @@ logger = logging.getLogger("recbole_llm")
 
 # Users by whose states it is told how large states are.
 MEASURED = 2048
+NO_STATES = (
+    "{part}: {name} makes no one vector of a history; for vectors of users take one such as SASRec or GRU4Rec "
+    "(sequential) or LightGCN or BPR (general)"
+)
 
 
 class Users(Protocol):
@@ -148,11 +151,8 @@ class UserStates:
         self._starts = torch.from_numpy(histories.offsets).long()
         self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN
         self._asked = torch.empty(0)
-        refused = UserError(
-            f"{part}: {name} makes no one vector of a history; for vectors of users take one such as SASRec or GRU4Rec "
-            "(sequential) or LightGCN or BPR (general)"
-        )
-        if list(inspect.signature(model.forward).parameters) != ["item_seq", "item_seq_len"]:
+        refused = UserError(NO_STATES.format(part=part, name=name))
+        if not makes_states(model):
             raise refused
         places = torch.arange(len(self._items))
         places = places[places > self._starts[self._owners(places)]]
