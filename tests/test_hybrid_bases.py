@@ -273,6 +273,43 @@ def test_a_batch_of_text_moves_no_projector(folder: Path) -> None:
     assert all(weight.grad is None for weight in made.projected.parameters())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_all_of_a_language_model_may_train_beside_the_projector(kind: str, folders: Callable[[str], Path]) -> None:
+    made = build(folders(kind), "LLaRA", adapter="full", curriculum=False)
+    groups = made.begin_stage(FINE_TUNING)
+    assert [group.get("lr") for group in groups] == [None, made.config["adapter_learning_rate"]]
+    assert {id(weight) for weight in groups[0]["params"]} == {id(weight) for weight in made.projected.parameters()}
+    made.stage_loss(FINE_TUNING, sampled(made)[1]).backward()
+    table = made.backbone.decoder.get_input_embeddings().table.weight
+    assert any(weight is table for weight in groups[1]["params"]) and table.grad.any()
+    assert all(weight.grad is not None for group in groups for weight in group["params"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_several_processes_have_the_loss_of_one(model: str, folder: Path) -> None:
+    made = build(folder, model)
+    _, batch = sampled(made)
+    with torch.no_grad():
+        whole = made.stage_loss(FINE_TUNING, batch).item()
+        parts = [batch.share(rank, 3) for rank in range(3)]
+        shares = [made.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
+    assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
+
+
+def test_prompts_that_are_left_out_take_their_users_along(folder: Path) -> None:
+    whole = sampled(build(folder, "CoLLM"))[1]
+    made = build(folder, "CoLLM")
+    lengths = torch.zeros(len(whole.ids), dtype=torch.long).scatter_reduce(0, whole.rows, whole.places, "amax") + 2
+    made.writer.leave_room(int(lengths.median()), drop=True)
+    _, batch = sampled(made)
+    kept = lengths <= lengths.median()
+    assert 0 < len(batch.ids) < len(whole.ids)
+    wide = whole.ids[kept][:, : batch.ids.shape[1]]
+    for row in range(len(batch.ids)):
+        length = int(batch.places[batch.rows == row].max()) + 1
+        assert torch.equal(batch.ids[row, :length], wide[row, :length])
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_tca4rec_without_the_teacher_is_the_base(model: str, folder: Path) -> None:
     plain, wrapped = build(folder, model), build(folder, model, around=True, alpha=0.0)

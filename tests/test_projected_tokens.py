@@ -246,6 +246,11 @@ def test_what_has_no_vectors_or_other_rows_is_refused(settings_of: Callable[...,
     bert = trained(settings_of, "BERT4Rec")
     with pytest.raises(UserError, match=r"embedding_model: BERT4Rec makes no one vector of a history.*SASRec"):
         CollaborativeVectors(bert, bert.train_data._dataset).users(5)
+    wide = trained(settings_of, "LightGCN")
+    found = CollaborativeVectors(wide, wide.train_data._dataset)
+    found.items = found.items[:, 1:]
+    with pytest.raises(UserError, match="64 numbers for a user and 63 for an item"):
+        found.users(5)
     ease = trained(settings_of, "EASE")
     with pytest.raises(UserError, match="EASE has no"):
         CollaborativeVectors(ease, ease.train_data._dataset)

@@ -30,6 +30,8 @@ NO_STATES = (
 class Users(Protocol):
     """Users by number, and the vector of each number."""
 
+    width: int
+
     def at(self, moments: Tensor) -> Tensor:
         """Numbers of users right before some of their train interactions.
 
@@ -82,8 +84,17 @@ class CollaborativeVectors:
             longest: items of a history at most, at inference and so in training.
 
         Raises:
-            UserError: the recommender has none.
+            UserError: the recommender has none, or they are of another width than the items'.
         """
+        found = self._users(longest)
+        if found.width != self.items.shape[1]:
+            raise UserError(
+                f"{self.part}: the vectors of {self.name} have {found.width} numbers for a user and "
+                f"{self.items.shape[1]} for an item; one projector needs as many"
+            )
+        return found
+
+    def _users(self, longest: int) -> Users:
         fit = self._fit
         if fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             return UserStates(fit.model, self._dataset, self.name, longest, self.part)
@@ -108,6 +119,7 @@ class UserTable:
         self._field: str = dataset.uid_field
         self._starts = torch.from_numpy(histories.offsets).long()
         self._table = _standardised(table, table[self._starts.diff() > 0])
+        self.width = table.shape[1]
 
     def at(self, moments: Tensor) -> Tensor:
         """See :class:`Users`."""
@@ -160,6 +172,7 @@ class UserStates:
         if states.dim() != 2:
             raise refused
         self._mean, self._size = _scale(states)
+        self.width = states.shape[1]
 
     def _owners(self, moments: Tensor) -> Tensor:
         return torch.searchsorted(self._starts, moments, right=True) - 1
@@ -193,7 +206,7 @@ class UserStates:
         """See :class:`Users`."""
         told = numbers.cpu()
         train = told < len(self._items)
-        found = torch.empty(len(told), len(self._mean), device=self._mean.device)
+        found = torch.empty(len(told), self.width, device=self._mean.device)
         if train.any():
             found[train] = self.states(told[train])
         if not train.all():
