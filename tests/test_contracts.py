@@ -25,9 +25,9 @@ from recbole_llm.training.runs import run
 
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "EASE", "DCCF",
-    "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "LLaRA", "CoLLM",
+    "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
 )  # fmt: skip
-GENERATE = ("AlignTokenRec", "LCRec", "TCA4Rec", "LLaRA", "CoLLM")
+SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",
@@ -49,11 +49,11 @@ def test_a_run_reports_repeats_and_recommends_what_is_allowed(
     assert set(written) >= SHOWN and written == copy | {"per_user": "per_user.npz", "rankings": "rankings.npz"}
     assert (tmp_path / copy["per_user"]).is_file()
     assert written["evaluation"]["test_users"] == 60
-    assert written["evaluation"]["ranking"] == ("beam" if model in GENERATE else "full")
+    assert written["evaluation"]["ranking"] == ("beam" if model in SEARCHES else "full")
     assert all(0 <= value <= 1 for value in written["test"].values())
     assert set(written["stages"][0]) == {"name", "fingerprint", "seconds", "cached", "peak_memory_mb", "tokens"}
     read = [stage["tokens"] for stage in written["stages"]]
-    assert (sum(read) > 0) == (model in ("GLTA", "SASRecCodes", *GENERATE))
+    assert (sum(read) > 0) == (model in ("GLTA", "SASRecCodes", "BIGRec", *SEARCHES))
     assert model == "EASE" or len(written["curves"]["loss"]) == written["config"]["epochs"]
     assert Path(first["log_file"]).read_text(encoding="utf-8")
 

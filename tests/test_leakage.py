@@ -34,6 +34,9 @@ QUICK = (
     "AlignTokenRec",
     "LCRec",
     "TCA4Rec",
+    "TALLRec",
+    "BIGRec",
+    "MSL",
     "LLaRA",
     "CoLLM",
 )
@@ -62,6 +65,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
+}  # fmt: skip
+SMALL["TALLRec"] = SMALL["BIGRec"] = SMALL["MSL"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+    "history_length": 5, "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "adapter_learning_rate": 0.01, "beams": 20,
+    "long_titles": "truncate",
 }  # fmt: skip
 SMALL["LLaRA"] = {
     "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
@@ -228,6 +236,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "AlignTokenRec",
         "LCRec",
         "TCA4Rec",
+        "MSL",
         "LLaRA",
         "CoLLM",
     ],

@@ -35,11 +35,21 @@ from recbole_llm.training.store import StageStore
 
 MODELS = (
     "BPR", "LightGCN", "Pop", "EASE", "ItemKNN", "DCCF", "FM", "SASRec", "FPMC", "BERT4Rec", "SASRecAllPositions",
-    "SASRecCodes", "GLTA", "AlignTokenRec",
+    "SASRecCodes", "GLTA", "AlignTokenRec", "MSL", "BIGRec",
 )  # fmt: skip
 # Without scores over the whole catalogue: what a search does not find has none of its own; FM scores pairs.
-SEARCHES, PAIRS = ("AlignTokenRec",), ("FM",)
-STRANGERS = ("EASE", "ItemKNN", "SASRec", "BERT4Rec", "SASRecAllPositions", "SASRecCodes", "AlignTokenRec")
+SEARCHES, PAIRS = ("AlignTokenRec", "MSL"), ("FM",)
+STRANGERS = (
+    "EASE",
+    "ItemKNN",
+    "SASRec",
+    "BERT4Rec",
+    "SASRecAllPositions",
+    "SASRecCodes",
+    "AlignTokenRec",
+    "MSL",
+    "BIGRec",
+)
 SHOWN = 5
 
 

@@ -62,7 +62,8 @@ def measure(
 
     Args:
         model: scores the catalogue through ``full_sort_predict`` (or, where it searches, through
-            ``full_sort_predict_excluding``, which learns what to exclude and so returns K legal items).
+            ``full_sort_predict_excluding``, which learns what to exclude and so returns K legal items). Where it has
+            ``counts_as``, int64 [n_items], items are ranked, and targets are met, as the item that each counts as.
         loader: yields RecBole's full-sort tuples; ours or RecBole's.
         config: ``metrics``, ``topk`` and ``device``.
         train_data: the training loader, for metrics that need popularity; ``None`` when none does.
@@ -90,6 +91,9 @@ def measure(
     for batch in progress(batches, what, total=len(batches), show=show):
         interaction, excluded, rows, items = batch
         scores = catalogue_scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
+        counts_as = getattr(model, "counts_as", None)
+        if counts_as is not None:
+            scores, items = _as_counted(scores, counts_as.to(scores.device)), counts_as[items.cpu()]
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
     if shared:
         found.merge(processes.gathered(found))
@@ -133,6 +137,11 @@ def catalogue_scores(
     if excluded is not None:
         scores[excluded[0].to(device), excluded[1].to(device)] = -torch.inf
     return scores
+
+
+def _as_counted(scores: torch.Tensor, counts_as: torch.Tensor) -> torch.Tensor:
+    """Scores [B, n_items] in which an item has the best of those that count as it, and these have none."""
+    return torch.full_like(scores, -torch.inf).scatter_reduce(1, counts_as.expand_as(scores), scores, "amax")
 
 
 def _full_sort(model: Any, interaction: Any, dataset: Any) -> torch.Tensor:

@@ -83,7 +83,9 @@ class BIGRec(TitleRecommender):
         for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
             asked = self.writer.ask(history.take(part), self.asked_with)
             states = self._states_of(self.generate(asked))
-            scores[part.to(self.device), 1:] = -self._weighted(torch.cdist(states, self._titles()))
+            # Not by products, whose rounding is more than what is between near titles.
+            distances = torch.cdist(states, self._titles(), compute_mode="donot_use_mm_for_euclid_dist")
+            scores[part.to(self.device), 1:] = -self._weighted(distances)
         scores[:, ~candidates.to(self.device)] = -torch.inf
         scores[rows.to(self.device), items.to(self.device)] = -torch.inf
         return scores

@@ -159,7 +159,7 @@ class GenerativeRecommender(SequentialRecommender):
             texts=fills,
             label_history=config["train_positions"] == "all",
             title_separator=self.templates.title_separator,
-            title_tokens=config["history_title_tokens"],
+            **({"title_tokens": config["history_title_tokens"]} if "title" in texts else {}),
         )
         self._make_writer()
 

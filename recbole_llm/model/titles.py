@@ -11,6 +11,7 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.generative import GenerativeRecommender
+from recbole_llm.tasks import active_tasks
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 
@@ -32,10 +33,10 @@ class TitleRecommender(GenerativeRecommender):
     item_kind = "titles"
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        super().__init__(config, dataset)
-        others = [task.name for task in self.tasks if task.name != SEQUENTIAL]
+        others = [task.name for task in active_tasks(config) if task.name != SEQUENTIAL]
         if others:
             raise UserError(f"tasks: {config['model']} learns next items alone; {others[0]} is no task of its")
+        super().__init__(config, dataset)
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         head, own = live_head(head_model, self.backbone.embed_tokens.weight)
@@ -46,6 +47,19 @@ class TitleRecommender(GenerativeRecommender):
         super().take_item_tokens(tokens)
         assert tokens.lm_ids is not None
         self._lm_ids = tokens.lm_ids
+
+    @property
+    def counts_as(self) -> Tensor | None:
+        """What each item counts as when rankings are measured, int64 ``[n_items]``; ``None``, as itself.
+
+        Under ``title_match`` it is the first by id that has its title.
+        """
+        if not self.config["title_match"]:
+            return None
+        trie = self.item_tokens.trie
+        first = trie.order.new_zeros(self.n_items)
+        first[trie.order] = trie.order[trie.starts[trie.leaves[trie.order]]]
+        return first
 
     def _shown(self) -> Ragged:
         """Titles without their end tokens."""
