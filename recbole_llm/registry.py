@@ -60,6 +60,15 @@ _OURS = (
     Entry("BIGRec", "recbole_llm.model.bigrec", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
     Entry("MSL", "recbole_llm.model.msl", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
     Entry(
+        "LLaRA", "recbole_llm.model.llara", "language", ("backbone", "item_tokens", "embedding_model", "fine_tuning"),
+        ("time", "item text"), base="TALLRec",
+    ),
+    Entry(
+        "CoLLM", "recbole_llm.model.collm", "language",
+        ("backbone", "item_tokens", "embedding_model", "text_tuning", "fine_tuning"), ("time", "item text"),
+        base="TALLRec",
+    ),
+    Entry(
         "TCA4Rec", "recbole_llm.model.tca4rec", "language",
         ("embedding_model", "backbone", "item_texts", "item_tokens", "cf_model", "fine_tuning"), ("time", "item text"),
     ),

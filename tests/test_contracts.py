@@ -25,9 +25,9 @@ from recbole_llm.training.runs import run
 
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "EASE", "DCCF",
-    "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL",
+    "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
 )  # fmt: skip
-SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL")
+SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",

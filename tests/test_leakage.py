@@ -37,6 +37,8 @@ QUICK = (
     "TALLRec",
     "BIGRec",
     "MSL",
+    "LLaRA",
+    "CoLLM",
 )
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -69,6 +71,13 @@ SMALL["TALLRec"] = SMALL["BIGRec"] = SMALL["MSL"] = {
     "history_length": 5, "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "adapter_learning_rate": 0.01, "beams": 20,
     "long_titles": "truncate",
 }  # fmt: skip
+SMALL["LLaRA"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+    "embedding_model.epochs": 1, "embedding_model.eval_step": 0, "embedding_model.hidden_size": 16,
+    "embedding_model.inner_size": 16, "embedding_model.MAX_ITEM_LIST_LENGTH": 10, "history_length": 3,
+    "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 1, "beams": 20, "title_tokens": 8, "long_titles": "truncate",
+}  # fmt: skip
+SMALL["CoLLM"] = SMALL["LLaRA"] | {"text_epochs": 1}
 SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
     "alpha": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16, "cf_model.inner_size": 16,
     "cf_model.MAX_ITEM_LIST_LENGTH": 10,
@@ -228,6 +237,8 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "LCRec",
         "TCA4Rec",
         "MSL",
+        "LLaRA",
+        "CoLLM",
     ],
 )
 def test_exchanged_withheld_items_move_no_fitted_state(model: str, small_data: Path, tmp_path: Path) -> None:

@@ -376,9 +376,9 @@ def test_a_run_is_found_with_its_base() -> None:
     [
         (
             "base_model=SASRec",
-            ["base_model should generate items", "AlignTokenRec, LCRec, TALLRec", "MSL do; SASRec does not"],
+            ["base_model should generate items", "AlignTokenRec, LCRec, TALLRec", " do; SASRec does not"],
         ),
-        ("base_model=GLTA", ["MSL do; GLTA does not"]),
+        ("base_model=GLTA", ["do; GLTA does not"]),
         ("base_model=TCA4Rec", ["base_model should generate items", "TCA4Rec is what wraps one"]),
         ("base_model=AlignTokenRce", ["unknown model 'AlignTokenRce'", "'AlignTokenRec'"]),
         ("cf_model=GLTA", ["cf_model should be a recommender that scores every item", "not GLTA"]),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,12 @@ from recbole_llm.data.token_table import Segments, TokenTable
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
 from recbole_llm.tasks import behaviour
-from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, Task, known_tasks
+from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, USER, Task, known_tasks
 
 LABEL, ANSWER = 1 << 40, 1 << 41
 PLACE = re.compile(r"\{(\w+)\}")
+# What an item of a history is shown as, of models that show more of it than its tokens.
+SHOWN_PLACES = ("title", "vector")
 INSTRUCTION, INFERENCE, DOMAIN = "instruction", "inference", "domain"
 
 
@@ -53,14 +55,17 @@ class Templates:
         separator: between two items of a history.
         title_separator: between two titles of one.
         tasks: the templates of each task, that of inference among them.
+        shown: an item of a history: the text before its title, between that and its vector, and behind; ``None`` where
+            the file says nothing of it.
     """
 
     wrapper: str
     separator: str
     title_separator: str
     tasks: dict[str, tuple[Wording, ...]]
+    shown: tuple[str, str, str] | None = None
 
-    def instructions(self, task: str, given: Sequence[str], only_first: bool = False) -> list[Wording]:
+    def instructions(self, task: str, given: Collection[str], only_first: bool = False) -> list[Wording]:
         """The whole prompts of a task, with their places.
 
         Args:
@@ -129,13 +134,24 @@ def read_templates(
         if not isinstance(values.get(key, ""), str):
             raise UserError(f"{file}, {key}: {values[key]!r} should be a text")
     _check(file, "wrapper", values["wrapper"], (INSTRUCTION,))
-    _check(file, INFERENCE, values[INFERENCE], (HISTORY,))
+    _check(file, INFERENCE, values[INFERENCE], (HISTORY, USER))
     found: dict[str, tuple[Wording, ...]] = {INFERENCE: (Wording(values[INFERENCE], ""),)}
     for task in tasks:
         entries = values[task.name] if isinstance(values[task.name], list) else [values[task.name]]
         found[task.name] = tuple(_wording(file, task, entry) for entry in entries)
     separator = values["separator"]
-    return Templates(values["wrapper"], separator, values.get("title_separator", separator), found)
+    titles = values.get("title_separator", separator)
+    return Templates(values["wrapper"], separator, titles, found, _shown(file, values.get("shown")))
+
+
+def _shown(file: Path, text: Any) -> tuple[str, str, str] | None:
+    if text is None:
+        return None
+    if not isinstance(text, str) or PLACE.findall(text) != [*SHOWN_PLACES]:
+        wanted = ", then ".join(f"{{{place}}}" for place in SHOWN_PLACES)
+        raise UserError(f"{file}, shown: {text!r} should be a text that names {wanted}, and no other place")
+    before, _, between, _, behind = PLACE.split(text)
+    return before, between, behind
 
 
 def _with_words(value: Any, words: Mapping[str, str]) -> Any:

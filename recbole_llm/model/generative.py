@@ -35,6 +35,7 @@ from recbole_llm.decoding.beam_search import BeamSearch, Found
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.tasks import active_tasks, known_tasks, number
+from recbole_llm.tasks.base import USER
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class GenerativeRecommender(SequentialRecommender):
     input_type = InputType.POINTWISE
     train_view = "tasks"
     parts: tuple[str, ...] = ()
-    stages = (FINE_TUNING,)
+    stages: tuple[str, ...] = (FINE_TUNING,)
     ranking = "beam"
     item_kind = "codes"
     # Whether the loss is over the tokens that an item can go on with rather than over the vocabulary.
@@ -78,6 +79,8 @@ class GenerativeRecommender(SequentialRecommender):
     _lm_ids: Tensor
     # Which of the prompts of inference is asked.
     asked_with = 0
+    # Batches that the training will have; its trainer tells.
+    batches_planned = 0
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -137,7 +140,8 @@ class GenerativeRecommender(SequentialRecommender):
             if not task.reads or set(task.reads) & set(texts)
         }
         asked = SEQUENTIAL if config["inference_prompts"] == "all" else INFERENCE
-        prompts[INFERENCE] = [wording._replace(answer="") for wording in self.templates.instructions(asked, [])]
+        wordings = self.templates.instructions(asked, {USER} & set(texts))
+        prompts[INFERENCE] = [wording._replace(answer="") for wording in wordings]
         self.prompts_asked = len(prompts[INFERENCE])
         fills = {
             place: own
@@ -352,7 +356,7 @@ class GenerativeRecommender(SequentialRecommender):
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
         scores[:, candidates.to(self.device)] = 0.0
         for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
-            asked, barred = self.writer.ask(history.take(part), self.asked_with), excluded.take(part)
+            asked, barred = self._ask(history.take(part), part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
             found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
             own = scores[part.to(self.device)]
@@ -370,6 +374,15 @@ class GenerativeRecommender(SequentialRecommender):
         lists, lengths = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu().unsqueeze(1)
         places = torch.arange(lists.shape[1])
         return Ragged.from_padded(lists, (places < lengths) & (places >= lengths - self.history_length))
+
+    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
+        """The prompts of inference of some rows of a batch: token ids, one row a history.
+
+        Args:
+            history: items of these rows, oldest first.
+            part: which rows, int64.
+        """
+        return self.writer.ask(history, self.asked_with)
 
     def _placed(self, search: BeamSearch, found: Found, scores: Tensor, barred: Ragged) -> Found:
         """What was found, with an item in the place of what is none.

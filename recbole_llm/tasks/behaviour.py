@@ -11,7 +11,7 @@ from torch import Tensor
 from recbole_llm.data.sampler import NegativeSampler
 from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
-from recbole_llm.tasks.base import Samples, Task, register
+from recbole_llm.tasks.base import HISTORY, USER, Samples, Task, register
 
 SEQUENTIAL, NEGATIVE = "sequential", "negative"
 
@@ -21,6 +21,7 @@ class Sequential(Task):
     """A prefix of a user's train items and the item after it; LC-Rec's seqrec."""
 
     name = SEQUENTIAL
+    places = (HISTORY, USER)
 
     def __len__(self) -> int:
         return self.loader.prefixes

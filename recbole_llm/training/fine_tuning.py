@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
+from recbole_llm.data.task_loader import TaskLoader
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import mean_of
 from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.collaborative_vectors import CollaborativeVectors
 from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
 from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
@@ -41,6 +43,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     """
 
     continued_from: dict[str, Any] | None = None
+
+    first_epochs, first_rate = "text_epochs", "adapter_learning_rate"
 
     # Whether an evaluation asks with every prompt of inference that the model has.
     _every_prompt = True
@@ -98,7 +102,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if backbone is None:
             backbone, mark, lines = take_backbone(config, dataset, text, store, named)
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
-        teachers = self._teachers(dataset, fit_part)
+        teachers = [*self._vectors(dataset, fit_part), *self._teachers(dataset, fit_part)]
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
         tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
@@ -122,7 +126,43 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)
             self._upstream.append(before.fingerprint)
+        self._first_data = train_data
+        for stage in self.model.stages[:-1]:
+            trained = self._alignment(stage, store, self._upstream)
+            self.stages.append(trained.as_dict())
+            self._upstream = [*self._upstream, trained.fingerprint]
         return self._upstream
+
+    def _vectors(self, dataset: Any, fit_part: Callable[[str], Any]) -> list[str]:
+        """Train (or find) the recommender whose vectors stand in prompts; its fingerprint."""
+        part = getattr(self.model, "vectors_of", None)
+        if part is None:
+            return []
+        fit = self.part_fits[part] = fit_part(part)
+        self.stages += [{**line, "name": part} for line in fit.stages]
+        self.model.take_vectors(CollaborativeVectors(fit, dataset, part))
+        return [fit.fingerprint]
+
+    # --- stages before the last, of models that have some ------------------------------------------------------------
+    def _first_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return self._build_optimizer(params=parameters)
+
+    def _first_batches(self, stage: str, generator: torch.Generator) -> _TaskBatches:
+        """An epoch of samples as the last stage has them, from a loader of their own."""
+        last = self._first_data
+        loader = TaskLoader(self.config, last._dataset)
+        loader.texts, loader.length_of, loader.generator = last.texts, last.length_of, generator
+        return _TaskBatches(loader, self.model)
+
+    @staticmethod
+    def _shapes_first(key: str) -> bool:
+        last = ("epochs", "learning_rate", "eval_step", "stopping_step", "valid_metric", "schedule_epochs")
+        return key not in last
+
+    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of other staged recommenders; the model is told how many batches there will be."""
+        self.model.batches_planned = len(train_data) * (self.config["schedule_epochs"] or self.epochs)
+        return super().fit(train_data, *args, **kwargs)
 
     def _teachers(self, dataset: Any, fit_part: Callable[[str], Any]) -> list[str]:
         """Train (or find) the recommenders that the model learns from; their fingerprints."""
@@ -172,6 +212,19 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         share = self.model.invalid_share
         if share is not None:
             logger.info("level-wise search: %.4f of the sequences are no item", share)
+
+
+class _TaskBatches:
+    """The batches of a loader as a model writes them."""
+
+    def __init__(self, loader: TaskLoader, model: Any) -> None:
+        self._loader, self._model = loader, model
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._model.training_batch(samples) for samples in self._loader)
 
 
 def staged_trainer(model_class: type) -> type[StagedTrainer]:

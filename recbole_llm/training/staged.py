@@ -57,6 +57,8 @@ class StagedTrainer(TrainerMixin, Trainer):
 
     together = True
     shares_ranking = True
+    # Settings of the stages before the last: passes, and the optimizer's step size.
+    first_epochs, first_rate = "alignment_epochs", "alignment_learning_rate"
 
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
@@ -163,7 +165,7 @@ class StagedTrainer(TrainerMixin, Trainer):
 
     def _alignment(self, stage: str, store: StageStore, upstream: list[str]) -> Stage:
         config = self.config
-        keys = {key: value for key, value in config.stage_keys().items() if _shapes_alignment(key)}
+        keys = {key: value for key, value in config.stage_keys().items() if self._shapes_first(key)}
         inputs = {"config": keys, "upstream": upstream}
         made = store.run(stage, ALIGNMENT_VERSION, inputs, lambda folder: self._align(stage, folder), together=True)
         self.model.load_state_dict(load_state(made.folder / WEIGHTS, self.device))
@@ -174,8 +176,8 @@ class StagedTrainer(TrainerMixin, Trainer):
         config, model = self.config, self.model
         init_seed(config["seed"], config["reproducibility"])
         generator = torch.Generator().manual_seed(config["seed"])
-        optimizer = torch.optim.Adam(model.begin_stage(stage), lr=config["alignment_learning_rate"])
-        epochs, batches = config["alignment_epochs"], len(model.stage_batches(stage, generator))
+        optimizer = self._first_optimizer(model.begin_stage(stage))
+        epochs, batches = config[self.first_epochs], len(self._first_batches(stage, generator))
         loop = TrainingLoop(config, model, stage, optimizer, batches, epochs)
         losses: list[float] = []
         resume = folder / RESUME_FILE
@@ -200,6 +202,18 @@ class StagedTrainer(TrainerMixin, Trainer):
             save_state(folder / WEIGHTS, dict(model.state_dict()))
         return {"losses": losses, "tokens": loop.tokens()}
 
+    def _first_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.config[self.first_rate])
+
+    def _first_batches(self, stage: str, generator: torch.Generator) -> Any:
+        """An epoch of a stage before the last."""
+        return self.model.stage_batches(stage, generator)
+
+    @staticmethod
+    def _shapes_first(key: str) -> bool:
+        """Whether a setting is one of the stages before the last."""
+        return _shapes_alignment(key)
+
     def _align_epoch(self, loop: TrainingLoop, epoch: int, generator: torch.Generator, steps: Steps) -> float:
         total, count = 0.0, 0
 
@@ -207,11 +221,11 @@ class StagedTrainer(TrainerMixin, Trainer):
             if not torch.isfinite(loss):
                 raise TrainingStoppedError(
                     f"{self.config['model']}: the loss of {loop.stage} became {loss.item()} in epoch {epoch + 1}, "
-                    f"batch {steps.done - before + 1}; try a lower alignment_learning_rate "
-                    f"(now {self.config['alignment_learning_rate']})"
+                    f"batch {steps.done - before + 1}; try a lower {self.first_rate} "
+                    f"(now {self.config[self.first_rate]})"
                 )
 
-        batches, before = self.model.stage_batches(loop.stage, generator), steps.done
+        batches, before = self._first_batches(loop.stage, generator), steps.done
         for loss in loop.epoch(batches, check):
             total, count = total + loss, count + 1
             for _ in range(min(loop.accumulation, before + len(batches) - steps.done)):

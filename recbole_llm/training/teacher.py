@@ -39,7 +39,7 @@ class Teacher:
         own = fit.train_data._dataset
         self.name: str = fit.config["model"]
         self._sequential = fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        if not _same_rows(own, dataset):
+        if not same_rows(own, dataset):
             raise UserError(f"{part}: {self.name} was trained on other rows than those that it is to teach")
         self.model = fit.model.eval().requires_grad_(False)
         # Its own training has left some.
@@ -79,7 +79,7 @@ class Teacher:
         return scores if back is None else scores[back.to(scores.device)]
 
 
-def _same_rows(first: Any, second: Any) -> bool:
+def same_rows(first: Any, second: Any) -> bool:
     """Whether two train data sets hold the same interactions under the same numbers."""
     one, other = first.train_histories, second.train_histories
     named = all(

@@ -1,0 +1,226 @@
+"""Vectors of a trained collaborative recommender for the prompts of a language model: of items, and of users."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from recbole.utils import ModelType
+from torch import Tensor
+
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.errors import UserError
+from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, makes_states
+from recbole_llm.training.teacher import same_rows
+
+if TYPE_CHECKING:
+    from recbole_llm.training.pipeline import Fit
+
+logger = logging.getLogger("recbole_llm")
+
+# Users by whose states it is told how large states are.
+MEASURED = 2048
+NO_STATES = (
+    "{part}: {name} makes no one vector of a history; for vectors of users take one such as SASRec or GRU4Rec "
+    "(sequential) or LightGCN or BPR (general)"
+)
+
+
+class Users(Protocol):
+    """Users by number, and the vector of each number."""
+
+    width: int
+
+    def at(self, moments: Tensor) -> Tensor:
+        """Numbers of users right before some of their train interactions.
+
+        Args:
+            moments: places of these among the train histories' items, int64 ``[B]``.
+        """
+
+    def asked(self, interaction: Any) -> Tensor:
+        """Numbers, int64 ``[B]``, of those who are to be recommended something; the next call forgets them."""
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Their vectors: int64 ``[n]`` to float32 ``[n, d]``."""
+
+
+class CollaborativeVectors:
+    """What prompts hold of a frozen recommender, in float32: each kind centred, with elements of mean square 1.
+
+    An item without a train interaction has learned nothing, so it stands in the middle: a vector of zeros.
+
+    Args:
+        fit: the recommender, trained on the train rows.
+        dataset: the train data set of the model whose prompts they are.
+        part: the setting that named the recommender.
+
+    Attributes:
+        items: ``[n_items, d]``.
+
+    Raises:
+        UserError: it has no table of items, was trained on other rows, or numbers users or items otherwise.
+    """
+
+    def __init__(self, fit: Fit, dataset: Any, part: str = "embedding_model") -> None:
+        self.name: str = fit.config["model"]
+        self.part, self._fit, self._dataset = part, fit, dataset
+        if not same_rows(fit.train_data._dataset, dataset):
+            raise UserError(f"{part}: {self.name} was trained on other rows than those that its vectors are to tell of")
+        model = fit.model.eval().requires_grad_(False)
+        # Its own training has left some.
+        model.zero_grad(set_to_none=True)
+        table = torch.from_numpy(item_embeddings(model, self.name, "final"))
+        seen = torch.zeros(len(table), dtype=torch.bool)
+        seen[torch.from_numpy(dataset.train_histories.items)] = True
+        self.items = _standardised(table, table[seen]).masked_fill(~seen.unsqueeze(1), 0.0)
+        self.fingerprint = fit.fingerprint
+
+    def users(self, longest: int) -> Users:
+        """Vectors of users in the items' space.
+
+        Args:
+            longest: items of a history at most, at inference and so in training.
+
+        Raises:
+            UserError: the recommender has none, or they are of another width than the items'.
+        """
+        found = self._users(longest)
+        if found.width != self.items.shape[1]:
+            raise UserError(
+                f"{self.part}: the vectors of {self.name} have {found.width} numbers for a user and "
+                f"{self.items.shape[1]} for an item; one projector needs as many"
+            )
+        return found
+
+    def _users(self, longest: int) -> Users:
+        fit = self._fit
+        if fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+            return UserStates(fit.model, self._dataset, self.name, longest, self.part)
+        table = torch.from_numpy(graph_embeddings(fit.model, self.name, self.part)[0]).float()
+        logger.info(
+            "%s: %s reads no history, its vectors of users have seen all train interactions: those that are learned "
+            "among them", self.part, self.name,
+        )  # fmt: skip
+        return UserTable(table, self._dataset)
+
+
+class UserTable:
+    """A vector a user, the same at any moment; the number of a user is his id.
+
+    Args:
+        table: ``[n_users, d]``.
+        dataset: the train data set.
+    """
+
+    def __init__(self, table: Tensor, dataset: Any) -> None:
+        histories = dataset.train_histories
+        self._field: str = dataset.uid_field
+        self._starts = torch.from_numpy(histories.offsets).long()
+        self._table = _standardised(table, table[self._starts.diff() > 0])
+        self.width = table.shape[1]
+
+    def at(self, moments: Tensor) -> Tensor:
+        """See :class:`Users`."""
+        return torch.searchsorted(self._starts, moments, right=True) - 1
+
+    def asked(self, interaction: Any) -> Tensor:
+        """See :class:`Users`."""
+        found: Tensor = interaction[self._field].cpu()
+        return found
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """See :class:`Users`."""
+        return self._table[numbers.cpu()].to(numbers.device)
+
+
+class UserStates:
+    """The state in which a sequential recommender is after what a user has had, when it is asked what comes next.
+
+    States of train interactions are made when a batch needs them, from what stands before the interaction and never
+    from it or what follows. The number of one is its place among the train histories' items; those who are asked at
+    inference have numbers behind.
+
+    Args:
+        model: in evaluation mode; its ``forward`` makes a state of item lists and their lengths.
+        dataset: the train data set.
+        name: what to call it in an error.
+        longest: items of a history that it is given at most.
+        part: the setting that named it.
+
+    Raises:
+        UserError: its ``forward`` does not.
+    """
+
+    def __init__(self, model: Any, dataset: Any, name: str, longest: int, part: str = "embedding_model") -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._width: int = model.max_seq_length
+        self._longest = min(longest, self._width)
+        histories = dataset.train_histories
+        self._items = torch.from_numpy(histories.items).long()
+        self._starts = torch.from_numpy(histories.offsets).long()
+        self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN
+        self._asked = torch.empty(0)
+        refused = UserError(NO_STATES.format(part=part, name=name))
+        if not makes_states(model):
+            raise refused
+        places = torch.arange(len(self._items))
+        places = places[places > self._starts[self._owners(places)]]
+        states = self.states(places[:: max(1, len(places) // MEASURED)].contiguous())
+        if states.dim() != 2:
+            raise refused
+        self._mean, self._size = _scale(states)
+        self.width = states.shape[1]
+
+    def _owners(self, moments: Tensor) -> Tensor:
+        return torch.searchsorted(self._starts, moments, right=True) - 1
+
+    def at(self, moments: Tensor) -> Tensor:
+        """See :class:`Users`."""
+        return moments
+
+    def asked(self, interaction: Any) -> Tensor:
+        """See :class:`Users`."""
+        lists, lengths = (interaction[field].cpu() for field in self._fields)
+        columns, lengths = torch.arange(lists.shape[1]), lengths.unsqueeze(1)
+        self._asked = self._read(Ragged.from_padded(lists, (columns < lengths) & (columns >= lengths - self._longest)))
+        return len(self._items) + torch.arange(len(lists))
+
+    def states(self, moments: Tensor) -> Tensor:
+        """States as the recommender has them, float32 ``[n, d]``, right before train interactions."""
+        starts = torch.maximum(self._starts[self._owners(moments)], moments - self._longest)
+        return self._read(Ragged.from_slices(self._items, starts, moments))
+
+    @torch.no_grad()
+    def _read(self, histories: Ragged) -> Tensor:
+        lists = torch.zeros(len(histories), self._width, dtype=torch.long)
+        lists[histories.rows, histories.positions] = histories.values
+        self._model.eval()
+        with torch.autocast(self._device.type, enabled=False):
+            made: Tensor = self._model(lists.to(self._device), histories.lengths.to(self._device))
+        return made.float()
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """See :class:`Users`."""
+        told = numbers.cpu()
+        train = told < len(self._items)
+        found = torch.empty(len(told), self.width, device=self._mean.device)
+        if train.any():
+            found[train] = self.states(told[train])
+        if not train.all():
+            found[~train] = self._asked[told[~train] - len(self._items)]
+        return ((found - self._mean) / self._size).to(numbers.device)
+
+
+def _scale(measured: Tensor) -> tuple[Tensor, Tensor]:
+    mean = measured.mean(dim=0)
+    size = (measured - mean).square().mean().sqrt()
+    return mean, torch.where(size > 0, size, 1.0)
+
+
+def _standardised(table: Tensor, measured: Tensor) -> Tensor:
+    """A table less the mean of some of its rows, over the root mean square of what is left of these."""
+    mean, size = _scale(measured)
+    return (table - mean) / size
