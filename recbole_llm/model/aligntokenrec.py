@@ -41,6 +41,7 @@ from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.level_search import LevelSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.model.guided import GuidedSearch
 from recbole_llm.tasks import active_tasks, known_tasks, number
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
@@ -53,7 +54,7 @@ logger = logging.getLogger("recbole_llm")
 FINE_TUNING = "fine_tuning"
 
 
-class AlignTokenRec(SequentialRecommender):
+class AlignTokenRec(GuidedSearch, SequentialRecommender):
     """AlignTokenRec (arXiv 2412.13771) as a RecBole recommender.
 
     Args:
@@ -63,7 +64,7 @@ class AlignTokenRec(SequentialRecommender):
 
     input_type = InputType.POINTWISE
     train_view = "tasks"
-    parts: tuple[str, ...] = ("embedding_model",)
+    parts: tuple[str, ...] = ("embedding_model", *GuidedSearch.guides)
     item_parts = ("embedding_model",)
     stages = (FINE_TUNING,)
     ranking = "beam"
@@ -90,6 +91,7 @@ class AlignTokenRec(SequentialRecommender):
         asked = [known_tasks()[SEQUENTIAL]] if config["inference_prompts"] == "all" else []
         self.templates = read_templates(config["prompts"], list(dict.fromkeys([*self.tasks, *asked])))
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
+        self._moments = torch.arange(len(self._train_items))
         self._search: tuple[Tensor, BeamSearch] | None = None
 
     def prepare(
@@ -230,15 +232,16 @@ class AlignTokenRec(SequentialRecommender):
         starts, stops = interaction["start"], interaction["stop"]
         groups = history_groups(starts, stops)
         templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups)
-        histories = Ragged.from_slices(self._train_items, starts, stops)
+        shown = Ragged.from_slices(self._moments, starts, stops)
         if self.config["history_dropout"]:
             # The last item stays: a history is never empty, and it says most of what comes next. Samples of one history
             # lose the same items.
             draws = torch.rand(int(groups.max()) + 1, self.history_length)
-            kept = draws[groups[histories.rows], histories.positions] >= self.config["history_dropout"]
-            histories = histories.keep(kept | (histories.positions == histories.lengths[histories.rows] - 1))
+            kept = draws[groups[shown.rows], shown.positions] >= self.config["history_dropout"]
+            shown = shown.keep(kept | (shown.positions == shown.lengths[shown.rows] - 1))
+        histories = Ragged(self._train_items[shown.values], shown.offsets)
         moments = torch.where(interaction["task"] == number(SEQUENTIAL), stops, -1)
-        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments)
+        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments, shown)
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
@@ -328,7 +331,8 @@ class AlignTokenRec(SequentialRecommender):
         for part in torch.arange(len(lists)).split(self.config["inference_batch_size"]):
             asked, barred = self.writer.ask(history.take(part), self.asked_with), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
-            found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
+            exclude = Exclusion.from_lists(search.trie, barred.offsets, barred.values)
+            found = search(prompts, exclude=exclude, guide=self.guide(interaction, part, search.trie))
             own = scores[part.to(self.device)]
             if isinstance(search, LevelSearch):
                 legal = own.isfinite()
