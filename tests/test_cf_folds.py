@@ -18,6 +18,8 @@ from recbole_llm.config import Config
 from recbole_llm.data.folds import deal_folds
 from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.errors import UserError
+from recbole_llm.evaluation.rankings import Rankings
+from recbole_llm.serving.recommender import Recommender
 from recbole_llm.training.pipeline import fit_parts_of, prepared, store_of
 from recbole_llm.training.runs import run
 from recbole_llm.training.teacher import FoldedTeacher, Teacher, check_folds
@@ -155,6 +157,14 @@ def test_a_run_with_folds_is_found_again_and_one_without_is_as_before(
     assert folded["parts"]["cf_model"]["test"] == plain["parts"]["cf_model"]["test"] and folded["consistency"]
     again = run("TCA4Rec", "small", config_dict=settings | {"cf_folds": 2})
     assert all(stage["cached"] for stage in again["stages"]) and again["test"] == folded["test"]
+    # Labels made before are those of the same teachers, and what is served trains none of them.
+    cached = run("TCA4Rec", "small", config_dict=settings | {"cf_folds": 2, "teacher_cache_mib": 64})
+    assert [stage["name"] for stage in cached["stages"] if not stage["cached"]] == ["teacher_labels", "fine_tuning"]
+    assert cached["curves"]["loss"] == pytest.approx(folded["curves"]["loss"], rel=1e-5)
+    recommender = Recommender.of_run(cached["result_file"], ("train", "valid"))
+    rankings = Rankings.read(Path(cached["result_file"]).with_name("rankings.npz"))
+    served = recommender.recommend([rankings.user_id[3]], k=5)[0]
+    assert [item for item, _, _ in served] == rankings.item_id[rankings.top[3, :5]].tolist()
     once = Config("TCA4Rec", "small", config_dict=settings | {"cf_folds": 1}, command_line=[])
     assert once.stage_keys() == Config("TCA4Rec", "small", config_dict=settings, command_line=[]).stage_keys()
 

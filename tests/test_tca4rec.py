@@ -204,7 +204,9 @@ def prepared_labels(model: Any, store: StageStore, **settings: Any) -> dict[str,
     return cached_labels({**model.config, **more}, own, model, store)
 
 
-@pytest.mark.parametrize("more", [{}, {"mask_history": True, "beta": 0.5}, {"soft_history": True}, {"tca_loss": "kl"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"mask_history": True, "beta": 0.5}, {"soft_history": True}, {"official_quirks": True}]
+)
 def test_labels_made_before_are_those_that_are_asked_for(more: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     live = build(folder, TCA4Rec, alpha=0.5, **more)
     cached = build(folder, TCA4Rec, alpha=0.5, **more)

@@ -61,8 +61,9 @@ class GuidedSearch:
 
 
 def is_guided(config: Any) -> bool:
-    """Whether a recommender is to have a say in the search."""
-    return float(config["cf_guidance"]) < 1
+    """Whether a recommender is to have a say in the search; not where there is no such setting."""
+    weight = config["cf_guidance"]
+    return weight is not None and weight < 1
 
 
 def _check_guidance(config: Any) -> None:

@@ -184,8 +184,9 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
         The ranked items that are kept are those of the first.
         """
-        if self.model.guidance is not None:
-            self.model.guidance.rank_as(eval_data)
+        guidance = getattr(self.model, "guidance", None)
+        if guidance is not None:
+            guidance.rank_as(eval_data)
         first = super().evaluate(eval_data, load_best_model, model_file, show_progress)
         self._tell_invalid()
         self.model.tell_long_prompts()
