@@ -16,7 +16,7 @@ from test_leakage import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.data.folds import deal_folds
-from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD, SplitProtocol, make_split
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.serving.recommender import Recommender
@@ -60,6 +60,23 @@ def test_the_seed_moves_them() -> None:
     one, same, other = (deal_folds(users, ranks, ranks > 8, 4, names, seed) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
     assert np.bincount(one).min() > 30
+
+
+def test_repeats_of_an_interaction_are_in_its_fold() -> None:
+    rng = np.random.default_rng(0)
+    users, items = np.sort(rng.integers(1, 6, 200)), rng.integers(1, 9, 200)
+    times, names = np.arange(200.0), [str(number) for number in range(9)]
+    held = []
+    for fold in range(FOLDS):
+        protocol = SplitProtocol("RS", drop_repeats=False, fold=(fold, FOLDS))
+        split = make_split(users, items, times, np.arange(200), names[:6], names, protocol)
+        assert np.array_equal(split.held & (split.phases != VALID), split.phases == WITHHELD)
+        merged = split.with_valid_in_train()
+        assert np.array_equal(split.held, merged.phases == WITHHELD) and not merged.count(VALID)
+        pairs = [set(zip(split.users[rows], split.items[rows])) for rows in (split.held, merged.phases == TRAIN)]
+        assert pairs[0] and not pairs[0] & pairs[1]
+        held.append(split.held)
+    assert np.array_equal(np.sum(held, axis=0) == 1, split.phases != TEST)
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------

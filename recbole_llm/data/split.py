@@ -250,7 +250,7 @@ def make_split(
     # Last, so that test rows, users and candidates are the same whatever the shares.
     phases, cold = _withhold_items(users, items, clock, phases, candidates, protocol, item_tokens)
     phases = _withhold(users, ranks, phases, protocol, user_tokens)
-    phases, held = _withhold_fold(users, ranks, phases, protocol, user_tokens)
+    phases, held = _withhold_fold(users, items, ranks, phases, protocol, user_tokens)
     kept = phases != DROPPED
     mark = fingerprint(users[kept], items[kept], ranks[kept], phases[kept], candidates, user_tokens, item_tokens)
     return Split(
@@ -451,15 +451,26 @@ def _withhold(
 
 
 def _withhold_fold(
-    users: np.ndarray, ranks: np.ndarray, phases: np.ndarray, protocol: SplitProtocol, user_tokens: Sequence[str]
+    users: np.ndarray,
+    items: np.ndarray,
+    ranks: np.ndarray,
+    phases: np.ndarray,
+    protocol: SplitProtocol,
+    user_tokens: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take the train rows of ``fold`` out; the rows of the fold are the second result."""
+    """Take the train rows of ``fold`` out; the rows of the fold are the second result.
+
+    Rows of one user and item go together, or a fold's repeats would tell of it.
+    """
     held = np.zeros(len(users), dtype=bool)
     if protocol.fold is not None:
         number, count = protocol.fold
-        dealt = np.isin(phases, (TRAIN, VALID))
-        late = phases[dealt] == VALID
-        held[dealt] = deal_folds(users[dealt], ranks[dealt], late, count, user_tokens, protocol.seed) == number
+        dealt = np.flatnonzero(np.isin(phases, (TRAIN, VALID)))
+        pairs = users[dealt] * (int(items.max()) + 1) + items[dealt]
+        _, first, back = np.unique(pairs, return_index=True, return_inverse=True)
+        rows = dealt[first]
+        folds = deal_folds(users[rows], ranks[rows], phases[rows] == VALID, count, user_tokens, protocol.seed)
+        held[dealt] = folds[back] == number
     return np.where(held & (phases == TRAIN), WITHHELD, phases).astype(np.int8), held
 
 

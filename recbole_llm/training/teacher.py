@@ -42,7 +42,7 @@ class Teacher:
         own = trained = fit.train_data._dataset
         self.held = own.split.held
         if self.held.any():
-            # It can be asked about rows that it has not seen; they are its reason.
+            # It is asked about the very rows that it has not seen.
             own = own.cut(own.split.with_fold_in_train())[0]
         self.name: str = fit.config["model"]
         self._sequential = fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
