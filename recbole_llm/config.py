@@ -56,8 +56,11 @@ NEUTRAL_KEYS = frozenset({
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
-    "cold_item_choice", "tuned", "merge_valid", "continue_from",
+    "cold_item_choice", "tuned", "merge_valid", "continue_from", "train_fold",
 })  # fmt: skip
+
+# The fold of train rows that a part is trained without, (number, of how many): whoever asks for the part sets it.
+FOLD = "train_fold"
 
 # Those whose effect is in the rows and texts that a stage reads: no settings of the stage, but they move a result.
 INPUT_KEYS = (
@@ -319,8 +322,9 @@ class Config(RecBoleConfig):
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
-            if part in getattr(model_class, "teachers", ()):
-                check_teacher(part, name, None if name in _UNRANKABLE else kind, self.external_config_dict)
+            if part in (*getattr(model_class, "teachers", ()), *getattr(model_class, "guides", ())):
+                kind = None if name in _UNRANKABLE else kind
+                check_teacher(part, name, kind, self.external_config_dict, self._setting("cf_folds") or 1)
                 continue
             items_only = part in getattr(model_class, "item_parts", ())
             fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
@@ -426,6 +430,7 @@ class Config(RecBoleConfig):
             train_share=self.final_config_dict["train_share"],
             cold_item_share=self.final_config_dict["cold_item_share"],
             cold_item_choice=self.final_config_dict["cold_item_choice"],
+            fold=self.final_config_dict.get(FOLD),
         )
 
     def part(self, name: str) -> Config:
@@ -461,12 +466,25 @@ class Config(RecBoleConfig):
         return list(read_yaml(file)) if file.is_file() else []
 
     def stage_keys(self) -> dict[str, Any]:
-        """The settings that can change a trained number of this model, as plain data for a fingerprint."""
+        """The settings that can change a trained number of this model, as plain data for a fingerprint.
+
+        A model may say of some that they mean nothing as the others stand (``idle_settings``): they are left out.
+        """
+        idle = self._idle()
         return {
             key: plain(value)
             for key, value in sorted(self.final_config_dict.items())
-            if key not in NEUTRAL_KEYS and "." not in key
+            if key not in NEUTRAL_KEYS and key not in idle and "." not in key
         }
+
+    def parts(self) -> list[str]:
+        """The keys of the model's parts, but for those that mean nothing as the other settings stand."""
+        idle = self._idle()
+        return [part for part in registry.parts_of(self.model_class) if part not in idle]
+
+    def _idle(self) -> set[str]:
+        told = getattr(self.model_class, "idle_settings", None)
+        return set(told(self)) if told else set()
 
     def tuned_note(self) -> str:
         """What ``tuned`` came to, for the log; empty where it is off."""

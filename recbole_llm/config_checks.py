@@ -48,7 +48,7 @@ def check_metrics(final: dict[str, Any]) -> None:
     final["valid_metric_bigger"] = name.lower() not in smaller_metrics
 
 
-def check_teacher(part: str, name: str, kind: Any, given: Iterable[str]) -> None:
+def check_teacher(part: str, name: str, kind: Any, given: Iterable[str], folds: int = 1) -> None:
     """A part that teaches scores the whole catalogue, and is trained on the run's own train rows.
 
     Args:
@@ -56,12 +56,18 @@ def check_teacher(part: str, name: str, kind: Any, given: Iterable[str]) -> None
         name: of its model.
         kind: the model's class; ``None`` for one that cannot be ranked with.
         given: the settings that the user gave.
+        folds: ``cf_folds``.
     """
     types = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
     if kind is None or kind.type not in types or hasattr(kind, "stages"):
         raise UserError(
             f"{part} should be a recommender that scores every item and trains by itself, such as SASRec, LightGCN or "
             f"EASE, not {name}"
+        )
+    if folds > 1 and kind.type == ModelType.SEQUENTIAL:
+        raise UserError(
+            f"cf_folds: {folds} is for a {part} that has seen what it teaches; {name} is told of what stood before an "
+            "interaction alone: set cf_folds: 1"
         )
     for key in given:
         prefix, _, rest = key.partition(".")

@@ -365,3 +365,19 @@ def plain_logs(form: str, logits: torch.Tensor, soft: SoftLabels, alpha: float) 
         return -(mixed.log() + log_model).logsumexp(1)
     cross = -(mixed * log_model).sum(1)
     return cross if form == "soft_ce" else cross + torch.xlogy(mixed, mixed).sum(1)
+
+
+@given(catalogues, st.integers(0, 99))
+def test_samples_are_taken_any_number_of_times(item_tokens: ItemTokens, seed: int) -> None:
+    items = item_tokens.lengths.nonzero().squeeze(1)
+    assume(len(items))
+    generator = torch.Generator().manual_seed(seed)
+    targets = items[torch.randint(0, len(items), (4,), generator=generator)]
+    logits = torch.randn(4, item_tokens.n_items, generator=generator)
+    samples = torch.randint(0, 4, (6,), generator=generator)
+    tokenizer = CollaborativeTokenizer(item_tokens)
+    found, wanted = tokenizer(logits, targets).take(samples), tokenizer(logits[samples], targets[samples])
+    for name in ("offsets", "positions", "tokens", "labels", "samples"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    torch.testing.assert_close(found.probs, wanted.probs)
+    assert not len(tokenizer(logits, targets).take(samples[:0]))

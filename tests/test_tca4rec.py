@@ -37,7 +37,9 @@ from recbole_llm.tasks.behaviour import SEQUENTIAL
 from recbole_llm.training.found import config_of
 from recbole_llm.training.pipeline import code_mark, fit, prepared, store_of
 from recbole_llm.training.runs import run
+from recbole_llm.training.store import StageStore
 from recbole_llm.training.teacher import Teacher
+from recbole_llm.training.teacher_labels import cached_labels
 
 BASES = {"AlignTokenRec": (AlignTokenRec, {}), "LCRec": (LCRec, {"prompts": "lcrec", "tasks": [SEQUENTIAL]})}
 TEACHERS = ("SASRec", "BERT4Rec", "GRU4Rec", "LightGCN", "DCCF", "BPR", "ItemKNN", "EASE", "Pop", "FM")
@@ -193,6 +195,87 @@ def test_prompts_that_are_left_out_take_their_moments_along(folder: Path) -> Non
     assert (batch.moments >= 0).any() and torch.isfinite(tight.stage_loss(FINE_TUNING, batch))
 
 
+def prepared_labels(model: Any, store: StageStore, **settings: Any) -> dict[str, Any]:
+    """What training does before it begins, where the labels are to be made once."""
+    more = {"show_progress": False, "eval_max_cells": 100, "eval_batch_size": 4096, "cf_model": "SASRec", **settings}
+    model.teacher.fingerprint = "none"
+    own = dataset()
+    own.item_num = N_ITEMS
+    return cached_labels({**model.config, **more}, own, model, store)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mask_history": True, "beta": 0.5}, {"soft_history": True}, {"official_quirks": True}]
+)
+def test_labels_made_before_are_those_that_are_asked_for(more: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    live = build(folder, TCA4Rec, alpha=0.5, **more)
+    cached = build(folder, TCA4Rec, alpha=0.5, **more)
+    line = prepared_labels(cached, StageStore(tmp_path), teacher_cache_mib=1)
+    assert line["name"] == "teacher_labels" and line["dropped_max"] < 1e-6 and 0 < line["mib"] <= 1
+    cached.take_teacher(SimpleNamespace())
+    batch = sampled(live)[1]
+    for part in (batch, batch.share(1, 3)):
+        losses = [model.stage_loss(FINE_TUNING, part).item() for model in (live, cached)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        pairs = zip(*(vars(model.soft_labels(part)[0]).items() for model in (live, cached)))
+        for (name, one), (_, other) in pairs:
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_labels_are_found_again_and_follow_what_they_depend_on(folder: Path, tmp_path: Path) -> None:
+    store, made = StageStore(tmp_path), []
+    for more in ({}, {}, {"alpha": 0.9}, {"beta": 2.0}, {"mask_history": True}):
+        made.append(prepared_labels(build(folder, TCA4Rec, **more), store, teacher_cache_mib=1))
+    # As many MiB more, where all is in it: the same.
+    made.append(prepared_labels(build(folder, TCA4Rec), store, teacher_cache_mib=2))
+    assert [line["cached"] for line in made] == [False, True, True, False, False, True]
+
+
+def items_labels(model: Any, batch: TokenBatch) -> dict[int, list[torch.Tensor]]:
+    """Of every item that labels of a batch are tokens of, by its interaction: their distributions, a copy a prompt."""
+    dense = model.soft_labels(batch)[0].dense(int(model._lm_ids[-1]) + 1)
+    found: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for row, moment, labels in zip(batch.rows.tolist(), batch.origins.tolist(), dense):
+        if moment >= 0:
+            found.setdefault((moment, row), []).append(labels)
+    by_moment: dict[int, list[torch.Tensor]] = {}
+    for (moment, _), rows in found.items():
+        by_moment.setdefault(moment, []).append(torch.stack(rows))
+    return by_moment
+
+
+@pytest.mark.parametrize("more", [{}, {"history_dropout": 0.5}, {"mask_history": True}, {"room": 30}])
+def test_items_shown_have_the_labels_that_they_have_as_answers(more: dict[str, Any], folder: Path) -> None:
+    more, room = {key: value for key, value in more.items() if key != "room"}, more.get("room")
+    settings = {"tasks": [SEQUENTIAL, "negative"], **more}
+    shown = build(folder, TCA4Rec, soft_history=True, **settings)
+    told = build(folder, TCA4Rec, train_positions="response", **settings)
+    answers = items_labels(told, sampled(told, train_batch_size=10_000)[1])
+    if room:
+        shown.writer.leave_room(shown.writer.shortest() + 12, drop=False)
+    batch = sampled(shown, train_batch_size=10_000)[1]
+    if room:
+        assert shown.writer.too_long
+    labels = items_labels(shown, batch)
+    copies = 0
+    for moment, rows in labels.items():
+        item = tokens().of(int(histories().items[moment]))
+        for one in rows:
+            assert one.shape[0] == len(item)
+            assert bool((one[torch.arange(len(item)), shown._lm_ids[torch.tensor(item)]] > 0).all())
+            torch.testing.assert_close(one, rows[0])
+        if moment in answers and len(answers[moment][0]) == len(item):
+            torch.testing.assert_close(rows[0], answers[moment][0])
+            copies += len(rows) - 1
+    assert copies > 20
+    # Hard labels are left for end tokens, and for items of prompts that no moment is known of.
+    hard = (batch.origins < 0).nonzero().squeeze(1)
+    soft = shown.soft_labels(batch)[0]
+    assert bool((soft.samples[hard] == -1).all()) and bool((soft.samples[batch.origins >= 0] >= 0).all())
+    plain = build(folder, TCA4Rec, **settings)
+    assert plain.stage_loss(FINE_TUNING, batch).item() != shown.stage_loss(FINE_TUNING, batch).item()
+
+
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +407,27 @@ def test_a_run_with_alpha_0_takes_the_bases_steps(settings_of: Callable[..., dic
     assert all(cached[name] for name in shared)
 
 
+def test_a_run_reads_labels_made_before(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = small(settings_of, epochs=1, eval_step=0)
+    live = run("TCA4Rec", "small", config_dict=settings)
+    made = run("TCA4Rec", "small", config_dict=settings | {"teacher_cache_mib": 64})
+    assert [stage["name"] for stage in made["stages"] if not stage["cached"]] == ["teacher_labels", "fine_tuning"]
+    assert made["curves"]["loss"] == pytest.approx(live["curves"]["loss"], rel=1e-5)
+    assert "consistency" in made
+    # Another share of the teacher reads the same; a second run finds all.
+    other = run("TCA4Rec", "small", config_dict=settings | {"teacher_cache_mib": 64, "alpha": 0.2})
+    assert [stage["name"] for stage in other["stages"] if not stage["cached"]] == ["fine_tuning"]
+    (line,) = [stage for stage in other["stages"] if stage["name"] == "teacher_labels"]
+    assert line["dropped_max"] < 1e-6 < line["mib"] < 64
+    # Raw ids have one position with all items: a mebibyte keeps few of them.
+    few = {"teacher_cache_mib": 1, "item_tokens": "raw"}
+    few = {key: value for key, value in settings.items() if not key.startswith(("code_", "embedding_model"))} | few
+    cut = run("TCA4Rec", "small", config_dict=few)
+    (line,) = [stage for stage in cut["stages"] if stage["name"] == "teacher_labels"]
+    assert 0 < line["dropped_mean"] < line["dropped_max"] <= 1 and line["mib"] <= 1
+    assert "likeliest tokens" in Path(cut["log_file"]).read_text(encoding="utf-8")
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +494,7 @@ def test_a_run_is_found_with_its_base() -> None:
         ("cf_model.split_seed=3", ["another split", "split_seed"]),
         ("alpha=1.5", ["alpha should be float 0..1", "1.5"]),
         ("alpha=-0.1", ["alpha should be float 0..1"]),
+        ("teacher_cache_mib=-1", ["teacher_cache_mib should be int >= 0"]),
         ("beta=0", ["beta should be float > 0"]),
         ("tau=0", ["tau should be float > 0"]),
         ("tca_loss=ce", ["tca_loss should be", "log_mixture", "soft_ce", "kl"]),
@@ -399,6 +504,17 @@ def test_wrong_input_gets_one_line(setting: str, words: list[str], capsys: pytes
     said = refused(capsys, "run", "--model=TCA4Rec", "--dataset=tiny", f"--{setting}")
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["soft_history=true", "train_positions=response"], "soft_history mixes labels of the items shown"),
+        (["soft_history=true", "official_quirks=true"], "official_quirks is the release"),
+    ],
+)
+def test_labels_of_items_shown_need_them(settings: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in refused(capsys, "run", "--model=TCA4Rec", "--dataset=tiny", *(f"--{one}" for one in settings))
 
 
 def test_a_teacher_of_another_split_is_refused(settings_of: Callable[..., dict[str, Any]]) -> None:

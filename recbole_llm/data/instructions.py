@@ -4,7 +4,7 @@ Whatever a prompt can hold (fixed text, an item's tokens, an item's title) is a 
 have one numbering and a prompt is a run of numbers, so a batch is one gather: no loop over rows, items or tokens.
 Tokens of items are pasted as ids and text is encoded as plain text, so nothing that a title or a review spells can
 become one. A token that the model is to learn carries :data:`LABEL` until the batch is padded, and one of the item that
-answers :data:`ANSWER` besides.
+answers :data:`ANSWER`, of one that is shown :data:`EARLIER` besides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recbole_llm.schema import properties_dir, read_yaml
 from recbole_llm.tasks import behaviour
 from recbole_llm.tasks.base import HISTORY, ITEM, ITEM_PLACES, TARGET, TITLES, USER, Task, known_tasks
 
-LABEL, ANSWER = 1 << 40, 1 << 41
+LABEL, ANSWER, EARLIER = 1 << 40, 1 << 41, 1 << 42
 PLACE = re.compile(r"\{(\w+)\}")
 # What an item of a history is shown as, of models that show more of it than its tokens.
 SHOWN_PLACES = ("title", "vector")
@@ -193,6 +193,8 @@ class TokenBatch:
         labels: int64 ``[L]``, token ids.
         answers: bool ``[L]``, the tokens of an item that is the answer; those of a prompt stand in the item's order.
         moments: int64 ``[B]``, where among the train interactions the one is that the answer is of; -1 where none is.
+        origins: int64 ``[L]``, the same of the item that a label is a token of, be it the answer or shown; -1 where it
+            is of none, or none that is known. An item's labels are neighbours.
     """
 
     ids: Tensor
@@ -201,10 +203,11 @@ class TokenBatch:
     labels: Tensor
     answers: Tensor
     moments: Tensor
+    origins: Tensor
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same on a device."""
-        parts = (self.ids, self.rows, self.places, self.labels, self.answers, self.moments)
+        parts = (self.ids, self.rows, self.places, self.labels, self.answers, self.moments, self.origins)
         return TokenBatch(*(part.to(device, non_blocking=True) for part in parts))
 
     def targets_count(self) -> int:
@@ -216,7 +219,7 @@ class TokenBatch:
         mine = self.rows % count == rank
         return TokenBatch(
             self.ids[rank::count], self.rows[mine] // count, self.places[mine], self.labels[mine], self.answers[mine],
-            self.moments[rank::count],
+            self.moments[rank::count], self.origins[mine],
         )  # fmt: skip
 
 
@@ -281,6 +284,7 @@ class InstructionWriter:
         labels = Ragged(items.values + LABEL, items.offsets)
         own_end = answers is not None
         answers = items if answers is None else answers
+        self._item_lengths = items.lengths
         answered = {place for wording in flat for place in PLACE.findall(wording.answer)} - {TARGET}
         titles = Ragged.from_lengths(items.values[:0], torch.zeros_like(items.lengths))
         if any(TITLES in wording.places for wording in flat):
@@ -291,7 +295,7 @@ class InstructionWriter:
             "opening": items,
             ITEM: items,
             "next": _behind(gaps[0], items),
-            "next learned": _behind(gaps[0], labels),
+            "next learned": _behind(gaps[0], Ragged(labels.values + EARLIER, labels.offsets)),
             TARGET: Ragged(answers.values + LABEL + ANSWER, answers.offsets),
             TITLES: titles,
             "next title": _behind(gaps[1], titles),
@@ -428,8 +432,9 @@ class InstructionWriter:
         return self._fixed[templates] + texts.sum(1) + self._per_shown[kinds].sum(1) * counts
 
     def write(
-        self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor, moments: Tensor | None = None
-    ) -> TokenBatch:
+        self, templates: Tensor, histories: Ragged, sources: Tensor, targets: Tensor, moments: Tensor | None = None,
+        shown: Ragged | None = None,
+    ) -> TokenBatch:  # fmt: skip
         """Prompts with their answers.
 
         Args:
@@ -438,6 +443,7 @@ class InstructionWriter:
             sources: int64 ``[B]``, the row of the texts, for templates with one.
             targets: int64 ``[B]``, the items asked about or to answer with.
             moments: int64 ``[B]``, what :attr:`TokenBatch.moments` says of them; ``None``, nothing.
+            shown: the same of every item of the histories; ``None``, nothing.
 
         Returns:
             A batch of these rows, or of those that there is room for.
@@ -448,8 +454,28 @@ class InstructionWriter:
         rows, places = (padded[:, 1:] >= LABEL).nonzero(as_tuple=True)
         ids, told = padded & (LABEL - 1), padded[rows, places + 1]
         moments = torch.full_like(kept, -1) if moments is None else moments[kept]
+        answers, earlier = (told & ANSWER) > 0, (told & EARLIER) > 0
+        origins = torch.where(answers, moments[rows], -1)
+        if shown is not None:
+            counts = torch.bincount(rows[earlier], minlength=len(kept))
+            origins[earlier] = self._origins(histories.take(kept), shown.take(kept), counts)
         # The end token itself is read from nowhere.
-        return TokenBatch(ids[:, :-1], rows, places, told & (LABEL - 1), (told & ANSWER) > 0, moments)
+        return TokenBatch(ids[:, :-1], rows, places, told & (LABEL - 1), answers, moments, origins)
+
+    def _origins(self, histories: Ragged, shown: Ragged, counts: Tensor) -> Tensor:
+        """Where the items are from that history labels are tokens of, int64 ``[counts.sum()]``.
+
+        Args:
+            histories: items by prompt.
+            shown: what is to be said of each.
+            counts: labels that stand in each prompt's history, int64 ``[B]``: those of its last items, as what there is
+                no room for goes from the front.
+        """
+        lengths = self._item_lengths[histories.values]
+        through = lengths.cumsum(0)
+        ends = torch.cat([through.new_zeros(1), through])[histories.offsets[1:]]
+        learned = ends[histories.rows] - (through - lengths) <= counts[histories.rows]
+        return shown.values[learned].repeat_interleave(lengths[learned])
 
     def ask(self, histories: Ragged, which: int = 0) -> Ragged:
         """The prompts of inference: token ids, one row a history.

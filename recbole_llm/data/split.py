@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from recbole_llm.data.cold_items import draw_cold_items
+from recbole_llm.data.folds import deal_folds
 from recbole_llm.errors import UserError
 
 TRAIN, VALID, TEST, DROPPED, WITHHELD = 0, 1, 2, 3, 4
@@ -74,6 +75,7 @@ class SplitProtocol:
         train_share: share of every user's train rows that training sees; the others are withheld.
         cold_item_share: share of the items of which training sees no row; their train and valid rows are withheld.
         cold_item_choice: which ones: ``random`` or ``newest``.
+        fold: which fold of the train rows is withheld, of how many (:mod:`recbole_llm.data.folds`); ``None``, none.
     """
 
     kind: str
@@ -87,6 +89,7 @@ class SplitProtocol:
     train_share: float = 1.0
     cold_item_share: float = 0.0
     cold_item_choice: str = "random"
+    fold: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol as it stands in ``result.json``."""
@@ -100,6 +103,8 @@ class SplitProtocol:
         if self.cold_item_share > 0:
             shared |= {"cold_item_share": self.cold_item_share, "cold_item_choice": self.cold_item_choice}
             shared |= {"split_seed": self.seed}
+        if self.fold is not None:
+            shared |= {"fold": list(self.fold), "split_seed": self.seed}
         if self.kind == "LS":
             return shared | {"leave_one_mode": self.leave_one_mode}
         shared |= {"ratios": list(self.ratios)}
@@ -116,8 +121,8 @@ class Split:
     Attributes:
         users, items: int64 [n], internal ids, sorted by user, then exact time, then file order.
         ranks: int64 [n], position of a row in its user's exact time order (from 0).
-        phases: int8 [n]: TRAIN, VALID, TEST, DROPPED or WITHHELD (by ``train_share`` or ``cold_item_share``: in no view
-            of training, but known to whoever excludes a user's history).
+        phases: int8 [n]: TRAIN, VALID, TEST, DROPPED or WITHHELD (by ``train_share``, ``cold_item_share`` or ``fold``:
+            in no view of training, but known to whoever excludes a user's history).
         rows: int64 [n], the row of the filtered interaction table that each entry is.
         n_users, n_items: numbers of internal ids, padding included.
         candidates: bool [n_items], the items with an interaction after filtering.
@@ -125,6 +130,8 @@ class Split:
         fingerprint: SHA-256, see :func:`fingerprint`.
         dropped_repeats, dropped_users: what was left out.
         cold: bool [n_items], the items that ``cold_item_share`` took from training.
+        held: bool [n], the rows of the fold that is withheld, valid rows among them, which it holds once they are train
+            rows; all false without a fold.
     """
 
     users: np.ndarray
@@ -140,6 +147,7 @@ class Split:
     dropped_repeats: int = 0
     dropped_users: int = 0
     cold: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     _cache: dict[tuple[int, ...], Histories] = field(default_factory=dict, repr=False, compare=False)
 
     def histories(self, *phases: int) -> Histories:
@@ -159,11 +167,15 @@ class Split:
 
     def with_valid_in_train(self) -> Split:
         """The same test rows, with the valid rows moved into train: what ``refit_on_valid`` trains on."""
-        phases = np.where(self.phases == VALID, TRAIN, self.phases).astype(np.int8)
-        return Split(
-            self.users, self.items, self.ranks, phases, self.rows, self.n_users, self.n_items, self.candidates,
-            self.protocol, self.fingerprint, self.dropped_repeats, self.dropped_users, self.cold,
-        )  # fmt: skip
+        moved = np.where(self.held, WITHHELD, TRAIN)
+        return self._with_phases(np.where(self.phases == VALID, moved, self.phases))
+
+    def with_fold_in_train(self) -> Split:
+        """The same rows with those of the withheld fold back in train."""
+        return self._with_phases(np.where(self.held & (self.phases == WITHHELD), TRAIN, self.phases))
+
+    def _with_phases(self, phases: np.ndarray) -> Split:
+        return replace(self, phases=phases.astype(np.int8), _cache={})
 
     def as_dict(self) -> dict[str, Any]:
         """The ``split`` block of ``result.json``."""
@@ -238,11 +250,12 @@ def make_split(
     # Last, so that test rows, users and candidates are the same whatever the shares.
     phases, cold = _withhold_items(users, items, clock, phases, candidates, protocol, item_tokens)
     phases = _withhold(users, ranks, phases, protocol, user_tokens)
+    phases, held = _withhold_fold(users, items, ranks, phases, protocol, user_tokens)
     kept = phases != DROPPED
     mark = fingerprint(users[kept], items[kept], ranks[kept], phases[kept], candidates, user_tokens, item_tokens)
     return Split(
         users, items, ranks, phases, rows, len(user_tokens), len(item_tokens), candidates,
-        protocol, mark, dropped_repeats, dropped_users, cold,
+        protocol, mark, dropped_repeats, dropped_users, cold, held,
     )  # fmt: skip
 
 
@@ -435,6 +448,30 @@ def _withhold(
     out = phases.copy()
     out[leaving[turns >= kept]] = WITHHELD
     return out
+
+
+def _withhold_fold(
+    users: np.ndarray,
+    items: np.ndarray,
+    ranks: np.ndarray,
+    phases: np.ndarray,
+    protocol: SplitProtocol,
+    user_tokens: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take the train rows of ``fold`` out; the rows of the fold are the second result.
+
+    Rows of one user and item go together, or a fold's repeats would tell of it.
+    """
+    held = np.zeros(len(users), dtype=bool)
+    if protocol.fold is not None:
+        number, count = protocol.fold
+        dealt = np.flatnonzero(np.isin(phases, (TRAIN, VALID)))
+        pairs = users[dealt] * (int(items.max()) + 1) + items[dealt]
+        _, first, back = np.unique(pairs, return_index=True, return_inverse=True)
+        rows = dealt[first]
+        folds = deal_folds(users[rows], ranks[rows], phases[rows] == VALID, count, user_tokens, protocol.seed)
+        held[dealt] = folds[back] == number
+    return np.where(held & (phases == TRAIN), WITHHELD, phases).astype(np.int8), held
 
 
 def fingerprint(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.head import Head, TokenSet
 from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
 from recbole_llm.errors import UserError, did_you_mean
@@ -30,7 +31,7 @@ class Found(NamedTuple):
 
     Attributes:
         items: internal ids, best first, int64 [B, k]; no two of a row are alike.
-        scores: log-probabilities of their tokens, float32 [B, k].
+        scores: log-probabilities of their tokens, float32 [B, k]; of a guided search what :class:`Guide` makes of them.
         leaked: 1 - exp(score over the whole vocabulary - score over the tokens of each level), or over the legal ones
             where these are the normaliser, float32 [B, k]; ``None`` where it was not asked for.
     """
@@ -174,7 +175,7 @@ class BeamSearch(nn.Module):
     @torch.no_grad()
     def forward(
         self, prompts: Sequence[Sequence[int]], k: int | None = None, exclude: Exclusion | None = None,
-        leaked: bool = False,
+        leaked: bool = False, guide: Guide | None = None,
     ) -> Found:  # fmt: skip
         """Search.
 
@@ -183,6 +184,7 @@ class BeamSearch(nn.Module):
             k: items asked for; as many as beams if ``None``.
             exclude: made with :attr:`trie`, what each row is not to be shown.
             leaked: whether to tell the mass that leaked; it costs what ``normaliser: vocabulary`` does.
+            guide: made with :attr:`trie`, a recommender that has a say; ``None``, the language model alone.
 
         Raises:
             UserError: see :meth:`check`; or a prompt is empty or too long, or the model's scores are no numbers.
@@ -195,17 +197,18 @@ class BeamSearch(nn.Module):
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
         for depth in range(len(self._levels)):
-            tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked)
+            tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked, guide)
             ended = self._end(grown, ended, depth + 1)
             if not self._widths[depth + 1]:
                 break
             beams, chosen = self._go_on(grown, depth + 1)
-            if self._is_decided(beams, ended, k):
+            # Of a guided search the items that end together differ in their scores, so no prefix's tells who is best.
+            if (guide is None or self._most_equal == 1) and self._is_decided(beams, ended, k):
                 break
             chosen_tokens = tokens.flatten(1).gather(1, chosen).clamp(min=0)
             reader.step(self._lm_ids[chosen_tokens], chosen // tokens.shape[-1])
         assert ended is not None  # the deepest nodes are leaves
-        return self._items(ended, k, exclude, leaked)
+        return self._items(ended, k, exclude, leaked, guide)
 
     def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
         """Read the prompts, with room for so many tokens of beams each."""
@@ -214,7 +217,7 @@ class BeamSearch(nn.Module):
         return read(self.decoder, ids, lengths, beams)
 
     def _grow(
-        self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool
+        self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None
     ) -> tuple[Tensor, _Beams]:
         """Every legal token of every beam: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
         level, columns = self._levels[depth]
@@ -233,7 +236,10 @@ class BeamSearch(nn.Module):
         if exclude is not None:
             there = exclude.left(children) > 0
             children = torch.where(there, children, -1)
-        scores = (beams.scores.unsqueeze(-1) + (grown - base.unsqueeze(-1))).masked_fill_(~there, -torch.inf)
+        added = grown - base.unsqueeze(-1)
+        if guide is not None:
+            added = guide.mixed(added, beams.nodes, children)
+        scores = (beams.scores.unsqueeze(-1) + added).masked_fill_(~there, -torch.inf)
         kept = kept.unsqueeze(-1).expand_as(scores)
         return tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
 
@@ -278,11 +284,14 @@ class BeamSearch(nn.Module):
             there &= ~exclude.contains(torch.arange(len(places), device=places.device).view(-1, 1, 1), places)
         return places, there
 
-    def _items(self, ended: _Beams, k: int, exclude: Exclusion | None, leaked: bool) -> Found:
+    def _items(self, ended: _Beams, k: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None) -> Found:
         """The k best items that end at the leaves found."""
         places, there = self._at(ended.nodes, exclude)
         items = self.trie.order[places].flatten(1)
-        scores = torch.where(there, ended.scores.unsqueeze(-1), -torch.inf).flatten(1)
+        scores = ended.scores.unsqueeze(-1)
+        if guide is not None:
+            scores = scores + guide.apart(ended.nodes, places)
+        scores = torch.where(there, scores, -torch.inf).flatten(1)
         chosen = best(scores, k, self._rank[items])
         scores = scores.gather(1, chosen)
         if not scores.isfinite().all():

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recbole_llm.decoding.beam_search import BeamSearch, Found, best
+from recbole_llm.decoding.guide import Guide
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 
@@ -57,7 +58,7 @@ class LevelSearch(BeamSearch):
     @torch.no_grad()
     def forward(
         self, prompts: Sequence[Sequence[int]], k: int | None = None, exclude: Exclusion | None = None,
-        leaked: bool = False,
+        leaked: bool = False, guide: Guide | None = None,
     ) -> Found:  # fmt: skip
         """Search.
 
@@ -66,6 +67,7 @@ class LevelSearch(BeamSearch):
             k: sequences asked for; as many as beams if ``None``.
             exclude: made with :attr:`trie`, what each row is not to be shown.
             leaked: must be false: it is told of the trie's search only.
+            guide: must be ``None``: what is no item has no probability to a recommender.
 
         Returns:
             Items int64 [B, k], best first; -1 stands for a sequence of no item, with its own score, or
@@ -76,6 +78,8 @@ class LevelSearch(BeamSearch):
         """
         if leaked:
             raise ValueError("leaked mass is told by the search on the trie")
+        if guide is not None:
+            raise ValueError("only the search on the trie can be guided")
         k = self.beams if k is None else k
         self.check(k, exclude)
         widths = self._kept()

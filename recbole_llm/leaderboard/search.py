@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_llm import registry
 from recbole_llm.config import INPUT_KEYS, Config
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.space import Space, find_space, read_space
@@ -151,7 +150,8 @@ def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | Non
         **{key: base[key] for key in ("policy", "exclude_history", "eval_unit")},
     }
     keys = {key: value for key, value in base.stage_keys().items() if key not in start}
-    parts = {part: base.part(part).stage_keys() for part in registry.parts_of(base.model_class)}
+    named = {*base.parts(), *(key.partition(".")[0] for key in start if "." in key)}
+    parts = {part: base.part(part).stage_keys() for part in named}
     for key in start:
         part, dot, rest = key.partition(".")
         if dot:

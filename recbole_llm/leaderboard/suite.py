@@ -15,7 +15,6 @@ from typing import Any
 
 from recbole.evaluator import smaller_metrics
 
-from recbole_llm import registry
 from recbole_llm.compat import known_datasets
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.errors import UserError, did_you_mean
@@ -285,7 +284,7 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
                 raise UserError(f"{cell}: there is no data set {source}{did_you_mean(cell.dataset, known)}")
             data[source] = _bytes_of(source, "*")
         final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
-        named = registry.parts_of(config.model_class)
+        named = config.parts()
         # A part has shipped settings of its own, and a folder of weights may be overwritten: no setting tells of them.
         beneath: list[Any] = [config.part(part).stage_keys() for part in named]
         beneath += [_stamps_of(str(config.final_config_dict.get("llm"))), code_mark(config.model_class)]

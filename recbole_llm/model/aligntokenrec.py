@@ -36,7 +36,7 @@ class AlignTokenRec(GenerativeRecommender):
         dataset: RecBole-like, with ``train_histories``.
     """
 
-    parts: tuple[str, ...] = ("embedding_model",)
+    parts: tuple[str, ...] = ("embedding_model", *GenerativeRecommender.guides)
     item_parts = ("embedding_model",)
 
     def __init__(self, config: Any, dataset: Any) -> None:

@@ -34,6 +34,7 @@ from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch, Found
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
+from recbole_llm.model.guided import GuidedSearch
 from recbole_llm.tasks import active_tasks, known_tasks, number
 from recbole_llm.tasks.base import USER
 from recbole_llm.tasks.behaviour import SEQUENTIAL
@@ -49,7 +50,7 @@ logger = logging.getLogger("recbole_llm")
 FINE_TUNING = "fine_tuning"
 
 
-class GenerativeRecommender(SequentialRecommender):
+class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     """A recommender that generates items as tokens.
 
     Args:
@@ -64,7 +65,7 @@ class GenerativeRecommender(SequentialRecommender):
 
     input_type = InputType.POINTWISE
     train_view = "tasks"
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = GuidedSearch.guides
     stages: tuple[str, ...] = (FINE_TUNING,)
     ranking = "beam"
     item_kind = "codes"
@@ -98,6 +99,7 @@ class GenerativeRecommender(SequentialRecommender):
         asked = [known_tasks()[SEQUENTIAL]] if config["inference_prompts"] == "all" else []
         self.templates = templates_of(config, list(dict.fromkeys([*self.tasks, *asked])))
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
+        self._moments = torch.arange(len(self._train_items))
         self._search: tuple[Tensor, BeamSearch] | None = None
 
     def prepare(
@@ -242,15 +244,16 @@ class GenerativeRecommender(SequentialRecommender):
         starts, stops = interaction["start"], interaction["stop"]
         groups = history_groups(starts, stops)
         templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups)
-        histories = Ragged.from_slices(self._train_items, starts, stops)
+        shown = Ragged.from_slices(self._moments, starts, stops)
         if self.config["history_dropout"]:
             # The last item stays: a history is never empty, and it says most of what comes next. Samples of one history
             # lose the same items.
             draws = torch.rand(int(groups.max()) + 1, self.history_length)
-            kept = draws[groups[histories.rows], histories.positions] >= self.config["history_dropout"]
-            histories = histories.keep(kept | (histories.positions == histories.lengths[histories.rows] - 1))
+            kept = draws[groups[shown.rows], shown.positions] >= self.config["history_dropout"]
+            shown = shown.keep(kept | (shown.positions == shown.lengths[shown.rows] - 1))
+        histories = Ragged(self._train_items[shown.values], shown.offsets)
         moments = torch.where(interaction["task"] == number(SEQUENTIAL), stops, -1)
-        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments)
+        return self.writer.write(templates, histories, interaction["source"], interaction["target"], moments, shown)
 
     def stage_loss(self, stage: str, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels; the head reads their states only."""
@@ -358,7 +361,8 @@ class GenerativeRecommender(SequentialRecommender):
         for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
             asked, barred = self._ask(history.take(part), part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
-            found = search(prompts, exclude=Exclusion.from_lists(search.trie, barred.offsets, barred.values))
+            exclude = Exclusion.from_lists(search.trie, barred.offsets, barred.values)
+            found = search(prompts, exclude=exclude, guide=self.guide(interaction, part, search.trie))
             own = scores[part.to(self.device)]
             found = self._placed(search, found, own, barred)
             least = found.scores.masked_fill(found.items == 0, torch.inf).amin(1, keepdim=True)

@@ -21,6 +21,7 @@ from recbole_llm.data.instructions import InstructionWriter, TokenBatch, templat
 from recbole_llm.data.prompts import Ragged, join
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.errors import UserError
+from recbole_llm.model.generative import GenerativeRecommender
 from recbole_llm.model.titles import TitleRecommender
 from recbole_llm.tasks.base import USER
 from recbole_llm.tasks.behaviour import SEQUENTIAL
@@ -47,7 +48,7 @@ class HybridRecommender(TitleRecommender):
         UserError: the prompts do not fit the model.
     """
 
-    parts: tuple[str, ...] = ("embedding_model",)
+    parts: tuple[str, ...] = ("embedding_model", *GenerativeRecommender.guides)
     item_parts = ("embedding_model",)
     vectors_of = "embedding_model"
     tells_user = False

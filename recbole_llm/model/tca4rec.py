@@ -26,10 +26,15 @@ from recbole_llm.model.aligntokenrec import AlignTokenRec
 from recbole_llm.objectives.quirks import behaviour
 from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels
 from recbole_llm.objectives.soft_loss import SoftLabelLoss
+from recbole_llm.objectives.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from recbole_llm.itemid.item_tokens import ItemTokens
-    from recbole_llm.training.teacher import Teacher
+    from recbole_llm.training.teacher import FoldedTeacher, Teacher
+
+
+# Settings and what each is where it means nothing.
+_OFF = {"cf_folds": 1, "teacher_cache_mib": 0, "soft_history": False}
 
 
 class CollaborativeLabels:
@@ -47,17 +52,20 @@ class CollaborativeLabels:
     config: Any
     device: Any
     item_tokens: ItemTokens
-    teacher: Teacher
+    teacher: Teacher | FoldedTeacher
     legal_only: bool
     forced_in_mean: bool
     mean_loss: Callable[..., Tensor]
     _lm_ids: Tensor
     _train_items: Tensor
     _tokenizer: CollaborativeTokenizer | None = None
+    # Labels that were made before, and the number there of each train interaction, -1 for none.
+    _made: tuple[TeacherCache, Tensor] | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self._quirks = behaviour(config["official_quirks"])
+        _check_soft_history(config)
         if not self._quirks.skip_forced and self.legal_only:
             self.forced_in_mean = True
         self.soft_loss = SoftLabelLoss(
@@ -65,15 +73,35 @@ class CollaborativeLabels:
         )  # fmt: skip
         self._user_starts = torch.from_numpy(dataset.train_histories.offsets).long()
 
+    @classmethod
+    def idle_settings(cls, config: Any) -> tuple[str, ...]:
+        """Settings that mean nothing as the others stand; whoever guides the search or not, he teaches."""
+        told = getattr(super(), "idle_settings", lambda _: ())(config)
+        return (
+            *(key for key in told if key not in cls.teachers),
+            *(key for key, off in _OFF.items() if config[key] == off),
+        )
+
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
         super().take_item_tokens(tokens)  # type: ignore[misc]
-        self._tokenizer = None
+        self._tokenizer = self._made = None
 
-    def take_teacher(self, teacher: Teacher) -> None:
+    def take_teacher(self, teacher: Teacher | FoldedTeacher) -> None:
         """Note whose scores the labels are made of."""
         # Not a submodule: nothing of it trains, and its weights are its own stage's.
         self.__dict__["teacher"] = teacher
+
+    def take_labels(self, labels: TeacherCache, moments: Tensor) -> None:
+        """Read labels there from now on instead of asking the teacher.
+
+        Args:
+            labels: made with :attr:`tokenizer` of :meth:`teacher_scores`.
+            moments: which train interactions they are of, int64 ``[S]``.
+        """
+        numbers = torch.full_like(self._train_items, -1)
+        numbers[moments] = torch.arange(len(moments))
+        self.__dict__["_made"] = labels, numbers
 
     @property
     def tokenizer(self) -> CollaborativeTokenizer:
@@ -114,26 +142,51 @@ class CollaborativeLabels:
         Returns:
             Of all labels; and which of them count, bool ``[L]``, ``None`` where all do.
         """
-        asked = batch.moments >= 0
-        moments = batch.moments[asked]
+        of_items = batch.origins >= 0
+        if not self.config["soft_history"]:
+            of_items &= batch.answers
+        places = of_items.nonzero().squeeze(1)
+        moments = _items_of(batch, places)
         targets = self._train_items[moments]
-        places = (batch.answers & asked[batch.rows]).nonzero().squeeze(1)
         counted = torch.ones(len(batch.labels), dtype=torch.bool)
         if self._quirks.drop_last:
             places = self._undropped(batch, places, targets, counted)
         labels, places = batch.labels.to(self.device), places.to(self.device)
         counted = counted.to(self.device)
-        tokenizer = self.tokenizer
-        if len(moments):
-            logits = self.teacher.logits(moments).to(self.device)
-            history = self._histories(moments).to(self.device) if self.config["mask_history"] else None
-            found = tokenizer(logits, targets.to(self.device), history)
+        if self.config["soft_history"]:
+            # Prompts of one user show the same items.
+            moments, back = moments.unique(return_inverse=True)
+            found = self._expected(moments).take(back.to(self.device))
         else:
-            found = tokenizer(torch.zeros(0, self.item_tokens.n_items, device=self.device), targets.to(self.device))
+            found = self._expected(moments)
         if self.config["skip_forced"] and not self.config["official_quirks"]:
             counted[places[found.forced]] = False
         soft = found.among(labels, places)
         return soft, None if bool(counted.all()) else counted
+
+    def _expected(self, moments: Tensor) -> SoftLabels:
+        """What the teacher expects along the items of train interactions, int64 ``[S]``."""
+        if self._made is not None:
+            cache, numbers = self._made
+            return cache.labels(numbers[moments])
+        targets = self._train_items[moments].to(self.device)
+        if not len(moments):
+            return self.tokenizer(torch.zeros(0, self.item_tokens.n_items, device=self.device), targets)
+        logits, history = self.teacher_scores(moments)
+        return self.tokenizer(logits, targets, history)
+
+    @torch.no_grad()
+    def teacher_scores(self, moments: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the teacher says right before train interactions, and what gets no share of a label.
+
+        Args:
+            moments: int64 ``[S]``, at least one.
+
+        Returns:
+            Scores float32 ``[S, n_items]``; items int64 ``[S, H]``, filled up with 0, or ``None``.
+        """
+        logits = self.teacher.logits(moments).to(self.device)
+        return logits, self._histories(moments).to(self.device) if self.config["mask_history"] else None
 
     def _undropped(self, batch: TokenBatch, places: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """The places of item tokens without the last ones, which, as the end token behind them, do not count."""
@@ -151,6 +204,24 @@ class CollaborativeLabels:
         return Ragged.from_slices(self._train_items, self._user_starts[owners], moments).padded(0)
 
 
+def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:
+    """The train interactions of the items whose tokens stand at places among the labels: int64 ``[S]``, in order."""
+    rows, moments = batch.rows[places], batch.origins[places]
+    # An item's tokens are neighbours among the labels.
+    begins = torch.ones_like(rows, dtype=torch.bool)
+    begins[1:] = (rows.diff() != 0) | (moments.diff() != 0)
+    return moments[begins]
+
+
+def _check_soft_history(config: Any) -> None:
+    if not config["soft_history"]:
+        return
+    if config["train_positions"] != "all":
+        raise UserError("soft_history mixes labels of the items shown, which train_positions: response has none of")
+    if config["official_quirks"]:
+        raise UserError("official_quirks is the release, which learns no item shown: set soft_history: false")
+
+
 class TCA4Rec(CollaborativeLabels, AlignTokenRec):
     """TCA4Rec (arXiv 2601.18457) as a RecBole recommender; around AlignTokenRec, or what ``base_model`` names.
 
@@ -160,7 +231,7 @@ class TCA4Rec(CollaborativeLabels, AlignTokenRec):
     """
 
     wraps, wrapped = "AlignTokenRec", AlignTokenRec
-    parts: tuple[str, ...] = (*AlignTokenRec.parts, *CollaborativeLabels.teachers)
+    parts: tuple[str, ...] = tuple(dict.fromkeys((*AlignTokenRec.parts, *CollaborativeLabels.teachers)))
 
     def __new__(cls, config: Any, dataset: Any) -> Any:
         """RecBole's way names the model alone: the base is in its settings."""
@@ -192,7 +263,7 @@ def _around(base: Any, name: str) -> Any:
         """TCA4Rec (arXiv 2601.18457) around another recommender."""
 
         wraps, wrapped = name, base
-        parts = (*base.parts, *CollaborativeLabels.teachers)
+        parts = tuple(dict.fromkeys((*base.parts, *CollaborativeLabels.teachers)))
 
     Around.__name__ = TCA4Rec.__name__
     return Around

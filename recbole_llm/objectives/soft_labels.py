@@ -104,6 +104,21 @@ class SoftLabels:
         samples[places] = self.samples
         return SoftLabels(functional.pad(counts.cumsum(0), (1, 0)), positions, tokens, probs, labels, samples)
 
+    def take(self, samples: Tensor) -> SoftLabels:
+        """Those of some samples, any number of times.
+
+        Args:
+            samples: numbers of samples that have positions, int64 [B].
+        """
+        owned = torch.bincount(self.samples, minlength=int(samples.max()) + 1 if len(samples) else 0)
+        positions = _runs((owned.cumsum(0) - owned)[samples], owned[samples])
+        counts = self.offsets.diff()[positions]
+        entries = _runs(self.offsets[positions], counts)
+        numbers = torch.arange(len(positions), device=counts.device).repeat_interleave(counts)
+        mine = torch.arange(len(samples), device=counts.device).repeat_interleave(owned[samples])
+        offsets = functional.pad(counts.cumsum(0), (1, 0))
+        return SoftLabels(offsets, numbers, self.tokens[entries], self.probs[entries], self.labels[positions], mine)
+
     def dense(self, size: int) -> Tensor:
         """Whole rows of a vocabulary, for a look and for tests.
 
@@ -115,6 +130,12 @@ class SoftLabels:
         """
         rows = self.probs.new_zeros(len(self), size)
         return rows.index_put_((self.positions, self.tokens), self.probs)
+
+
+def _runs(starts: Tensor, counts: Tensor) -> Tensor:
+    """Numbers from each start on, so many, one run after the other: int64 [counts.sum()]."""
+    shift = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+    return shift + torch.arange(len(shift), device=shift.device)
 
 
 @dataclass(frozen=True, eq=False)

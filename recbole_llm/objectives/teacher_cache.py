@@ -251,7 +251,10 @@ def _write_batch(
     children = tokenizer.children(positions.nodes)
     probs = tokenizer.probs(logits, targets, positions, children, history)
     counts = children.offsets.diff()
-    kept = _likeliest(tokenizer, positions, children, probs, layout.keep)
+    if layout.exact:
+        kept = torch.ones_like(children.nodes, dtype=torch.bool)
+    else:
+        kept = _likeliest(tokenizer, positions, children, probs, layout.keep)
     kept &= (counts > 1).index_select(0, children.positions)
     owner = children.positions[kept]
     mass = probs.new_zeros(len(positions)).index_add_(0, owner, probs[kept])

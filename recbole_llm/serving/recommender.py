@@ -88,6 +88,8 @@ class Recommender:
         self._row = {raw: row for row, raw in enumerate(self.users)}
         self._all_users = names
         self.model.eval()
+        if getattr(self.model, "guidance", None) is not None:
+            self.model.guidance.rank_by(phases)
 
     @classmethod
     def of_run(
@@ -307,6 +309,10 @@ def _enter(fit: Fit, index_file: Path, raw_ids: list[str]) -> None:
         raise UserError(
             f"{fit.config['model']} does not read items as codes, so a new item means nothing to it before it is "
             "trained again; AlignTokenRec, LCRec and SASRecCodes take new ones"
+        )
+    if getattr(fit.model, "guidance", None) is not None:
+        raise UserError(
+            f"the search of this run is guided by {fit.config['cf_model']} (cf_guidance), which knows no new items"
         )
     if trained.kind != "codes":
         raise UserError(f"the items of this run are {trained.kind} tokens, of which a new item has none")

@@ -17,9 +17,11 @@ from recbole_llm.data.task_loader import TaskLoader
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import mean_of
+from recbole_llm.model.guided import is_guided
 from recbole_llm.training.codebooks import Quantiser
 from recbole_llm.training.collaborative_vectors import CollaborativeVectors
 from recbole_llm.training.continuation import Continued
+from recbole_llm.training.guidance import Guidance
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
 from recbole_llm.training.language import named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import check_settings
@@ -28,7 +30,8 @@ from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
 from recbole_llm.training.task_texts import read_task_texts
-from recbole_llm.training.teacher import Teacher
+from recbole_llm.training.teacher import FoldedTeacher, Teacher, check_folds
+from recbole_llm.training.teacher_labels import cached_labels
 from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
 
@@ -63,7 +66,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         self.model.tell_long_prompts()
         return loss
 
-    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[..., Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
 
         Args:
@@ -84,6 +87,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if self.model.ranking == "beam":
             _check_beams(config, dataset)
         _check_code_embedding(config)
+        check_folds(config, dataset)
         text = read_item_text(config, dataset)
         source = read_task_texts(config, dataset, text)
         for task in train_data.tasks:
@@ -102,7 +106,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if backbone is None:
             backbone, mark, lines = take_backbone(config, dataset, text, store, named)
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
-        teachers = [*self._vectors(dataset, fit_part), *self._teachers(dataset, fit_part)]
+        teachers = [
+            *self._vectors(dataset, fit_part),
+            *self._teachers(dataset, fit_part),
+            *self._guides(dataset, fit_part),
+        ]
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
         tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
@@ -116,6 +124,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             texts=tables,
             codebook=_codebook(config, made),
         )
+        if config["teacher_cache_mib"]:
+            self.stages.append(cached_labels(config, dataset, self.model, store))
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
@@ -164,15 +174,45 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         self.model.batches_planned = len(train_data) * (self.config["schedule_epochs"] or self.epochs)
         return super().fit(train_data, *args, **kwargs)
 
-    def _teachers(self, dataset: Any, fit_part: Callable[[str], Any]) -> list[str]:
-        """Train (or find) the recommenders that the model learns from; their fingerprints."""
+    def _teachers(self, dataset: Any, fit_part: Callable[..., Any]) -> list[str]:
+        """Train (or find) the recommenders that the model learns from; their fingerprints.
+
+        Under ``cf_folds`` these teach, and the one of all train rows is what rankings are compared with.
+        """
         marks = []
         for part in getattr(self.model, "teachers", ()):
+            fit = self._part(part, fit_part)
+            count = self.config["cf_folds"]
+            if count == 1:
+                teacher: Teacher | FoldedTeacher = Teacher(fit, dataset, part)
+            else:
+                folds = [self._fold(part, fold, count, fit_part) for fold in range(count)]
+                teacher = FoldedTeacher(folds, dataset, part)
+                logger.info("%s: %d of them teach, each what it was trained without (cf_folds)", part, count)
+            self.model.take_teacher(teacher)
+            marks.append(teacher.fingerprint)
+        return marks
+
+    def _guides(self, dataset: Any, fit_part: Callable[..., Any]) -> list[str]:
+        """Train (or find) the recommenders that have a say in the search; their fingerprints."""
+        if not is_guided(self.config):
+            return []
+        fits = [self._part(part, fit_part) for part in self.model.guides]
+        for part, fit in zip(self.model.guides, fits, strict=True):
+            self.model.take_guidance(Guidance(fit, dataset, part))
+        return [fit.fingerprint for fit in fits]
+
+    def _part(self, part: str, fit_part: Callable[..., Any]) -> Any:
+        """Train (or find) a recommender of the run, once."""
+        if part not in self.part_fits:
             fit = self.part_fits[part] = fit_part(part)
             self.stages += [{**line, "name": part} for line in fit.stages]
-            self.model.take_teacher(Teacher(fit, dataset, part))
-            marks.append(fit.fingerprint)
-        return marks
+        return self.part_fits[part]
+
+    def _fold(self, part: str, fold: int, count: int, fit_part: Callable[..., Any]) -> Any:
+        fit = fit_part(part, (fold, count))
+        self.stages += [{**line, "name": f"{part} fold {fold + 1} of {count}"} for line in fit.stages]
+        return fit
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces trainer.py:257: training looks at one prompt, whatever ``inference_prompts`` says."""
@@ -189,6 +229,9 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
         The ranked items that are kept are those of the first.
         """
+        guidance = getattr(self.model, "guidance", None)
+        if guidance is not None:
+            guidance.rank_as(eval_data)
         first = super().evaluate(eval_data, load_best_model, model_file, show_progress)
         self._tell_invalid()
         self.model.tell_long_prompts()

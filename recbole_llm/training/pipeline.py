@@ -15,7 +15,7 @@ from typing import Any
 from recbole.utils import init_seed
 
 from recbole_llm import compat, processes, registry
-from recbole_llm.config import Config
+from recbole_llm.config import FOLD, Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
@@ -74,8 +74,11 @@ def store_of(config: Config, run_folder: Path | None = None) -> StageStore:
     return StageStore(Path(config["output_dir"]) / "cache", refresh=config["cache"] == "refresh")
 
 
-def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool = False) -> Callable[[str], Fit]:
+def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool = False) -> Callable[..., Fit]:
     """How a staged recommender trains the parts it names.
+
+    What is returned takes a part's name and, where it is to be trained without a fold of the train rows, that fold's
+    number and how many there are.
 
     Args:
         config: of the whole.
@@ -84,9 +87,11 @@ def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool =
     """
     merged = merged or config["merge_valid"]
 
-    def fit_part(name: str) -> Fit:
+    def fit_part(name: str, fold: tuple[int, int] | None = None) -> Fit:
         part = config.part(name)
         part["refit_on_valid"] = merged
+        if fold is not None:
+            part[FOLD] = fold
         return fit(part, store or store_of(config))
 
     return fit_part

@@ -209,9 +209,11 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
 
 
 def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, float]]:
-    """How far a run's test rankings agree with those of the recommenders it learned from, by their config keys."""
+    """How far a run's test rankings agree with those of what it learned from or was guided by, by their config keys."""
     found = {}
-    for part in getattr(fitted.model, "teachers", ()):
+    for part in fitted.parts:
+        if part not in (*getattr(fitted.model, "teachers", ()), *getattr(fitted.model, "guides", ())):
+            continue
         teacher = fitted.parts[part]
         if not len(measured.users) or not teacher.trainer.evaluate(teacher.test_data, load_best_model=False):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from recbole.utils import ModelType
 from torch import Tensor
 
 from recbole_llm.data.prefixes import PrefixLoader
+from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import catalogue_scores
+from recbole_llm.training.store import fingerprint_of
 
 if TYPE_CHECKING:
     from recbole_llm.training.pipeline import Fit
@@ -27,7 +30,7 @@ class Teacher:
     interaction among them; the log says so.
 
     Args:
-        fit: the recommender, trained on the train rows.
+        fit: the recommender, trained on the train rows, or on all but a fold of them.
         dataset: the train data set of the model that is taught.
         part: the setting that named the recommender.
 
@@ -36,7 +39,11 @@ class Teacher:
     """
 
     def __init__(self, fit: Fit, dataset: Any, part: str = "cf_model") -> None:
-        own = fit.train_data._dataset
+        own = trained = fit.train_data._dataset
+        self.held = own.split.held
+        if self.held.any():
+            # It is asked about the very rows that it has not seen.
+            own = own.cut(own.split.with_fold_in_train())[0]
         self.name: str = fit.config["model"]
         self._sequential = fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if not same_rows(own, dataset):
@@ -47,7 +54,7 @@ class Teacher:
         self.device = torch.device(fit.config["device"])
         self.fingerprint = fit.fingerprint
         self._loader, self._dataset = PrefixLoader(fit.config, own), own
-        if not self._sequential:
+        if not self._sequential and own is trained:
             logger.info(
                 "%s: %s reads no history, it has seen all train interactions: those that it teaches among them",
                 part, self.name,
@@ -77,6 +84,56 @@ class Teacher:
             interaction = self._loader.before(told).to(self.device)
             scores = catalogue_scores(self.model, interaction, None, None, self._dataset).float()
         return scores if back is None else scores[back.to(scores.device)]
+
+
+class FoldedTeacher:
+    """Recommenders of which each was trained without a fold of the train rows: a row is taught by the one without it.
+
+    Args:
+        fits: one for every fold.
+        dataset: as for :class:`Teacher`.
+        part: as for :class:`Teacher`.
+
+    Raises:
+        UserError: as :class:`Teacher` does.
+        ValueError: their folds are not all train rows, each once.
+    """
+
+    def __init__(self, fits: Sequence[Fit], dataset: Any, part: str = "cf_model") -> None:
+        self.teachers = [Teacher(fit, dataset, part) for fit in fits]
+        train = dataset.split.phases == TRAIN
+        held = np.stack([teacher.held[train] for teacher in self.teachers])
+        if not (held.sum(axis=0) == 1).all():
+            raise ValueError(f"the folds of {part} are not each train row once")
+        # Split rows lie by user and then by time, as histories do.
+        self.folds = torch.from_numpy(held.argmax(axis=0))
+        self.fingerprint = fingerprint_of([teacher.fingerprint for teacher in self.teachers])
+        self._items = dataset.item_num
+
+    @torch.no_grad()
+    def logits(self, moments: Tensor) -> Tensor:
+        """As :meth:`Teacher.logits`, each row by the recommender that was trained without it."""
+        folds = self.folds[moments.cpu()]
+        found = torch.empty(len(folds), self._items, device=self.teachers[0].device)
+        for fold in folds.unique().tolist():
+            mine = folds == fold
+            found[mine.to(found.device)] = self.teachers[fold].logits(moments.cpu()[mine])
+        return found
+
+
+def check_folds(config: Any, dataset: Any) -> None:
+    """Refuse, before anything is trained, more folds than train rows.
+
+    Args:
+        config: with ``cf_folds``, where the model learns from another one.
+        dataset: the train data set.
+
+    Raises:
+        UserError: there are.
+    """
+    count, rows = config["cf_folds"] or 1, len(dataset.train_histories.items)
+    if count > rows:
+        raise UserError(f"cf_folds: {count} folds are more than the {rows} train rows")
 
 
 def same_rows(first: Any, second: Any) -> bool:

@@ -1,0 +1,83 @@
+"""A trained recommender that is asked for its scores of the users that another one ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recbole_llm.errors import UserError
+from recbole_llm.evaluation.ranking import catalogue_scores
+from recbole_llm.training.teacher import same_rows
+
+if TYPE_CHECKING:
+    from recbole_llm.training.pipeline import Fit
+
+
+class Guidance:
+    """A frozen recommender's scores over the catalogue for users as they stand in a ranking.
+
+    It is told what it would be told if it ranked them itself: a sequential one as much of their histories as it reads,
+    of the train rows at validation and of the train and valid rows at test.
+
+    Args:
+        fit: the recommender.
+        dataset: the train data set of the model that is guided.
+        part: the setting that named the recommender.
+
+    Raises:
+        UserError: it was trained on other rows, or numbers users or items otherwise.
+    """
+
+    def __init__(self, fit: Fit, dataset: Any, part: str = "cf_model") -> None:
+        if not same_rows(fit.train_data._dataset, dataset):
+            raise UserError(
+                f"{part}: {fit.config['model']} was trained on other rows than the model that it is to guide"
+            )
+        self._fit = fit
+        self.model = fit.model.eval().requires_grad_(False)
+        self._loaders = [loader for loader in (fit.valid_data, fit.test_data) if loader is not None]
+        self._loader = self._loaders[-1]
+
+    def rank_as(self, loader: Any) -> None:
+        """Be told from now on what stands before the rows of a phase.
+
+        Args:
+            loader: of the model that is guided; one of valid or of test rows.
+        """
+        found = [own for own in self._loaders if own.phase == loader.phase]
+        self._loader = found[0]
+
+    def rank_by(self, phases: Sequence[str]) -> None:
+        """Be told from now on of the rows of some phases, of all users that have any.
+
+        Args:
+            phases: as for :class:`~recbole_llm.serving.requests.RequestLoader`.
+        """
+        from recbole_llm.serving.requests import RequestLoader
+
+        self._loader = RequestLoader(self._fit.config, self._fit.test_data._dataset, phases)
+
+    @torch.no_grad()
+    def scores(self, users: Tensor) -> Tensor:
+        """Scores of every item.
+
+        Args:
+            users: internal ids of users that the phase ranks, int64 ``[B]``.
+
+        Returns:
+            float32 ``[B, n_items]`` on the recommender's device; -inf for the padding item.
+
+        Raises:
+            UserError: a score is NaN.
+        """
+        asked = users.cpu().numpy()
+        rows = np.searchsorted(self._loader.users, asked)
+        device = torch.device(self._fit.config["device"])
+        self.model.eval()
+        with torch.autocast(device.type, enabled=False):
+            interaction = self._loader._interaction(rows, asked).to(device)
+            return catalogue_scores(self.model, interaction, None, None, self._loader._dataset).float()
