@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from recbole_llm import __version__
-from recbole_llm.disk import PART, full_disk_told, naming, remove, sync
-from recbole_llm.errors import UserError
+from recbole_llm.disk import FULL, PART, naming, remove, sync
+from recbole_llm.errors import DiskFullError, UserError
 from recbole_llm.sources.base import RawFiles, Source
 from recbole_llm.sources.card import card_lines, figures, filter_lines, held_against
 from recbole_llm.sources.filters import NO_METADATA, Rows, filtered
@@ -63,9 +63,22 @@ def prepare_source(arguments: Sequence[str]) -> str:
             f"{folder} has no metadata of {settings['category']} ({source.title}, {source.download}); without it "
             "--item_metadata=none keeps all items"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_told(output.parent), _told(), _made_whole(output) as part:
+    with _files_told(output), _told(), _made_whole(output) as part:
         return _prepare(settings, source, files, name, part, output)
+
+
+@contextlib.contextmanager
+def _files_told(output: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be read or written, in one line."""
+    try:
+        with naming(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            yield
+    except OSError as error:
+        told = f"{os.fsdecode(error.filename)}: {os.strerror(error.errno or 0).lower()}"
+        if error.errno in FULL:
+            raise DiskFullError(f"{told}; make room or set --output to another disk") from None
+        raise UserError(told) from None
 
 
 def _input(settings: Settings) -> Path:
@@ -155,7 +168,7 @@ def _told() -> Iterator[None]:
 
 
 class _Tallies:
-    """The account of every file that is read, made once a file: later passes read the same lines."""
+    """The account of every file that is read; a later pass over a file is accounted for where it finds other things."""
 
     def __init__(self, most: float) -> None:
         self.most = most
@@ -166,9 +179,12 @@ class _Tallies:
         """Count a file, and refuse it where too much of it is broken."""
         tally = Tally(path.name)
         yield tally
-        if path.name in self.made:
-            return
-        self.made[path.name] = tally
+        before = self.made.get(tally.name)
+        if before is not None:
+            if tally.reasons in ({}, before.reasons):
+                return
+            tally.name += ", reviews"
+        self.made[tally.name] = tally
         tally.check(self.most)
         if tally.broken:
             logging.getLogger("recbole_llm").warning("%s; left out", tally.told())
