@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import subprocess
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -469,6 +470,20 @@ def test_a_cleaned_text_is_one_line_and_loses_nothing_but_space(text: str) -> No
         ] == kept or "\ufffd" in made
 
 
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("<p class='x' id=7>Tom &amp; <BR/>Jerry</p >", "Tom & Jerry"),
+        ("I <3 it: a <b and c> d, x<y", "I <3 it: a <b and c> d, x<y"),
+        ('a<!-- b --> c<style>d</style> e<script type="x">f', "a c e"),
+        ("Caf\u00e9\u00a0&quot;5&#39; 6&quot;", 'Caf\u00e9 "5\' 6"'),
+        ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
+    ],
+)
+def test_html(text: str, made: str) -> None:
+    assert clean(text) == made
+
+
 # --- broken lines ----------------------------------------------------------------------------------------------------
 def test_broken_lines_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     amazon2018(tmp_path, suffix="")
@@ -768,6 +783,38 @@ def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(my_source.PARSED) == len(ROWS)
     assert "rating" not in (tmp_path / "out/made/made.inter").read_text().splitlines()[0]
     assert "rating, timestamp" not in (tmp_path / "out/made/made.yaml").read_text()
+
+
+def test_the_source_in_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "guide_source.py").write_text(guide.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    write_lines(tmp_path / "x.txt", [f"{user};{item};{time}" for user, item, _, time in ROWS])
+    write_lines(tmp_path / "songs.txt", [f"{item};Song; {item}" for item in ITEMS])
+    prepare_source(words("guide_source:Plays", "x", tmp_path, tmp_path / "out"))
+    assert len(inter_of(tmp_path / "out/made", "user_id")) == len(ROWS)
+    titles = read_columns(tmp_path / "out/made/made.item", "item_id", ["title"])
+    assert titles == {item: (f"Song; {item}",) for item in ITEMS}
+
+
+def test_no_review_is_held(tmp_path: Path) -> None:
+    """Neither of reviews in the interactions' own lines nor of those in a file of their own."""
+    text = "word " * 2000
+    rows = [(f"u{user}", f"b{item}") for user in range(120) for item in range(12)]
+    plain = {"rating": 5, "date_added": "Wed Mar 22 11:37:04 -0700 2017"}
+    lines = [json.dumps({"user_id": user, "book_id": item, "review_text": text, **plain}) for user, item in rows]
+    write_lines(tmp_path / "goodreads_interactions_x.json", lines)
+    for name in ("own", "other"):
+        if name == "other":
+            write_lines(tmp_path / "goodreads_reviews_x.json", lines[::-1])
+        tracemalloc.start()
+        try:
+            prepare_source(words("goodreads", "x", tmp_path, tmp_path / "out", item_metadata="none", name=name))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        size = (tmp_path / f"out/{name}/{name}.inter").stat().st_size
+        assert size > len(rows) * len(text) and peak < size / 2
 
 
 # --- the whole thread ------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import html
 import re
 from typing import Any
 
-# Fragments of pages: whole scripts and style sheets go, of other elements only the tags. "<3" and "a < b" are text.
+# Fragments of pages: whole scripts and style sheets go, of other elements the tags. "<3" and "a <b and c> d" are text.
 _INVISIBLE = re.compile(r"<(script|style)\b[^>]*>.*?(</\1\s*>|$)|<!--.*?(-->|$)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_TAG = re.compile(r"""</?[A-Za-z][A-Za-z0-9]*(\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>""")
 # Control characters among them, and what str.splitlines() would cut at.
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
