@@ -92,7 +92,7 @@ def numbered_lines(file: RawFile, what: str, show: bool = True) -> Iterator[tupl
     try:
         with open(file.path, "rb") as raw:
             stream: Any = gzip.GzipFile(fileobj=raw) if file.path.suffix == ".gz" else raw
-            while lines := stream.readlines(4 * MEBIBYTE):
+            while lines := stream.readlines(MEBIBYTE):
                 for line in lines:
                     number += 1
                     if number == 1:
