@@ -30,6 +30,9 @@ verbs
   prepare  give a model's items their tokens without training the model, and tokens to items that came later
            recbole-llm prepare --model=SASRecCodes --dataset=ml-100k [--index_file=PATH] [--new_items=FILE.item]
            [--new_interactions=FILE.inter] [--key=value ...]
+           or turn the raw files of a data set, as they were published, into a folder that --dataset takes
+           recbole-llm prepare --source=amazon2018|amazon2023|goodreads|movielens --input=DIR --category=NAME
+           [--preset=lcrec|glta|tca4rec] [--output=dataset] [--name=NAME] [--overwrite=true] [--key=value ...]
   recommend
            recommend items to users of a finished run, live or from a store that was built once for all of them
            recbole-llm recommend --run=DIR --user=ID | --users=FILE | --history=ITEM,ITEM [--k=10] [--format=json]
@@ -96,6 +99,11 @@ def _tune(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
+    if any(argument.partition("=")[0] == "--source" for argument in arguments):
+        from recbole_llm.sources.prepare import prepare_source
+
+        print(prepare_source(arguments))
+        return 0
     from recbole_llm.training.prepare import prepare
 
     print(prepare(arguments))

@@ -186,6 +186,10 @@ class Config(RecBoleConfig):
             if file.is_file():
                 self._specs.update(read_specs(file))
                 self.internal_config_dict.update(self._shipped(file, stock, registry.is_recboles(model)))
+        beside = self._data_folder() / f"{dataset}.yaml"
+        if beside.is_file():
+            # As `prepare --source` writes it. Not through the cache of shipped files: it may be written anew.
+            self.internal_config_dict.update(read_yaml.__wrapped__(beside))
         if tokens:
             self._load_recipe(own / "item_tokens")
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
@@ -398,7 +402,7 @@ class Config(RecBoleConfig):
 
     def _data_folder(self) -> Path:
         """``dataset/``, then ``data_path``; the last one when neither has the data set."""
-        path = Path(self.final_config_dict["data_path"])
+        path = Path(self._setting("data_path"))
         roots = [Path("dataset"), Path(__file__).parent.parent / "dataset", path]
         if "data_path" in self.external_config_dict:
             roots.insert(0, path)

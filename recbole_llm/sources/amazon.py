@@ -1,0 +1,160 @@
+"""Amazon reviews, the editions of 2018 and of 2023: one JSON object a line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.sources.base import (
+    Columns,
+    Described,
+    Interaction,
+    RawFile,
+    RawFiles,
+    Review,
+    Source,
+    categories_in,
+    find_file,
+    refuse_category,
+)
+from recbole_llm.sources.lines import json_object, required
+from recbole_llm.sources.text import flat, headed, is_page_junk
+
+_PRICE = re.compile(r"\$?\s*[\d,]*\.?\d+(\s*-\s*\$?\s*[\d,]*\.?\d+)?")
+# Some brands of 2018 are what stood under a title, "by" and a line further the name.
+_BY = re.compile(r"^\s*by\s*\n\s*")
+_TEMPLATE = "{title}[ Brand: {brand};][ categories: {categories};][ {description}]"
+_FALLBACK = "an untitled product"
+
+
+def _price(value: Any) -> str:
+    """A price; in its place some rows of 2018 have a piece of a style sheet."""
+    text = flat(value).strip()
+    return text if _PRICE.fullmatch(text) else ""
+
+
+class Amazon2018(Source):
+    """Files ``CATEGORY.json.gz`` (or the published 5-core, ``CATEGORY_5.json.gz``) and ``meta_CATEGORY.json.gz``.
+
+    Where both of the former are there all reviews are read: a 5-core is another one after items without metadata have
+    gone. Times are days, so the order of a user's reviews of one day is the file's.
+    """
+
+    title = "Amazon reviews 2018"
+    licence = (
+        'research use. Cite J. Ni, J. Li and J. McAuley, "Justifying Recommendations using Distantly-Labeled Reviews '
+        'and Fine-grained Aspects", EMNLP 2019'
+    )
+    download = "https://nijianmo.github.io/amazon/"
+    columns = Columns(
+        item={
+            "title": "token_seq", "brand": "token", "categories": "token_seq", "description": "token_seq",
+            "price": "token",
+        },
+        title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
+    )  # fmt: skip
+
+    def files(self, folder: Path, category: str) -> RawFiles:
+        """See :meth:`Source.files`."""
+        reviews = find_file(folder, (f"{category}.json", f"{category}_5.json")) if category else None
+        if reviews is None:
+            known = categories_in(folder, (r"(?!meta_)(.+?)(?:_5)?\.json",))
+            raise refuse_category(folder, category, known, f"{category or 'Musical_Instruments'}.json.gz", self)
+        meta = find_file(folder, (f"meta_{category}.json",))
+        return RawFiles(
+            RawFile(reviews, self._interaction),
+            items=RawFile(meta, self._item) if meta else None,
+            reviews=RawFile(reviews, self._review),
+        )
+
+    @staticmethod
+    def _interaction(line: str) -> Interaction:
+        made = json_object(line)
+        return Interaction(
+            required(made, "reviewerID"),
+            required(made, "asin"),
+            float(required(made, "overall")),
+            float(required(made, "unixReviewTime")),
+        )
+
+    @staticmethod
+    def _review(line: str) -> Review:
+        made = json_object(line)
+        return Review(made["reviewerID"], made["asin"], headed(flat(made.get("summary")), flat(made.get("reviewText"))))
+
+    @staticmethod
+    def _item(line: str) -> Described:
+        made = json_object(line)
+        title = flat(made.get("title"))
+        return Described(
+            required(made, "asin"),
+            {
+                "title": "" if is_page_junk(title) else title,
+                "brand": _BY.sub("", flat(made.get("brand"))),
+                "categories": flat(made.get("category"), ", "),
+                "description": flat(made.get("description")),
+                "price": _price(made.get("price")),
+            },
+        )
+
+
+class Amazon2023(Source):
+    """Files ``CATEGORY.jsonl.gz`` and ``meta_CATEGORY.jsonl.gz``; an item is a ``parent_asin``, a time milliseconds."""
+
+    title = "Amazon reviews 2023"
+    licence = (
+        'research use. Cite Y. Hou, J. Li, Z. He, A. Yan, X. Chen and J. McAuley, "Bridging Language and Items for '
+        'Retrieval and Recommendation", arXiv 2403.03952'
+    )
+    download = "https://amazon-reviews-2023.github.io/"
+    columns = Columns(
+        item={
+            "title": "token_seq", "brand": "token", "categories": "token_seq", "features": "token_seq",
+            "description": "token_seq", "price": "token",
+        },
+        title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
+    )  # fmt: skip
+
+    def files(self, folder: Path, category: str) -> RawFiles:
+        """See :meth:`Source.files`."""
+        reviews = find_file(folder, (f"{category}.jsonl",)) if category else None
+        if reviews is None:
+            known = categories_in(folder, (r"(?!meta_)(.+)\.jsonl",))
+            raise refuse_category(folder, category, known, f"{category or 'Video_Games'}.jsonl.gz", self)
+        meta = find_file(folder, (f"meta_{category}.jsonl",))
+        return RawFiles(
+            RawFile(reviews, self._interaction),
+            items=RawFile(meta, self._item) if meta else None,
+            reviews=RawFile(reviews, self._review),
+        )
+
+    @staticmethod
+    def _interaction(line: str) -> Interaction:
+        made = json_object(line)
+        return Interaction(
+            required(made, "user_id"),
+            required(made, "parent_asin"),
+            float(required(made, "rating")),
+            float(required(made, "timestamp")) / 1000,
+        )
+
+    @staticmethod
+    def _review(line: str) -> Review:
+        made = json_object(line)
+        return Review(made["user_id"], made["parent_asin"], headed(flat(made.get("title")), flat(made.get("text"))))
+
+    @staticmethod
+    def _item(line: str) -> Described:
+        made = json_object(line)
+        return Described(
+            required(made, "parent_asin"),
+            {
+                "title": flat(made.get("title")),
+                "brand": flat(made.get("store")),
+                "categories": flat(made.get("categories"), ", "),
+                "features": flat(made.get("features")),
+                "description": flat(made.get("description")),
+                "price": _price(made.get("price")),
+            },
+        )
