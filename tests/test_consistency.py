@@ -56,7 +56,7 @@ def test_golden() -> None:
 
 def test_means_over_users_at_the_depths_asked_for() -> None:
     ours, theirs = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[2, 1, 4], [4, 5, 6]])
-    found = consistency(ours, theirs, [1, 3])
+    found = {name: float(values.mean()) for name, values in consistency(ours, theirs, [1, 3]).items()}
     assert found == {
         "overlap@1": 0.5, "overlap@3": pytest.approx(5 / 6), "rbo@1": 0.5,
         "rbo@3": pytest.approx((1 + rank_biased_overlap(ours, theirs)[0, 2]) / 2),

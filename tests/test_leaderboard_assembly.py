@@ -18,7 +18,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.assemble import table_of
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
-from recbole_llm.leaderboard.words import unshared
+from recbole_llm.leaderboard.words import agreement, own_bases, unshared
 
 METRIC = "ndcg@10"
 
@@ -280,7 +280,8 @@ def test_a_metric_that_is_no_mean_over_users_is_shown_without_tests(tmp_path: Pa
         rows.append(RowRuns(name, [run]))
     figure = named(table(rows, metrics=["NDCG@10", "ItemCoverage@10"]), "GLTA")["metrics"]["itemcoverage@10"]
     assert figure == {
-        "mean": 0.7, "low": None, "high": None, "std": None, "valid": None, "bold": False, "against": {}
+        "mean": 0.7, "low": None, "high": None, "std": None, "valid": None, "bold": False, "against": {},
+        "own": None,
     }  # fmt: skip
 
 
@@ -308,3 +309,97 @@ def test_a_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
     metrics = paper["rows"][0]["metrics"]
     assert metrics["ndcg@10"] == pytest.approx({"paper": 0.4, "ours": 0.3, "deviation": -0.25})
     assert metrics["recall@10"] == {"paper": 0.2, "ours": None, "deviation": None}
+
+
+def test_rows_with_bases_of_their_own_are_a_family_of_tests_of_their_own(tmp_path: Path) -> None:
+    means = {"BPR": 0.30, "one": 0.31, "one taught": 0.33, "two": 0.29, "two taught": 0.297, "three taught": 0.28}
+    bases = {"one taught": "one", "two taught": "two", "three taught": "two"}
+    seeds = {
+        name: [around(mean, 10 * place + seed) for seed in (1, 2)] for place, (name, mean) in enumerate(means.items())
+    }
+    rows = [
+        RowRuns(
+            name,
+            [write_run(tmp_path / f"{name}{seed}", "BPR", seed, own) for seed, own in enumerate(found)],
+            against=bases.get(name, ""),
+        )
+        for name, found in seeds.items()
+    ]
+    made = table(rows, baselines=["BPR"], reference="one")
+    values = {name: np.mean(found, axis=0) for name, found in seeds.items()}
+    pairs = list(bases.items())
+    # The formula of the paired t-test, and Holm's steps one by one.
+    plain = []
+    for name, base in pairs:
+        difference = values[name] - values[base]
+        t = difference.mean() / (difference.std(ddof=1) / math.sqrt(len(difference)))
+        plain.append(2 * stats.t.sf(abs(t), len(difference) - 1))
+    expected, highest = {}, 0.0
+    for step, place in enumerate(np.argsort(plain)):
+        highest = max(highest, min(1.0, plain[place] * (len(pairs) - step)))
+        expected[pairs[place]] = highest
+    assert made["pairs"] == 3 and made["tests"] == 9, "best baseline and reference, as without bases"
+    signs = []
+    for (name, base), p in expected.items():
+        found = named(made, name)["metrics"][METRIC]["own"]
+        assert found["row"] == base and found["p_adjusted"] == pytest.approx(p)
+        assert found["difference"] == pytest.approx(means[name] - means[base])
+        assert found["gain"] == pytest.approx(means[name] / means[base] - 1)
+        signs.append(found["mark"])
+        assert found["mark"] == ("" if p >= 0.05 else "+" if means[name] > means[base] else "-")
+    assert len(set(signs)) > 1, "else the marks show nothing"
+    for name in means.keys() - bases.keys():
+        assert named(made, name)["metrics"][METRIC]["own"] is None and named(made, name)["against"] is None
+    (line,) = own_bases({"metric": METRIC, "alpha": 0.05}, made)
+    assert "2 of 3 rows are above it" in line and f"{signs.count('+')} significantly; 1 below" in line
+
+
+def test_a_base_that_has_no_figures_leaves_its_row_untested(tmp_path: Path) -> None:
+    rows = [
+        RowRuns("BPR", [write_run(tmp_path / "bpr", "BPR", 1, around(0.3, 1))], against="EASE"),
+        RowRuns("EASE", failed=[{"seed": 1, "reason": "no memory"}], model="EASE"),
+    ]
+    made = table(rows)
+    assert made["pairs"] == 0 and named(made, "BPR")["metrics"][METRIC]["own"] is None
+
+
+def taught(folder: Path, seed: int, shared: np.ndarray, whole: bool = True, **changes: Any) -> Path:
+    """A run with a teacher; ``whole``: with each user's agreement."""
+    run = write_run(folder, "TCA4Rec", seed, around(0.4, seed), **changes)
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result["consistency"] = {"cf_model": {"overlap@10": float(shared.mean()), "rbo@10": 0.5}}
+    (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    if whole:
+        with np.load(run / "per_user.npz") as arrays:
+            content = dict(arrays)
+        place = [int(user[1:]) for user in content["user_id"]]
+        np.savez(run / "per_user.npz", **content, **{"cf_model.overlap@10": shared[place]})
+    return run
+
+
+def test_agreement_with_a_teacher_is_shown_with_its_interval_and_not_tested(tmp_path: Path) -> None:
+    one, two = (np.random.default_rng(seed).integers(0, 11, 200) / 10 for seed in (1, 2))
+    rows = [
+        RowRuns("taught", [taught(tmp_path / "1", 1, one), taught(tmp_path / "2", 2, two)], against="BPR"),
+        RowRuns("other", [taught(tmp_path / "3", 1, two, whole=False)]),
+        RowRuns("BPR", [write_run(tmp_path / "4", "BPR", 1, around(0.3, 5))]),
+    ]
+    made = table(rows, metrics=["NDCG@10", "consistency@10"], reference="other")
+    figure = named(made, "taught")["metrics"]["consistency@10"]
+    low, high = stats.ttest_1samp((one + two) / 2, 0).confidence_interval(0.95)
+    assert (figure["mean"], figure["low"], figure["high"]) == pytest.approx(((one + two).mean() / 2, low, high))
+    assert figure["std"] == pytest.approx(np.std([one.mean(), two.mean()], ddof=1))
+    assert not figure["bold"] and figure["against"] == {} and figure["own"] is None and figure["valid"] is None
+    other = named(made, "other")["metrics"]["consistency@10"]
+    assert other["mean"] == pytest.approx(two.mean()) and other["low"] is None
+    assert "consistency@10" not in named(made, "BPR")["metrics"]
+    assert agreement(made) and not agreement(table(rows[2:]))
+
+
+def test_altered_agreement_is_refused(tmp_path: Path) -> None:
+    run = taught(tmp_path / "1", 1, np.full(200, 0.5))
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result["consistency"]["cf_model"]["overlap@10"] = 0.6
+    (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (refused,) = named(table([RowRuns("taught", [run])]), "taught")["refused"]
+    assert "cf_model.overlap@10 is 0.500000 over its users and 0.6 in the result" in refused["reason"]

@@ -21,7 +21,17 @@ from recbole_llm.leaderboard.compare import compare, rows_of
 from recbole_llm.leaderboard.markdown import markdown
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
-from recbole_llm.leaderboard.tables import COSTS, CSV_COLUMNS, TESTED, WIDTH, csv_text, terminal, write
+from recbole_llm.leaderboard.tables import (
+    COSTS,
+    CSV_COLUMNS,
+    NAME_WIDTH,
+    TESTED,
+    WIDTH,
+    _short_names,
+    csv_text,
+    terminal,
+    write,
+)
 from recbole_llm.leaderboard.words import amount, seconds
 from recbole_llm.training.runs import run
 
@@ -194,6 +204,37 @@ def test_rows_of_one_model_are_called_by_what_differs(tmp_path: Path) -> None:
     ]  # fmt: skip
     many = str(write_run(tmp_path / "many", "BPR", 9, values, config={key: 1 for key in "abcdef"}))
     assert rows_of([*paths, many])[-1].name == f"BPR ({many})"
+
+
+def around_others(folder: Path) -> list[str]:
+    """Runs of a model that wraps others, and one of a model without."""
+    values = np.random.default_rng(0).random(50)
+    shared = {"base_model": "AlignTokenRec", "cf_model": "SASRec", "alpha": 0.1, "epochs": 3}
+    configs: list[dict[str, Any]] = [
+        shared,
+        shared | {"alpha": 0.3},
+        shared | {"cf_model": "LightGCN"},
+        shared | {"base_model": "LCRec", "epochs": 4, "beams": 5, "tasks": [], "prompts": "lcrec"},
+    ]
+    runs = [write_run(folder / f"{place}", "TCA4Rec", 1, values, config=own) for place, own in enumerate(configs)]
+    return [*map(str, runs), str(write_run(folder / "plain", "AlignTokenRec", 1, values, config={"epochs": 3}))]
+
+
+def test_rows_of_a_wrapper_are_called_by_what_is_in_it(tmp_path: Path) -> None:
+    rows = rows_of(around_others(tmp_path))
+    assert [row.name for row in rows] == [
+        "TCA4Rec (AlignTokenRec, SASRec, alpha 0.1)", "TCA4Rec (AlignTokenRec, SASRec, alpha 0.3)",
+        "TCA4Rec (AlignTokenRec, LightGCN, alpha 0.1)", "TCA4Rec (LCRec, SASRec)", "AlignTokenRec",
+    ]  # fmt: skip
+    assert rows[1].settings == {"base_model": "AlignTokenRec", "cf_model": "SASRec", "alpha": 0.3}
+    assert [row.name for row in rows_of(around_others(tmp_path / "again")[:1])] == ["TCA4Rec (AlignTokenRec, SASRec)"]
+
+
+def test_long_names_that_differ_in_their_middle_stay_apart() -> None:
+    names = [f"TCA4Rec around AlignTokenRec, {alpha}, by SASRec with tuned settings" for alpha in "abc"]
+    names += [f"{start} of a long name that goes on and on, {end}" for start in "xy" for end in ("p", "q")]
+    short = _short_names(names)
+    assert len(set(short)) == len(names) and all(len(one) <= NAME_WIDTH for one in short[3:])
 
 
 @pytest.mark.parametrize(

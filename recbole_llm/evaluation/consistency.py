@@ -5,12 +5,16 @@ Both measures are symmetric, within 0..1, and say nothing about whether either l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 # Users whose lists are compared at a time: K x K comparisons each.
 USERS = 4096
+
+# What tables call the overlap with the teacher.
+NAME = "consistency"
 
 
 def overlap(recommended: np.ndarray, teacher: np.ndarray) -> np.ndarray:
@@ -41,8 +45,8 @@ def overlap(recommended: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return found.cumsum(axis=1) / (ranks + 1)
 
 
-def consistency(recommended: np.ndarray, teacher: np.ndarray, topk: Sequence[int]) -> dict[str, float]:
-    """Both measures' means over users.
+def consistency(recommended: np.ndarray, teacher: np.ndarray, topk: Sequence[int]) -> dict[str, np.ndarray]:
+    """Both measures, user by user.
 
     Args:
         recommended: as for :func:`overlap`.
@@ -50,10 +54,42 @@ def consistency(recommended: np.ndarray, teacher: np.ndarray, topk: Sequence[int
         topk: depths, each at most K.
 
     Returns:
-        ``overlap@k`` and ``rbo@k`` (:func:`rank_biased_overlap`) for every depth.
+        ``overlap@k`` and ``rbo@k`` (:func:`rank_biased_overlap`) for every depth, float64 [U].
     """
     found = {"overlap": overlap(recommended, teacher), "rbo": rank_biased_overlap(recommended, teacher)}
-    return {f"{name}@{k}": float(values[:, k - 1].mean()) for name, values in found.items() for k in topk}
+    return {f"{name}@{k}": values[:, k - 1] for name, values in found.items() for k in topk}
+
+
+def arrays_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """What tables call a run's overlaps with its teachers, to their names in its ``per_user.npz``.
+
+    Args:
+        result: the run's.
+
+    Returns:
+        E.g. ``consistency@10`` to ``cf_model.overlap@10``; with several teachers ``consistency@10 (cf_model)``.
+    """
+    teachers = result.get("consistency", {})
+    return {
+        name.replace("overlap", NAME) + (f" ({part})" if len(teachers) > 1 else ""): f"{part}.{name}"
+        for part, found in teachers.items()
+        for name in found
+        if name.startswith("overlap@")
+    }
+
+
+def figures_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """A run's metrics on test, and its overlaps with its teachers beside them under tables' names."""
+    found: dict[str, float] = dict(result["test"])
+    for name, array in arrays_of(result).items():
+        part, _, measure = array.partition(".")
+        found[name] = result["consistency"][part][measure]
+    return found
+
+
+def is_consistency(metric: str) -> bool:
+    """Whether a table's metric says whom a row agrees with, so that more of it is not better."""
+    return metric.startswith(f"{NAME}@")
 
 
 def rank_biased_overlap(recommended: np.ndarray, teacher: np.ndarray, persistence: float = 0.9) -> np.ndarray:

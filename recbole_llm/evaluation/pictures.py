@@ -82,6 +82,55 @@ def draw_heat(
     figure.savefig(path, dpi=120)
 
 
+def draw_curves(curve: Mapping[str, Any], title: str, path: Path) -> None:
+    """Metrics over a setting, a panel a metric: means with their intervals, and each seed's own mean as a dot.
+
+    Args:
+        curve: what :func:`recbole_llm.leaderboard.curve.curve_of` returned.
+        title: of the picture.
+        path: the PNG.
+    """
+    metrics, lines = curve["metrics"], curve["lines"]
+    figure = _figure(5.6 * len(metrics), 4.6 + 0.22 * ((len(lines) + 1) // 2))
+    panels = np.atleast_1d(figure.subplots(1, len(metrics)))
+    colours, markers = [f"tab:{name}" for name in _LINES], "osD^vP*X"
+    for axis, metric in zip(panels, metrics, strict=True):
+        for place, line in enumerate(lines):
+            style = {"color": colours[place % len(colours)], "marker": markers[place % len(markers)]}
+            _draw_line(axis, line, metric, style)
+        axis.set_xticks([tick["at"] for tick in curve["ticks"]], [f"{tick['value']:g}" for tick in curve["ticks"]])
+        axis.set_xlabel(f"{curve['setting']} (scale grows like a logarithm)" if curve["scaled"] else curve["setting"])
+        axis.set_ylabel(f"{metric} on test")
+        axis.grid(color="0.92", linewidth=0.8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    bars = "bars: 95% interval of the mean over users; dots: each seed"
+    ring = f"ring: best {curve['metric']} on valid"
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, title=f"{bars}; {ring}")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+_LINES = ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive")
+
+
+def _draw_line(axis: Any, line: Mapping[str, Any], metric: str, style: Mapping[str, Any]) -> None:
+    points = [point for point in line["points"] if metric in point["metrics"]]
+    figures = [point["metrics"][metric] for point in points]
+    at, means = [point["at"] for point in points], [figure["mean"] for figure in figures]
+    # A mean over one user, or none over users, has no interval.
+    ends = [
+        [abs(figure["mean"] - (figure["mean"] if figure[end] is None else figure[end])) for figure in figures]
+        for end in ("low", "high")
+    ]
+    axis.errorbar(at, means, ends, label=line["name"], linewidth=1.6, elinewidth=0.9, capsize=3, markersize=6, **style)
+    for place, figure in zip(at, figures, strict=True):
+        if len(figure["seeds"]) > 1:
+            axis.scatter([place] * len(figure["seeds"]), figure["seeds"], s=9, color=style["color"], alpha=0.45)
+    best = [(point["at"], point["metrics"][metric]["mean"]) for point in points if point["best"]]
+    if best:
+        axis.scatter(*zip(*best, strict=True), s=150, facecolors="none", edgecolors=style["color"], linewidths=1.4)
+
+
 def draw_codebook(card: Mapping[str, Any], path: Path) -> None:
     """The quality card of a codebook: use of the codes, agreement between like items, collisions by level.
 

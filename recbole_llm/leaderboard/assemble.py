@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.evaluation.consistency import is_consistency
 from recbole_llm.evaluation.results import result_file
 from recbole_llm.leaderboard.rows import Line, RowRuns, Run, admit
 from recbole_llm.leaderboard.statistics import PairedTest, holm, mean_interval, paired_test
@@ -86,7 +87,9 @@ def table_of(
 
     Every other row is tested against the best baseline, which is chosen by its mean ``metric`` on valid, and against
     the reference. A row's value is each user's mean over seeds. Holm's correction takes all pairs of one metric
-    together. Breakdowns, example users and what a paper says in words are left for others to fill in.
+    together. Rows with a base of their own (``against``) are tested against it besides; these pairs are a family of
+    their own, as their question was asked before any figure was seen. How far a row agrees with its teacher is shown
+    and not tested. Breakdowns, example users, curves and what a paper says in words are left for others to fill in.
 
     Args:
         rows: what stands behind each row; names are unique.
@@ -104,12 +107,14 @@ def table_of(
         ``refused`` and in no figure.
 
     Raises:
-        UserError: ``reference`` or ``baselines`` names no row, or ``like`` cannot be read.
+        UserError: ``reference``, ``baselines`` or a row's ``against`` names no row, or ``like`` cannot be read.
     """
     metric = metric.lower()
     metrics = list(dict.fromkeys([metric, *(name.lower() for name in metrics)]))
     names = [row.name for row in rows]
-    for key, named in (("reference", [reference] if reference else []), ("baselines", list(baselines or ()))):
+    bases = [row.against for row in rows if row.against]
+    asked = (("reference", [reference] if reference else []), ("baselines", list(baselines or ())), ("against", bases))
+    for key, named in asked:
         for name in named:
             if name not in names:
                 raise UserError(
@@ -118,8 +123,10 @@ def table_of(
     lines, standard = admit(rows, like)
     made = [_row(line, metrics, baselines) for line in lines]
     best = _best_baseline(made, metric)
-    tests = _test(made, lines, best, reference, metrics, alpha)
-    for name in metrics:
+    quality = [name for name in metrics if not is_consistency(name)]
+    tests = _test(made, lines, best, reference, quality, alpha)
+    pairs = _test_own(made, lines, quality, alpha)
+    for name in quality:
         _embolden(made, best or reference, name)
     shared = _shared([run.result["evaluation"] for line in lines for run in line.runs])
     for row, line in zip(made, lines, strict=True):
@@ -139,9 +146,11 @@ def table_of(
         "best_baseline": best,
         "reference": reference,
         "tests": tests[metric],
+        "pairs": pairs[metric],
         "rows": made,
         "breakdowns": [],
         "users": [],
+        "curve": None,
         "paper": None,
     }
 
@@ -164,17 +173,19 @@ def _row(line: Line, metrics: Sequence[str], baselines: Sequence[str] | None) ->
         "cost": _cost([run.result for run in runs]),
         "curves": [{"seed": run.seed, **run.result["curves"]} for run in runs if run.result.get("curves")],
         "settings": dict(row.settings),
+        "against": row.against or None,
+        "choice": row.choice,
         "runs": [str(run.path) for run in runs],
     }
 
 
 def _measured(runs: Sequence[Run], metric: str) -> bool:
-    return bool(runs) and all(metric in run.result["test"] for run in runs)
+    return bool(runs) and all(metric in run.test for run in runs)
 
 
 def _figure(line: Line, metric: str) -> dict[str, Any]:
     results = [run.result for run in line.runs]
-    test = [result["test"][metric] for result in results]
+    test = [run.test[metric] for run in line.runs]
     valid = [result["valid"][metric] for result in results if metric in result["valid"]]
     values = line.values(metric)
     # A metric that is no mean over users (coverage, Gini, ...) has no interval over them.
@@ -185,6 +196,7 @@ def _figure(line: Line, metric: str) -> dict[str, Any]:
         "valid": fmean(valid) if len(valid) == len(results) else None,
         "bold": False,
         "against": {},
+        "own": None,
     }
 
 
@@ -271,6 +283,27 @@ def _test(
         for (name, other), test in tests.items():
             shown = _shown(test, adjusted[tuple(sorted((name, other)))], alpha)
             by_name[name]["metrics"][metric]["against"][other] = shown
+        counts[metric] = len(pairs)
+    return counts
+
+
+def _test_own(
+    made: Sequence[dict[str, Any]], lines: Sequence[Line], metrics: Sequence[str], alpha: float
+) -> dict[str, int]:
+    """Fill in ``own``: each row against its own base; returns how many such pairs each metric has."""
+    counts = {}
+    by_name = {row["name"]: row for row in made}
+    for metric in metrics:
+        values = {line.row.name: found for line in lines if (found := line.values(metric)) is not None}
+        pairs = [
+            (line.row.name, line.row.against)
+            for line in lines
+            if line.row.name in values and line.row.against in values
+        ]
+        tests = [paired_test(values[name], values[base]) for name, base in pairs]
+        adjusted = holm([test.p for test in tests])
+        for (name, base), test, p in zip(pairs, tests, adjusted, strict=True):
+            by_name[name]["metrics"][metric]["own"] = {"row": base, **_shown(test, p, alpha)}
         counts[metric] = len(pairs)
     return counts
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,29 @@ import psutil
 
 from recbole_llm import registry
 from recbole_llm.errors import DiskFullError, UserError, did_you_mean
-from recbole_llm.evaluation.results import read_run
+from recbole_llm.evaluation.consistency import figures_of
 from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import tables
 from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
+from recbole_llm.leaderboard.choice import label
+from recbole_llm.leaderboard.curve import curve_of, write_curves
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
-from recbole_llm.leaderboard.suite import Cell, Suite, arguments_of, marked, positive, read_suite, suite_of
+from recbole_llm.leaderboard.study import Study
+from recbole_llm.leaderboard.suite import (
+    Cell,
+    Suite,
+    arguments_of,
+    marked,
+    positive,
+    read_suite,
+    settings_of,
+    suite_of,
+)
 from recbole_llm.progress import clock
 from recbole_llm.schema import parse_value
 
@@ -61,31 +73,6 @@ class Asked:
     command: str
 
 
-@dataclass
-class Study:
-    """A suite's cells, and why some have no result."""
-
-    cells: list[Cell]
-    folder: Path
-    reasons: dict[Cell, str] = field(default_factory=dict)
-    _whole: set[Path] = field(default_factory=set)
-
-    def file(self, cell: Cell) -> Path:
-        """Where a cell's result is."""
-        return self.folder / "cells" / cell.file
-
-    def done(self, cell: Cell) -> bool:
-        """Whether it is there and can be read; one that was damaged since is measured again."""
-        file = self.file(cell)
-        if file not in self._whole and file.is_file():
-            try:
-                read_run(file)
-            except UserError:
-                return False
-            self._whole.add(file)
-        return file in self._whole
-
-
 def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> tuple[str, int]:
     """Run what is missing, and write ``leaderboard.{md,csv,json,html}``.
 
@@ -107,12 +94,14 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     asked = asked_for(arguments)
-    study = Study(marked(asked.suite, asked.folder, asked.command_line, asked.of_row), asked.folder)
+    cells = marked(asked.suite, asked.folder, asked.command_line, asked.of_row)
+    study = Study(cells, asked.folder, asked.suite.metric)
     (asked.folder / "cells").mkdir(parents=True, exist_ok=True)
     _run_missing(study, asked, say)
     board = write(study, asked, whole=True)
     lines = [tables.terminal(board, sys.stdout.isatty()), ""]
     lines += [f"{suffix:11} {asked.folder / f'leaderboard.{suffix}'}" for suffix in ("html", "md", "csv", "json")]
+    lines += [f"picture     {asked.folder / name}" for name in _pictures(board)]
     lines += write_grid(board, list(asked.suite.rows), asked.suite.reference, asked.folder)
     return "\n".join(lines), len(study.reasons)
 
@@ -217,8 +206,9 @@ def _budget(words: Mapping[str, str]) -> Budget:
 # --- running ---------------------------------------------------------------------------------------------------------
 def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None:
     """Run the cells that have no result yet."""
-    missing = [cell for cell in study.cells if not study.done(cell)]
-    found = len(study.cells) - len(missing)
+    wanted = study.wanted()
+    missing = [cell for cell in wanted if not study.done(cell)]
+    found, whole = len(wanted) - len(missing), study.expected()
     for cell in study.cells:
         if study.done(cell):
             # It may have ended after whoever started it was killed.
@@ -228,8 +218,8 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
         for stale in ("leaderboard.html", "grid.md"):
             (study.folder / stale).unlink(missing_ok=True)
     if found:
-        say(f"{found} of {len(study.cells)} runs are found in {study.folder / 'cells'}")
-    by_name = {str(cell): cell for cell in missing}
+        say(f"{found} of {whole} runs are found in {study.folder / 'cells'}")
+    by_name = {str(cell): cell for cell in study.cells}
     start, count = time.monotonic(), 0
 
     def ended(job: Job, end: Ended) -> None:
@@ -238,13 +228,16 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
         reason = _reason(cell, study, end, asked)
         if reason:
             study.reasons[cell] = reason
-        left = (time.monotonic() - start) / count * (len(missing) - count)
-        rest = f", about {clock(left)} left" if count < len(missing) else ""
+        left = (time.monotonic() - start) / count * (whole - found - count)
+        rest = f", about {clock(left)} left" if found + count < whole else ""
         outcome = f"failed: {reason}" if reason else _value(study.file(cell), asked.suite.metric)
-        say(f"[{found + count}/{len(study.cells)}] {cell}: {outcome} ({clock(end.seconds)}{rest})")
+        say(f"[{found + count}/{whole}] {cell}: {outcome} ({clock(end.seconds)}{rest})")
         write(study, asked, whole=False)
 
-    run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say)
+    # Anew after each turn: what is chosen on valid has further seeds to run.
+    while missing:
+        run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say)
+        missing = [cell for cell in study.wanted() if not study.done(cell) and cell not in study.reasons]
 
 
 def _job(cell: Cell, study: Study, asked: Asked) -> Job:
@@ -334,6 +327,8 @@ def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
             for column in suite.columns:
                 members = [cell for cell in study.cells if cell.place == (dataset, protocol, column)]
                 made.append(_table(members, study, suite, metrics, whole))
+    if whole:
+        write_curves(made, asked.folder)
     board = board_of(made, suite.title, asked.command, metrics, suite.metric, ALPHA)
     tables.write(board, asked.folder)
     if whole:
@@ -343,16 +338,26 @@ def write(study: Study, asked: Asked, whole: bool) -> dict[str, Any]:
 
 def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequence[str], whole: bool) -> dict[str, Any]:
     rows = []
-    for row in suite.rows:
+    place = dataset, protocol, column = members[0].place
+    for row, given in suite.rows.items():
         cells = [cell for cell in members if cell.row == row]
+        choice = study.choice(place, row)
+        taken = (choice or {}).get("values") or {}
+        settings = settings_of(given) | taken
+        del settings["model"]
         rows.append(RowRuns(
             name=row,
-            files=[study.file(cell) for cell in cells if study.done(cell)],
-            failed=[{"seed": cell.seed, "reason": study.reasons[cell]} for cell in cells if cell in study.reasons],
-            settings={key: value for key, value in suite.rows[row].items() if key not in ("model", "run_memory")},
-            model=str(suite.rows[row]["model"]),
+            files=[study.file(cell) for cell in cells if cell.choice == taken and study.done(cell)],
+            failed=[
+                {"seed": cell.seed, "reason": ": ".join(filter(None, (label(cell.choice), study.reasons[cell])))}
+                for cell in cells
+                if cell in study.reasons
+            ],
+            settings=settings,
+            model=str(given["model"]),
+            against=str(given.get("against") or ""),
+            choice=choice,
         ))  # fmt: skip
-    dataset, protocol, column = members[0].place
     table = table_of(
         rows,
         dataset=dataset,
@@ -366,7 +371,13 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequenc
     )
     if suite.paper:
         table["paper"] = beside_paper(suite.paper, dataset, table)
+    if whole and suite.curve:
+        table["curve"] = curve_of(table, suite.curve["setting"], suite.curve["metrics"], suite.metric)
     return with_details(table, suite.metric) if whole else table
+
+
+def _pictures(board: Mapping[str, Any]) -> list[str]:
+    return [table["curve"]["picture"] for table in board["tables"] if table["curve"] and table["curve"]["picture"]]
 
 
 def _metrics(study: Study, suite: Suite) -> list[str]:
@@ -374,5 +385,5 @@ def _metrics(study: Study, suite: Suite) -> list[str]:
     found = [suite.metric.lower()]
     for cell in study.cells:
         if study.done(cell):
-            found += json.loads(study.file(cell).read_text(encoding="utf-8"))["test"]
+            found += figures_of(json.loads(study.file(cell).read_text(encoding="utf-8")))
     return list(dict.fromkeys(found))

@@ -7,14 +7,18 @@ from typing import Any
 
 from recbole_llm.leaderboard.words import (
     UNKNOWN,
+    agreement,
     amount,
     chosen,
     comparators,
     judged,
     left_out,
+    own_bases,
+    pairs,
     percent,
     probability,
     seconds,
+    settled,
     title_of,
     unshared,
     value,
@@ -35,7 +39,7 @@ def markdown(board: Mapping[str, Any]) -> str:
     ]
     for table in board["tables"]:
         lines += ["", f"## {_plain(title_of(table))}", "", *_quality(board, table), "", *_notes(board, table)]
-        lines += [*_tests(board, table), *_cost(table), *_breakdowns(table), *_paper(table)]
+        lines += [*_tests(board, table), *_curve(table), *_cost(table), *_breakdowns(table), *_paper(table)]
     packages = ", ".join(f"{name} {version}" for name, version in board["versions"].items())
     return "\n".join([*lines, *(["", f"Versions: {packages}."] if packages else []), ""])
 
@@ -80,14 +84,22 @@ def _quality(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
             value(figure["std"]) if figure else UNKNOWN,
             *(_figure(row["metrics"].get(name), False) for name in shown),
             *((against[other]["mark"] or "=") if other in against else "" for other in others),
+            *([_own(figure)] if pairs(table) else []),
             str(len(row["seeds"])),
         ])  # fmt: skip
-    heads = ["row", metric, "std over seeds", *shown, *(f"against {other}" for other in others), "seeds"]
+    heads = ["row", metric, "std over seeds", *shown, *(f"against {other}" for other in others)]
+    heads += [*(["against its own base"] if pairs(table) else []), "seeds"]
     return _grid(heads, lines)
 
 
+def _own(figure: Mapping[str, Any] | None) -> str:
+    test = figure["own"] if figure else None
+    return f"{test['mark'] or '='} {percent(test['gain'])}" if test else ""
+
+
 def _notes(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
-    lines = [f"- {_plain(line)}" for line in (judged(table), *unshared(table), chosen(board, table))]
+    said = (judged(table), *unshared(table), chosen(board, table), *own_bases(board, table), *settled(table))
+    lines = [f"- {_plain(line)}" for line in (*said, *agreement(table))]
     for kind, name, reason in left_out(table):
         lines.append(f"- **{kind}**: {_plain(name)}, {_plain(reason)}")
     return lines
@@ -104,7 +116,8 @@ def _tests(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
                 test["mark"] or "=",
             ]
             for row in table["rows"]
-            for other, test in row["metrics"].get(metric, {"against": {}})["against"].items()
+            if metric in row["metrics"]
+            for other, test in _met(row["metrics"][metric])
         ]  # fmt: skip
 
     heads = ["rows", "metric", "difference", "95% CI", "gain", "d_z", "p", "p (Holm)", "p (Wilcoxon)", ""]
@@ -120,6 +133,35 @@ def _tests(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     if rest:
         text += ["", "<details><summary>The other metrics</summary>", "", *_grid(heads, rest), "", "</details>"]
     return text
+
+
+def _met(figure: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Whom a row was tested against, with the test."""
+    own = figure["own"]
+    return [*figure["against"].items(), *([(f"its own base {own['row']}", own)] if own else [])]
+
+
+def _curve(table: Mapping[str, Any]) -> list[str]:
+    curve = table["curve"]
+    if not curve:
+        return []
+    lines = ["", f"Metrics on test over {curve['setting']}; *: best {curve['metric']} on valid."]
+    if curve["picture"]:
+        lines += ["", f"![{', '.join(curve['metrics'])} over {curve['setting']}]({curve['picture']})"]
+    rows = [
+        [
+            line["name"],
+            f"{point['value']:g}{'*' if point['best'] else ''}",
+            *(_interval(point["metrics"].get(metric)) for metric in curve["metrics"]),
+        ]
+        for line in curve["lines"]
+        for point in line["points"]
+    ]
+    return [*lines, "", *_grid(["rows", curve["setting"], *curve["metrics"]], rows)]
+
+
+def _interval(figure: Mapping[str, Any] | None) -> str:
+    return _figure(figure and {**figure, "bold": False}, True)
 
 
 def _cost(table: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.errors import UserError
+from recbole_llm.evaluation.consistency import arrays_of, figures_of
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.evaluation.results import read_run, result_file
@@ -33,6 +34,8 @@ class RowRuns:
         failed: runs that ended without a result: ``{"seed": int | None, "reason": str}``.
         settings: what was given for this row, the model aside.
         model: its model's name, for a row of which no run ended; else the runs say it.
+        against: a row that this one is tested against in the family of such tests; empty for none.
+        choice: how some of the settings were chosen, see :func:`recbole_llm.leaderboard.choice.decide`.
     """
 
     name: str
@@ -40,6 +43,8 @@ class RowRuns:
     failed: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
+    against: str = ""
+    choice: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,15 @@ class Run:
         path: where it was read.
         result: ``result.json``.
         users: str [U], raw ids, sorted.
-        values: metric to float64 [U], in the users' order.
+        test: metric to its mean, overlaps with teachers among them.
+        values: the same metrics to float64 [U], in the users' order, those that are means over users.
         at_k: metric to float64 [K], its mean over users at k = 1 to K; empty without rankings.
     """
 
     path: Path
     result: dict[str, Any]
     users: np.ndarray
+    test: dict[str, float]
     values: dict[str, np.ndarray]
     at_k: dict[str, np.ndarray]
 
@@ -73,14 +80,21 @@ class Run:
             if key not in result:
                 raise UserError(f"{file} says nothing of {key}; it is damaged, or no run of this package wrote it")
         order = np.argsort(arrays["user_id"], kind="stable")
-        values = {name: array[order] for name, array in arrays.items() if name != "user_id"}
-        for name, array in values.items():
-            if not abs(array.mean() - result["test"].get(name, np.nan)) <= AGREE:
+        told = result["test"] | {
+            f"{part}.{name}": value
+            for part, found in result.get("consistency", {}).items()
+            for name, value in found.items()
+        }
+        for name, array in arrays.items():
+            if name != "user_id" and not abs(array.mean() - told.get(name, np.nan)) <= AGREE:
                 raise UserError(
                     f"{result['per_user']} of {path} does not agree with its result: {name} is {array.mean():.6f} over "
-                    f"its users and {result['test'].get(name)} in the result; one of the files was altered or damaged"
+                    f"its users and {told.get(name)} in the result; one of the files was altered or damaged"
                 )
-        return cls(Path(path), result, arrays["user_id"][order], values, _at_k(file, result, arrays["user_id"]))
+        shown = {name: name for name in result["test"]} | arrays_of(result)
+        values = {name: arrays[own][order] for name, own in shown.items() if own in arrays}
+        at_k = _at_k(file, result, arrays["user_id"])
+        return cls(Path(path), result, arrays["user_id"][order], figures_of(result), values, at_k)
 
     @property
     def seed(self) -> int:

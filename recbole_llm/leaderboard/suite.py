@@ -18,6 +18,8 @@ from recbole.evaluator import smaller_metrics
 from recbole_llm.compat import known_datasets
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.leaderboard.choice import choices_of, label
+from recbole_llm.leaderboard.curve import check_curve
 from recbole_llm.leaderboard.paper import check_paper
 from recbole_llm.schema import properties_dir, read_yaml
 from recbole_llm.training.pipeline import code_mark
@@ -31,6 +33,9 @@ _MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from", "metri
 
 # Bytes of a cell's place in the names of its files.
 LONGEST = 160
+
+# What a row says of itself beside its model's settings.
+ROW_WORDS = ("run_memory", "against", "choose")
 
 # What the suite gives every cell.
 PLACED = {
@@ -50,7 +55,9 @@ class Suite:
     Attributes:
         title: of its tables and page.
         datasets: names.
-        rows: row name to settings, ``model`` among them; ``run_memory``, where it stands, is the row's own.
+        rows: row name to settings, ``model`` among them. Not settings but the row's own are ``run_memory``, ``against``
+            (a row that it is tested against, in a family of tests of its own) and ``choose`` (settings with the values
+            among which the best on valid is taken, see :mod:`recbole_llm.leaderboard.choice`).
         columns: column name to settings; one without any settings when the file varies nothing.
         protocols: name to settings, e.g. ``{ratio: {eval_args: {...}}}``.
         seeds: one run each.
@@ -60,6 +67,7 @@ class Suite:
         settings: of every cell. Above them stand the protocol's, the column's, the row's, and the command line's.
         run_memory: GiB that a run is taken to need before one of its row has been measured.
         paper: figures of a paper to set beside the rows, see :mod:`recbole_llm.leaderboard.paper`.
+        curve: the setting over which metrics are drawn, see :mod:`recbole_llm.leaderboard.curve`.
     """
 
     title: str
@@ -74,6 +82,7 @@ class Suite:
     settings: Mapping[str, Any]
     run_memory: float
     paper: Mapping[str, Any]
+    curve: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Cell:
         settings: what it is run with, ``model`` among them.
         parts: models that it trains first, as rows of their own may.
         mark: hash of all that its figures depend on.
+        choice: of the settings, those that are chosen on valid; empty where the row leaves nothing open.
     """
 
     dataset: str
@@ -95,9 +105,10 @@ class Cell:
     settings: Mapping[str, Any] = field(hash=False)
     parts: tuple[str, ...] = ()
     mark: str = ""
+    choice: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        where = (self.dataset, self.protocol, self.column, self.row, f"seed {self.seed}")
+        where = (self.dataset, self.protocol, self.column, self.row, label(self.choice), f"seed {self.seed}")
         return ", ".join(part for part in where if part)
 
     @property
@@ -164,6 +175,7 @@ def suite_of(content: Mapping[str, Any], path: str) -> Suite:
         settings=_varied(path, "settings", {"": content.get("settings") or {}})[""],
         run_memory=positive(path, "run_memory", content.get("run_memory", 2.0)),
         paper=content.get("paper") or {},
+        curve=check_curve(path, content.get("curve")),
     )
 
 
@@ -177,6 +189,7 @@ def _rows(path: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}: rows.{row}.model should be a name, but is {settings['model']!r}")
         positive(path, f"rows.{row}.run_memory", settings.get("run_memory", 1))
         _leave_to_suite(f"{path}: rows.{row}", settings)
+        _check_words(path, row, rows)
     for key in ("reference", "baselines"):
         for row in _words(path, key, content.get(key)):
             if row not in rows:
@@ -184,6 +197,20 @@ def _rows(path: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if content.get("paper"):
         check_paper(path, content["paper"], rows)
     return rows
+
+
+def _check_words(path: str, row: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """See that what a row says beside its settings can be done."""
+    settings = rows[row]
+    for choice in choices_of(f"{path}: rows.{row}.choose", settings.get("choose"))[:1]:
+        _leave_to_suite(f"{path}: rows.{row}.choose", choice)
+        for key in choice:
+            if key in settings:
+                raise UserError(f"{path}: rows.{row} has {key} and chooses it too; take one of them")
+    base = settings.get("against")
+    if base is not None and (str(base) not in rows or str(base) == row):
+        near = did_you_mean(str(base), rows) if str(base) not in rows else ""
+        raise UserError(f"{path}: rows.{row}.against should be another row, but is {base!r}{near}")
 
 
 def _words(path: str, key: str, value: Any) -> tuple[str, ...]:
@@ -232,9 +259,15 @@ def cells_of(suite: Suite) -> Iterator[Cell]:
             for protocol, shared in suite.protocols.items():
                 for column, varied in suite.columns.items():
                     for row, own in suite.rows.items():
-                        own = {key: value for key, value in own.items() if key != "run_memory"}
-                        settings = {**QUIET, **suite.settings, **shared, **varied, **own, "seed": seed}
-                        yield Cell(dataset, protocol, column, row, seed, settings)
+                        settings = {**QUIET, **suite.settings, **shared, **varied, **settings_of(own), "seed": seed}
+                        for choice in choices_of(row, own.get("choose")):
+                            place = (dataset, protocol, column, row, seed)
+                            yield Cell(*place, settings=settings | choice, choice=choice)
+
+
+def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of a suite gives its runs, ``model`` among it."""
+    return {key: value for key, value in row.items() if key not in ROW_WORDS}
 
 
 def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[str]:
@@ -269,6 +302,8 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         model = settings.pop("model")
         try:
             given = arguments_of(cell, command_line, of_row)
+            for key in {argument.partition("=")[0].removeprefix("--") for argument in given} & set(cell.choice):
+                raise UserError(f"{key} is chosen on valid; leave --{key} out, or take it from the row's choose")
             config = Config(model, cell.dataset, config_dict=settings, command_line=given)
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.disk import write_whole
+from recbole_llm.leaderboard.choice import label
 from recbole_llm.leaderboard.markdown import markdown
 from recbole_llm.leaderboard.words import (
     UNKNOWN,
+    agreement,
     amount,
     chosen,
     comparators,
     judged,
     left_out,
+    own_bases,
+    pairs,
     reasons,
     seconds,
+    settled,
     title_of,
     unshared,
     value,
@@ -36,7 +41,8 @@ COSTS = ("seconds", "peak_memory_mb", "parameters", "trainable", "tokens", "user
 CSV_COLUMNS = (
     "dataset", "protocol", "column", "row", "model", "kind", "baseline", "seeds", "metric", "mean", "low", "high",
     "std", "valid", "bold", "best_baseline", *(f"best_baseline_{name}" for name in TESTED), "reference",
-    *(f"reference_{name}" for name in TESTED), "tests", *COSTS, "failed", "refused", "split",
+    *(f"reference_{name}" for name in TESTED), "tests", "own_base", *(f"own_base_{name}" for name in TESTED), "pairs",
+    "choice", *COSTS, "failed", "refused", "split",
 )  # fmt: skip
 
 
@@ -84,10 +90,14 @@ def csv_text(board: Mapping[str, Any]) -> str:
 
 def _csv_of_row(table: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{key: table[key] for key in ("dataset", "protocol", "column", "best_baseline", "reference", "tests")},
+        **{
+            key: table[key] for key in ("dataset", "protocol", "column", "best_baseline", "reference", "tests", "pairs")
+        },
         **{key: row[key] for key in ("model", "kind", "baseline")},
         **row["cost"],
         "row": row["name"],
+        "own_base": row["against"],
+        "choice": label((row["choice"] or {}).get("values") or {}),
         "seeds": " ".join(map(str, row["seeds"])),
         "failed": "; ".join(reasons(row["failed"])),
         "refused": "; ".join(reasons(row["refused"])),
@@ -100,6 +110,7 @@ def _csv_of_figure(table: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[
     for other in ("best_baseline", "reference"):
         for name, content in figure["against"].get(table[other], {}).items():
             line[f"{other}_{name}"] = content
+    line |= {f"own_base_{name}": figure["own"][name] for name in TESTED if figure["own"]}
     return line
 
 
@@ -150,13 +161,17 @@ def _figures(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[list[st
     for other, what in comparators(table).items():
         head = "vs base" if "baseline" in what else "vs ref"
         columns.append([head, *(_mark(figure, other) for figure in figures)])
+    if pairs(table):
+        own = [figure["own"] if figure else None for figure in figures]
+        columns.append(["vs own", *((test["mark"] or "=") if test else "" for test in own)])
     return columns
 
 
 def _legend(board: Mapping[str, Any], table: Mapping[str, Any], unseen: Sequence[str], tty: bool) -> list[str]:
     others = comparators(table)
     bold = "bold" if tty else "*"
-    lines = [judged(table), *unshared(table), chosen(board, table)]
+    lines = [judged(table), *unshared(table), chosen(board, table), *own_bases(board, table), *settled(table)]
+    lines += agreement(table)
     if others:
         standard = next(iter(others))
         lines.append(f"{bold}: significantly above {standard} (for {standard}: above every other row)")
@@ -169,11 +184,19 @@ def _legend(board: Mapping[str, Any], table: Mapping[str, Any], unseen: Sequence
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Names cut to the column's width, at the end or, where that makes two alike, at the front."""
+    """Names cut to the column's width: at the end or, where that makes two alike, at the front or in the middle."""
     room = NAME_WIDTH - 1
-    heads = [name if len(name) <= NAME_WIDTH else f"{name[:room]}…" for name in names]
-    tails = [name if len(name) <= NAME_WIDTH else f"…{name[-room:]}" for name in names]
-    return [head if heads.count(head) == 1 else tail for head, tail in zip(heads, tails, strict=True)]
+    half = room // 2
+    cuts = [
+        [name if len(name) <= NAME_WIDTH else cut for name, cut in zip(names, shorter, strict=True)]
+        for shorter in (
+            [f"{name[:room]}…" for name in names],
+            [f"…{name[-room:]}" for name in names],
+            [f"{name[:half]}…{name[half - room :]}" for name in names],
+        )
+    ]
+    # A whole name, where there is no other way.
+    return [next((cut[place] for cut in cuts if cut.count(cut[place]) == 1), name) for place, name in enumerate(names)]
 
 
 def _starred(figure: Mapping[str, Any] | None) -> str:

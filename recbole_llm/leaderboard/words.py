@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recbole_llm.evaluation.consistency import is_consistency
+from recbole_llm.leaderboard.choice import sentence
+
 UNKNOWN = "-"
 
 
@@ -53,6 +56,43 @@ def comparators(table: Mapping[str, Any]) -> dict[str, str]:
         if name is not None:
             found[name] = f"{found[name]} and {what}" if name in found else what
     return found
+
+
+def pairs(table: Mapping[str, Any]) -> bool:
+    """Whether rows are tested against bases of their own."""
+    return any(row.get("against") for row in table["rows"])
+
+
+def own_bases(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """How many rows are above their own base, and how these tests were corrected."""
+    tests = [
+        figure["own"] for row in table["rows"] if (figure := row["metrics"].get(board["metric"])) and figure["own"]
+    ]
+    if not tests:
+        return []
+    signs = [(test["difference"] > 0) - (test["difference"] < 0) for test in tests]
+    above, below = signs.count(1), signs.count(-1)
+    marks = [test["mark"] for test in tests]
+    return [
+        f"Against its own base: {above} of {len(tests)} rows are above it, {marks.count('+')} significantly; {below} "
+        f"below, {marks.count('-')} significantly. Paired t-tests over users, seeds averaged first; Holm's correction "
+        f"over these {len(tests)} a metric, a family of their own, alpha {board['alpha']:g}."
+    ]
+
+
+def settled(table: Mapping[str, Any]) -> list[str]:
+    """What was chosen on valid for which row, among which values."""
+    return [f"Chosen: {sentence(row['name'], row['choice'], value)}" for row in table["rows"] if row["choice"]]
+
+
+def agreement(table: Mapping[str, Any]) -> list[str]:
+    """What consistency means, where a row has it."""
+    if not any(is_consistency(metric) for row in table["rows"] for metric in row["metrics"]):
+        return []
+    return [
+        "consistency@K: the share of a row's first K that its own teacher has among its first K, the mean over users. "
+        "It says nothing of whether either is right, so it is not tested."
+    ]
 
 
 def reasons(runs: Sequence[Mapping[str, Any]]) -> list[str]:

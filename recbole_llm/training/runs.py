@@ -193,9 +193,12 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         result["item_text"] |= {"dropped": text.dropped, "shuffled": text.shuffled}
     agreement = _consistency(fitted, measured)
     if agreement:
-        result["consistency"] = agreement
+        result["consistency"] = {
+            part: {name: float(values.mean()) for name, values in found.items()} for part, found in agreement.items()
+        }
     arrays: dict[str, Any] = dict(measured.per_user)
     if arrays:
+        arrays |= {f"{part}.{name}": values for part, found in agreement.items() for name, values in found.items()}
         arrays["user_id"] = fitted.dataset.field2id_token[fitted.dataset.uid_field][measured.users]
     rankings = Rankings.of(measured, fitted.test_data, fitted.dataset) if split and test_users else None
     if processes.is_main():
@@ -208,8 +211,11 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     return result | {"result_file": str(folder / "result.json")}
 
 
-def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, float]]:
-    """How far a run's test rankings agree with those of what it learned from or was guided by, by their config keys."""
+def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndarray]]:
+    """How far a run's test rankings agree with those of what it learned from or was guided by, by their config keys.
+
+    Each measure is float64 [U].
+    """
     found = {}
     for part in fitted.parts:
         if part not in (*getattr(fitted.model, "teachers", ()), *getattr(fitted.model, "guides", ())):
@@ -221,7 +227,7 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, float]]
         # Under eval_unit: row only a sequential recommender ranks rows; a part may have a topk of its own.
         if np.array_equal(theirs.users, measured.users) and theirs.items.shape == measured.items.shape:
             found[part] = consistency(measured.items, theirs.items, fitted.config["topk"])
-            told = ", ".join(f"{name} {value:.4f}" for name, value in found[part].items())
+            told = ", ".join(f"{name} {values.mean():.4f}" for name, values in found[part].items())
             logger.info("agreement with %s (%s): %s", fitted.config[part], part, told)
     return found
 

@@ -148,6 +148,57 @@ function drawCost(plot, points, labels) {
   }, `${labels.y} of every model against ${labels.x}`);
 }
 
+/** A metric over a setting, a line for rows that differ in nothing else; means with intervals, seeds as small marks. */
+function drawCurve(plot, curve, metric) {
+  const gap = (value, end) => Math.abs((value[end] ?? value.mean) - value.mean);
+  const traces = curve.lines.flatMap((line, place) => {
+    const at = line.points.filter((point) => point.metrics[metric]);
+    const values = at.map((point) => point.metrics[metric]);
+    const seeds = at.flatMap((point) => point.metrics[metric].seeds.map((value) => [point.at, value]));
+    const style = rowStyle({ place, kind: "language" });
+    const means = {
+      type: "scatter",
+      mode: "lines+markers",
+      name: plain(line.name),
+      legendgroup: String(place),
+      x: at.map((point) => point.at),
+      y: values.map((value) => value.mean),
+      customdata: at.map((point) => [plain(point.row), point.value]),
+      line: { color: style.color, width: 2 },
+      // What valid would choose is large and open.
+      marker: {
+        symbol: at.map((point) => style.symbol + (point.best ? "-open" : "")),
+        size: at.map((point) => (point.best ? 15 : 8)),
+        line: { width: 2 },
+      },
+      error_y: {
+        type: "data", symmetric: false, thickness: 1, width: 3, color: style.color,
+        array: values.map((value) => gap(value, "high")), arrayminus: values.map((value) => gap(value, "low")),
+      },
+      hovertemplate: `<b>%{customdata[0]}</b><br>${plain(curve.setting)} %{customdata[1]}: %{y:.4f}<extra></extra>`,
+    };
+    if (seeds.length === at.length) return [means];
+    return [means, {
+      type: "scatter",
+      mode: "markers",
+      legendgroup: String(place),
+      showlegend: false,
+      x: seeds.map((seed) => seed[0]),
+      y: seeds.map((seed) => seed[1]),
+      marker: { color: style.color, size: 4, opacity: 0.5 },
+      hoverinfo: "skip",
+    }];
+  });
+  draw(plot, traces, {
+    xaxis: {
+      title: { text: plain(curve.setting) + (curve.scaled ? ", on a scale that grows like a logarithm" : "") },
+      tickvals: curve.ticks.map((tick) => tick.at),
+      ticktext: curve.ticks.map((tick) => String(tick.value)),
+    },
+    yaxis: { title: { text: plain(title(metric)) } },
+  }, `${title(metric)} of every line by ${curve.setting}`);
+}
+
 function drawDepth(plot, rows, measure, label) {
   const traces = rows.filter((row) => row.at_k[measure]).map((row) => {
     const style = rowStyle(row);

@@ -82,6 +82,14 @@ function bestWords(one) {
   const valid = figure(measured(best, board.metric)?.valid);
   return `${best.name}: of the baselines the highest ${title(board.metric)} on valid (${valid}); chosen without a look at test`;
 }
+const settingWords = (values) => Object.entries(values).map(([key, value]) =>
+  `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
+function choiceWords(row) {
+  const { values, metric, seed, tried } = row.choice;
+  const each = tried.map((one) => `${settingWords(one.values)}: ${unknown(one.valid) ? one.reason : figure(one.valid)}`);
+  return `${row.name}: ${values ? settingWords(values) : "nothing"}, by ${title(metric)} on valid with seed ${seed} alone, `
+    + `without a look at test (${each.join("; ")})`;
+}
 function facts(one) {
   const split = one.split ?? {}, mark = split.fingerprint;
   const sizes = ["train", "valid", "test"].filter((phase) => !unknown(split[phase]));
@@ -98,6 +106,7 @@ function facts(one) {
     ["Seeds", seeds.join(", ") || "none"],
     ["Split's fingerprint", mark ? make("code", { title: mark }, `${mark.slice(0, 16)}…`) : "none"],
     ["Best baseline", bestWords(one), "wide"],
+    ...one.rows.filter((row) => row.choice).map((row) => ["Chosen on valid", choiceWords(row), "wide"]),
     one.reference && one.reference !== one.best_baseline ? ["Also compared with", one.reference, "wide"] : null,
     unlike(one) ? ["Not alike in all rows", unlike(one), "wide"] : null,
     split.protocol ? ["Protocol in full", make("code", {}, JSON.stringify(split.protocol)), "wide"] : null,
@@ -145,8 +154,13 @@ function meanCell(row, metric, range) {
   return [...cell, small(`${figure(value.low)} to ${figure(value.high)}`), whisker(value, range, row.kind)];
 }
 function againstCell(row, name) {
-  if (row.name === name) return small("itself");
-  const against = measured(row)?.against?.[name];
+  return row.name === name ? small("itself") : testCell(measured(row)?.against?.[name], name);
+}
+function ownCell(row) {
+  const own = measured(row)?.own;
+  return own ? [...testCell(own, own.row), small(own.row)] : "–";
+}
+function testCell(against, name) {
   if (!against) return "–";
   const effect = unknown(against.effect) ? "–" : against.effect.toFixed(2);
   const words = `95 % interval of the difference ${signed(against.low)} to ${signed(against.high)}; Cohen's d ${effect}; `
@@ -189,6 +203,12 @@ function detailColumns() {
     by: (row) => measured(row)?.against?.[other]?.difference,
     show: (row) => againstCell(row, other),
   }));
+  if (table().rows.some((row) => row.against)) against.push({
+    key: "own",
+    label: "Against its own base, adjusted p",
+    by: (row) => measured(row)?.own?.difference,
+    show: ownCell,
+  });
   const told = Object.keys(COSTS).filter((key) => withFigures().some((row) => !unknown(row.cost?.[key])));
   const costs = told.map((key) => ({
     key,
@@ -232,11 +252,21 @@ function statusWords(shownRows, column) {
   const order = column.key === "name" ? (state.down ? "from Z to A" : "from A to Z") : `${state.down ? "highest" : "lowest"} first`;
   return `${shownRows} of ${several(withFigures().length, "row")}, sorted by ${column.label}, ${order}.`;
 }
+/** How many rows are above their own base; a family of tests of its own. */
+function ownWords() {
+  const tests = withFigures().map((row) => measured(row)?.own).filter(Boolean);
+  if (!tests.length) return "";
+  const up = tests.filter((test) => test.mark === "+").length, above = tests.filter((test) => test.difference > 0).length;
+  return ` Against its own base: ${above} of ${several(tests.length, "row")} above it, ${up} significantly, after Holm's correction `
+    + `over these ${tests.length} alone.`;
+}
 function legendWords(one) {
   const best = judge(one);
-  if (!best) return "No row to test against, so nothing is bold.";
+  if (state.metric.startsWith("consistency@")) return "The share of a row's first items that its own teacher has among its first; "
+    + "it says nothing of whether either is right, so it is not tested.";
+  if (!best) return `No row to test against, so nothing is bold.${ownWords()}`;
   return `Bold: significantly better than ${best} (for ${best} itself: than every other row). ▲ better, ▼ worse than ${best} at `
-    + `${board.alpha} after Holm's correction over ${several(one.tests, "test")}; the rest may be chance.`;
+    + `${board.alpha} after Holm's correction over ${several(one.tests, "test")}; the rest may be chance.${ownWords()}`;
 }
 /** A line a reason: the seeds that failed of it stand together. */
 function reasonLines(row, key) {
@@ -288,6 +318,16 @@ function renderCost() {
   const side = state.cost === "users_per_second" ? "right is faster" : "left is cheaper";
   $("cost-words").textContent = `Up is better; ${side}. Bars are 95 % intervals; point at a mark for its figures.`;
   $("cost-note").textContent = rest.length ? `Not on this scale, as the cost is none or unknown: ${rest.join(", ")}.` : "";
+}
+function renderCurve() {
+  const { curve } = table();
+  $("curve-title").textContent = `Metrics over ${curve.setting}`;
+  $("curve-words").textContent = `Rows of a line differ in ${curve.setting} alone. Bars are 95 % intervals of the mean over users, small dots `
+    + `the seeds; the large open mark is what has the highest ${title(curve.metric)} on valid.`;
+  const figures = curve.metrics.map((metric) => make("figure", {}, make("h3", {}, title(metric)),
+    make("div", { class: "plot", role: "img" })));
+  fill($("curve-plots"), figures);
+  figures.forEach((one, place) => drawCurve(one.querySelector(".plot"), curve, curve.metrics[place]));
 }
 function renderDepth() {
   const measures = [...new Set(withFigures().flatMap((row) => Object.keys(row.at_k)))];
@@ -348,10 +388,11 @@ function renderUsers() {
 }
 
 // --- the page ------------------------------------------------------------------------------------------------------
-/** Sections that a table may lack: is it there, how is it drawn, what to say if not. */
+/** Sections that a table may lack: is it there, how is it drawn, what to say if not (null: nothing). */
 const SECTIONS = {
   paper: [() => table().paper, renderPaper, "a paper's figures"],
   cost: [() => shownCosts().length, renderCost, "quality against cost"],
+  curve: [() => table().curve, renderCurve, null], // most boards ask for none
   depth: [() => withFigures().some((row) => Object.keys(row.at_k).length), renderDepth, "curves over K"],
   groups: [() => table().breakdowns.length, renderGroups, "breakdowns"],
   training: [() => withFigures().some((row) => row.curves.length), renderTraining, "training curves"],
@@ -364,7 +405,7 @@ function renderSections() {
   for (const [id, [there, render, words]] of Object.entries(SECTIONS)) {
     $(id).hidden = !there();
     if (there()) render();
-    else absent.push(words);
+    else if (words) absent.push(words);
   }
   $("left-out").textContent = absent.length ? `There is nothing to show here of: ${absent.join(", ")}.` : "";
 }

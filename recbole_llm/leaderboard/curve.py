@@ -1,0 +1,151 @@
+"""Metrics over one numeric setting, a line for rows that differ in nothing else: what a sweep shows at one look."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.evaluation.consistency import figures_of
+from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_curves
+from recbole_llm.leaderboard.words import title_of
+from recbole_llm.training.run_files import read_result
+
+_KEYS = ("setting", "metrics")
+# Values further apart than this have a scale that grows like a logarithm.
+FAR = 20.0
+
+
+def check_curve(path: str, curve: Any) -> dict[str, Any]:
+    """See that a suite's ``curve`` can be read.
+
+    Args:
+        path: of the suite, for errors.
+        curve: ``setting``, and ``metrics``, those to draw, a panel each; or ``None``.
+
+    Raises:
+        UserError: a key is unknown, missing or of the wrong kind.
+    """
+    if curve is None:
+        return {}
+    if not isinstance(curve, Mapping):
+        raise UserError(f"{path}: curve should read `{{setting: alpha, metrics: [NDCG@10]}}`, but is {curve!r}")
+    for key in curve:
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key 'curve.{key}'{did_you_mean(str(key), _KEYS)}")
+    metrics = curve.get("metrics")
+    if not isinstance(curve.get("setting"), str):
+        raise UserError(f"{path}: curve.setting should be the name of a setting, but is {curve.get('setting')!r}")
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise UserError(f"{path}: curve.metrics should be a list of metrics, but is {metrics!r}")
+    return dict(curve)
+
+
+def curve_of(table: Mapping[str, Any], setting: str, metrics: Sequence[str], metric: str) -> dict[str, Any] | None:
+    """The lines of one table.
+
+    Rows are on one line if they have one model and their own settings differ in ``setting`` alone. A row whose settings
+    were chosen on valid is on none: it would stand where the one that it chose stands.
+
+    Args:
+        table: from :func:`recbole_llm.leaderboard.assemble.table_of`.
+        setting: a number in the rows' runs.
+        metrics: those to show.
+        metric: by which a line's best point on valid is marked.
+
+    Returns:
+        ``setting``, ``metrics``, ``lines`` (``name`` and ``points``: ``value``, ``at``, ``row``, ``best``, and by
+        metric ``mean``, ``low``, ``high`` and ``seeds``, each seed's own mean), ``ticks`` (``value`` and where it
+        stands, ``at``) and ``scaled`` (whether the places are the inverse hyperbolic sine of the values); ``picture``
+        is for :func:`write_curves`. ``None`` where no two rows differ in the setting.
+    """
+    metrics = [name.lower() for name in metrics]
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in table["rows"]:
+        point = _point(row, setting, metrics)
+        if point is not None and not row.get("choice"):
+            rest = {key: value for key, value in row["settings"].items() if key != setting}
+            grouped.setdefault(json.dumps([row["model"], rest], sort_keys=True), []).append(point)
+    lines = [sorted(points, key=lambda point: point["value"]) for points in grouped.values()]
+    lines = [points for points in lines if len({point["value"] for point in points}) > 1]
+    if not lines:
+        return None
+    values = sorted({point["value"] for points in lines for point in points})
+    places, scaled = _places(values)
+    valid = {row["name"]: row["metrics"].get(metric.lower(), {}).get("valid") for row in table["rows"]}
+    for points in lines:
+        known = [point for point in points if valid[point["row"]] is not None]
+        best = max(known, key=lambda point: valid[point["row"]], default=None)
+        for point in points:
+            point |= {"at": places[point["value"]], "best": point is best}
+    return {
+        "setting": setting,
+        "metrics": [name for name in metrics if any(name in point["metrics"] for line in lines for point in line)],
+        "metric": metric.lower(),
+        "lines": [{"name": _name([point["row"] for point in points], setting), "points": points} for points in lines],
+        "ticks": [{"value": value, "at": places[value]} for value in values],
+        "scaled": scaled,
+        "picture": None,
+    }
+
+
+def _point(row: Mapping[str, Any], setting: str, metrics: Sequence[str]) -> dict[str, Any] | None:
+    results = [read_result(run) for run in row["runs"]]
+    values = {json.dumps(result.get("config", {}).get(setting)) for result in results}
+    value = json.loads(values.pop()) if len(values) == 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    found = {}
+    for name in metrics:
+        if name in row["metrics"]:
+            seeds = [figures_of(result)[name] for result in results]
+            found[name] = {key: row["metrics"][name][key] for key in ("mean", "low", "high")} | {"seeds": seeds}
+    return {"value": value, "row": row["name"], "metrics": found} if found else None
+
+
+def _places(values: Sequence[float]) -> tuple[dict[float, float], bool]:
+    """Where values stand on an axis: as they are, or, where they are far apart, closer the larger they are."""
+    sizes = [abs(value) for value in values if value]
+    if max(sizes) <= FAR * min(sizes):
+        return {value: float(value) for value in values}, False
+    # Zero has its place, which a logarithm would not give it.
+    return {value: math.asinh(value / min(sizes)) for value in values}, True
+
+
+def _name(rows: Sequence[str], setting: str) -> str:
+    """What the names of a line's rows have in common, without the setting's name and what stands around it."""
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*rows, strict=False))
+    shared = "".join(letters[0] for letters in alike)
+    shared = re.sub(rf"[\s,.:;=(\[\d]*(\b{re.escape(setting)}[\s=:.\d]*)?$", "", shared)
+    return f"{shared})" if shared.count("(") > shared.count(")") else shared or rows[0]
+
+
+def write_curves(tables: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+    """Draw the tables' curves, a PNG each, and note the files' names in them.
+
+    Args:
+        tables: those with ``curve``.
+        folder: where they go; made if need be.
+
+    Returns:
+        Lines that say where they are, or why there are none.
+    """
+    lines = []
+    for table in tables:
+        curve = table["curve"]
+        if curve is None:
+            continue
+        if not can_draw():
+            return [f"picture     none: {MISSING_PLOTS}"]
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = re.sub(r"[^\w.+-]", "-", f"{curve['setting']} {title_of(table)}")
+        path = folder / f"curve-{plain}.png"
+        draw_curves(curve, f"{', '.join(curve['metrics'])} over {curve['setting']}, {title_of(table)}", path)
+        curve["picture"] = path.name
+        lines.append(f"picture     {path}")
+    return lines
