@@ -384,6 +384,7 @@ def test_a_run_is_loaded_and_recommends_as_it_was_measured(
         ("LLaRA", "embedding_model=GLTA", ["embedding_model should be a recommender with item embeddings"]),
         ("LLaRA", "prompts=tca4rec", ["needs a file that says under 'shown'"]),
         ("LLaRA", "prompts=collm", ["LLaRA tells of no user", "{user}"]),
+        ("TALLRec", "prompts=collm", ["TALLRec tells of no user", "{user}"]),
         ("CoLLM", "prompts=llara", ["CoLLM tells of the user in every template"]),
         ("CoLLM", "text_prompts=collm", ["text_prompts: prompts without vectors have no {user}"]),
         ("CoLLM", "text_prompts=~", ["text_prompts: prompts without vectors have no {user}"]),

@@ -80,6 +80,8 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     _lm_ids: Tensor
     # Which of the prompts of inference is asked.
     asked_with = 0
+    # Whether prompts hold a vector of the user.
+    tells_user = False
     # Batches that the training will have; its trainer tells.
     batches_planned = 0
 
@@ -98,6 +100,12 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         # Asked with all its templates, whether or not it is trained.
         asked = [known_tasks()[SEQUENTIAL]] if config["inference_prompts"] == "all" else []
         self.templates = templates_of(config, list(dict.fromkeys([*self.tasks, *asked])))
+        told = [USER in wording.places for wordings in self.templates.tasks.values() for wording in wordings]
+        if any(told) > self.tells_user or self.tells_user > all(told):
+            raise UserError(
+                f"prompts: {config['model']} tells of {'the user in every template' if self.tells_user else 'no user'} "
+                f"({{{USER}}} in '{config['prompts']}')"
+            )
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._moments = torch.arange(len(self._train_items))
         self._search: tuple[Tensor, BeamSearch] | None = None

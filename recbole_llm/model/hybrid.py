@@ -51,7 +51,6 @@ class HybridRecommender(TitleRecommender):
     parts: tuple[str, ...] = ("embedding_model", *GenerativeRecommender.guides)
     item_parts = ("embedding_model",)
     vectors_of = "embedding_model"
-    tells_user = False
 
     projected: ProjectedTokens
     users: Users | None = None
@@ -64,13 +63,6 @@ class HybridRecommender(TitleRecommender):
         self.text_templates = templates_of({**own, "prompts": config["text_prompts"] or config["prompts"]}, self.tasks)
         if self.templates.shown is None or self.text_templates.shown is None:
             raise UserError(f"prompts: {config['model']} needs a file that says under 'shown' how an item is shown")
-        asked = [wording for wordings in self.templates.tasks.values() for wording in wordings]
-        told = [USER in wording.places for wording in asked]
-        if any(told) > self.tells_user or self.tells_user > all(told):
-            raise UserError(
-                f"prompts: {config['model']} tells of {'the user in every template' if self.tells_user else 'no user'} "
-                f"({{{USER}}} in '{config['prompts']}')"
-            )
         if any(USER in wording.places for wordings in self.text_templates.tasks.values() for wording in wordings):
             raise UserError(f"text_prompts: prompts without vectors have no {{{USER}}}; name a file without")
 
