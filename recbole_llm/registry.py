@@ -5,6 +5,7 @@ Nothing is imported before a model is asked for, so listing names costs no torch
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -118,12 +119,18 @@ def _recbole_entries() -> dict[str, Entry]:
     return entries
 
 
+@functools.cache
+def _points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    """What other packages register, read once: that opens a file of every installed package."""
+    return tuple(importlib.metadata.entry_points(group=ENTRY_POINT))
+
+
 def entries() -> dict[str, Entry]:
     """Every registered model by name: ours, other packages' (entry points ``recbole_llm.models``), RecBole's."""
     found = _recbole_entries()
     for entry in (*_FAST, *_OURS):
         found[entry.name] = entry
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT):
+    for point in _points():
         if point.name not in found:
             found[point.name] = Entry(point.name, point.value.partition(":")[0], "external")
     return found

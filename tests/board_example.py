@@ -44,7 +44,7 @@ def board() -> dict[str, Any]:
         "commit": "6f03ffb1c2a94b0b6e0f1d2c3b4a5968778695a4",
         "made": "2026-11-21T06:00:00+00:00",
         "versions": {"recbole_llm": "0.1.0", "recbole": "1.2.1", "torch": "2.13.0+cpu"},
-        "metrics": METRICS,
+        "metrics": [*METRICS, "consistency@10"],
         "metric": "ndcg@10",
         "alpha": 0.05,
         "tables": [_full_table(rng), _paper_table(rng)],
@@ -53,6 +53,7 @@ def board() -> dict[str, Any]:
 
 def _full_table(rng: random.Random) -> dict[str, Any]:
     rows = [_row(rng, *made) for made in MADE]
+    _with_base(rng, rows)
     rows[3]["failed"] = [{"seed": 2022, "reason": "the machine went down"}]
     rows[3]["seeds"] = [2020, 2021]
     rows.append(_without_figures(FAILED[0], "EASE", "general", failed=[{"seed": None, "reason": FAILED[1]}]))
@@ -64,8 +65,43 @@ def _full_table(rng: random.Random) -> dict[str, Any]:
         "rows": rows,
         "breakdowns": [_breakdown(rng, *key, labels) for key, labels in GROUPS.items()],
         "users": [_user(rng, number) for number in range(6)],
+        "curve": _curve_over_alpha(rng),
         "paper": None,
     }
+
+
+def _with_base(rng: random.Random, rows: list[dict[str, Any]]) -> None:
+    """A row has a base of its own and a setting that was chosen on valid, and agrees with a teacher."""
+    row = rows[1]
+    tried = [{"values": {"alpha": alpha}, "valid": 0.08 + alpha / 100, "reason": ""} for alpha in (0.05, 0.3)]
+    tried.append({"values": {"alpha": 0.9}, "valid": None, "reason": "<b>the loss</b> is no number"})
+    row |= {"against": "GLTA", "choice": {"values": {"alpha": 0.3}, "metric": "ndcg@10", "seed": 2020, "tried": tried}}
+    for metric in METRICS:
+        figures = [one["metrics"][metric]["mean"] for one in rows[:2]]
+        row["metrics"][metric]["own"] = {"row": "GLTA", **_against(rng, figures[1], figures[0])}
+    agreement = {"mean": 0.31, "low": 0.29, "high": 0.33, "std": 0.01, "valid": None, "bold": False, "against": {}}
+    row["metrics"]["consistency@10"] = agreement | {"own": None}
+
+
+def _curve_over_alpha(rng: random.Random) -> dict[str, Any]:
+    values = {0.0: 0.0, 0.05: 1.1, 1.0: 3.7}
+    lines = []
+    for name in ("BPR teaches", NAMED_SO):
+        points = []
+        for value, at in values.items():
+            seeds = [0.08 + rng.uniform(0, 0.02) for _ in range(3)]
+            figure = {"mean": sum(seeds) / 3, "low": 0.07, "high": 0.11, "seeds": seeds}
+            metrics = (
+                {"ndcg@10": figure, "consistency@10": figure} if value or name != NAMED_SO else {"ndcg@10": figure}
+            )
+            points.append(
+                {"value": value, "at": at, "row": f"{name}, {value:g}", "best": value == 0.05, "metrics": metrics}
+            )
+        lines.append({"name": name, "points": points})
+    return {
+        "setting": "alpha", "metrics": ["ndcg@10", "consistency@10"], "metric": "ndcg@10", "lines": lines,
+        "ticks": [{"value": value, "at": at} for value, at in values.items()], "scaled": True, "picture": "curve.png",
+    }  # fmt: skip
 
 
 def _paper_table(rng: random.Random) -> dict[str, Any]:

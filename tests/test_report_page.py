@@ -240,7 +240,9 @@ def test_every_metric_in_one_table(driver: Chrome) -> None:
 
 
 def test_charts_are_drawn(driver: Chrome) -> None:
-    until(driver, lambda: driver.execute_script(DRAWN) == 4 + len(board()["tables"][0]["breakdowns"]))
+    shown = board()["tables"][0]
+    charts = 4 + len(shown["breakdowns"]) + len(shown["curve"]["metrics"])
+    until(driver, lambda: driver.execute_script(DRAWN) == charts)
     # Baselines and language models differ by shape and by colour.
     drawn_points = driver.execute_script(SYMBOLS)
     assert len(drawn_points) == 3
@@ -251,6 +253,48 @@ def test_charts_are_drawn(driver: Chrome) -> None:
     Select(driver.find_element(By.ID, "cost-choice")).select_by_visible_text("Trainable parameters")
     note = driver.find_element(By.ID, "cost-note")
     until(driver, lambda: "ItemKNN, Pop" in note.text)
+
+
+def test_metrics_over_a_setting_are_drawn_line_by_line(driver: Chrome) -> None:
+    curve = board()["tables"][0]["curve"]
+    figures = "#curve-plots figure"
+    until(driver, lambda: len(driver.find_elements(By.CSS_SELECTOR, f"{figures} .main-svg .trace")) >= 8)
+    assert cells(driver, f"{figures} h3") == ["NDCG@10", "Consistency@10"]
+    assert "alpha" in driver.find_element(By.ID, "curve-title").text
+    first = f"{figures}:first-child"
+    assert cells(driver, f"{first} .legendtext") == [line["name"] for line in curve["lines"]]
+    assert cells(driver, f"{first} .xtick text") == ["0", "0.05", "1"]
+    # Of every line its means, and each seed's own.
+    counts = driver.execute_script(
+        f"return {ALL}('{first} .trace')].map((one) => one.querySelectorAll('.point').length)"
+    )
+    assert counts == [3, 9, 3, 9]
+    # One row does not agree with any teacher.
+    second = driver.execute_script(f"return document.querySelectorAll('{figures}')[1].querySelector('.plot').data")
+    assert [len(trace["x"]) for trace in second] == [3, 9, 2, 6]
+
+
+def test_a_row_is_shown_beside_its_own_base_and_with_what_was_chosen_for_it(driver: Chrome) -> None:
+    row = board()["tables"][0]["rows"][1]
+    own = row["metrics"]["ndcg@10"]["own"]
+    place = names(driver).index(row["name"])
+    column = cells(driver, "#rows thead th").index("Against its own base, adjusted p")
+    shown = driver.find_elements(By.CSS_SELECTOR, "#rows tbody tr")[place].find_elements(By.CSS_SELECTOR, "th, td")[
+        column
+    ]
+    assert f"{abs(own['difference']):.4f}" in shown.text and "GLTA" in shown.text
+    others = [cell for number, cell in enumerate(column_of(driver, column)) if number != place]
+    assert set(others) == {"–"}
+    facts = driver.find_element(By.ID, "facts").text
+    assert "alpha 0.3, by NDCG@10 on valid with seed 2020 alone" in facts and "alpha 0.05: 0.0805" in facts
+    assert "alpha 0.9: <b>the loss</b> is no number" in facts
+    assert "Against its own base: " in driver.find_element(By.ID, "legend").text
+    Select(driver.find_element(By.ID, "metric")).select_by_visible_text("Consistency@10")
+    until(driver, lambda: "not tested" in driver.find_element(By.ID, "legend").text)
+
+
+def column_of(driver: Chrome, column: int) -> list[str]:
+    return cells(driver, f"#rows tbody tr > :nth-child({column + 1})")
 
 
 def test_an_example_user_is_opened(driver: Chrome) -> None:

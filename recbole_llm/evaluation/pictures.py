@@ -94,10 +94,12 @@ def draw_curves(curve: Mapping[str, Any], title: str, path: Path) -> None:
     figure = _figure(5.6 * len(metrics), 4.6 + 0.22 * ((len(lines) + 1) // 2))
     panels = np.atleast_1d(figure.subplots(1, len(metrics)))
     colours, markers = [f"tab:{name}" for name in _LINES], "osD^vP*X"
+    gap = 0.008 * (curve["ticks"][-1]["at"] - curve["ticks"][0]["at"])
     for axis, metric in zip(panels, metrics, strict=True):
         for place, line in enumerate(lines):
             style = {"color": colours[place % len(colours)], "marker": markers[place % len(markers)]}
-            _draw_line(axis, line, metric, style)
+            # A little beside each other, or their bars would lie on one another.
+            _draw_line(axis, line, metric, (place - (len(lines) - 1) / 2) * gap, style)
         axis.set_xticks([tick["at"] for tick in curve["ticks"]], [f"{tick['value']:g}" for tick in curve["ticks"]])
         axis.set_xlabel(f"{curve['setting']} (scale grows like a logarithm)" if curve["scaled"] else curve["setting"])
         axis.set_ylabel(f"{metric} on test")
@@ -113,10 +115,10 @@ def draw_curves(curve: Mapping[str, Any], title: str, path: Path) -> None:
 _LINES = ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive")
 
 
-def _draw_line(axis: Any, line: Mapping[str, Any], metric: str, style: Mapping[str, Any]) -> None:
+def _draw_line(axis: Any, line: Mapping[str, Any], metric: str, shift: float, style: Mapping[str, Any]) -> None:
     points = [point for point in line["points"] if metric in point["metrics"]]
     figures = [point["metrics"][metric] for point in points]
-    at, means = [point["at"] for point in points], [figure["mean"] for figure in figures]
+    at, means = [point["at"] + shift for point in points], [figure["mean"] for figure in figures]
     # A mean over one user, or none over users, has no interval.
     ends = [
         [abs(figure["mean"] - (figure["mean"] if figure[end] is None else figure[end])) for figure in figures]
@@ -126,7 +128,7 @@ def _draw_line(axis: Any, line: Mapping[str, Any], metric: str, style: Mapping[s
     for place, figure in zip(at, figures, strict=True):
         if len(figure["seeds"]) > 1:
             axis.scatter([place] * len(figure["seeds"]), figure["seeds"], s=9, color=style["color"], alpha=0.45)
-    best = [(point["at"], point["metrics"][metric]["mean"]) for point in points if point["best"]]
+    best = [(point["at"] + shift, point["metrics"][metric]["mean"]) for point in points if point["best"]]
     if best:
         axis.scatter(*zip(*best, strict=True), s=150, facecolors="none", edgecolors=style["color"], linewidths=1.4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from recbole_llm.evaluation.consistency import is_consistency
 from recbole_llm.leaderboard.words import (
     UNKNOWN,
     agreement,
@@ -82,7 +83,7 @@ def _quality(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
             row["name"],
             _figure(figure, True),
             value(figure["std"]) if figure else UNKNOWN,
-            *(_figure(row["metrics"].get(name), False) for name in shown),
+            *(_figure(row["metrics"].get(name), is_consistency(name)) for name in shown),
             *((against[other]["mark"] or "=") if other in against else "" for other in others),
             *([_own(figure)] if pairs(table) else []),
             str(len(row["seeds"])),

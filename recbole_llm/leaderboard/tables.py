@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.disk import write_whole
+from recbole_llm.evaluation.consistency import is_consistency
 from recbole_llm.leaderboard.choice import label
 from recbole_llm.leaderboard.markdown import markdown
 from recbole_llm.leaderboard.words import (
@@ -137,7 +138,10 @@ def _terminal_table(board: Mapping[str, Any], table: Mapping[str, Any], tty: boo
     ]
     more: list[list[str]] = []
     unseen = []
-    for other in (name for name in board["metrics"] if name != metric):
+    # Agreement at the same depth stands first: it is what the others leave unsaid.
+    cut = metric.partition("@")[2]
+    others = sorted(board["metrics"], key=lambda name: not (is_consistency(name) and name.endswith(f"@{cut}")))
+    for other in (name for name in others if name != metric):
         column = [other, *(_starred(row["metrics"].get(other)) for row in rows)]
         if len(_aligned([*first, *more, column, *costs])[0]) > WIDTH:
             unseen.append(other)

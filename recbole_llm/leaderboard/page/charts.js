@@ -150,18 +150,21 @@ function drawCost(plot, points, labels) {
 
 /** A metric over a setting, a line for rows that differ in nothing else; means with intervals, seeds as small marks. */
 function drawCurve(plot, curve, metric) {
+  // A little beside each other, or their bars would lie on one another.
+  const step = 0.008 * (curve.ticks[curve.ticks.length - 1].at - curve.ticks[0].at);
   const gap = (value, end) => Math.abs((value[end] ?? value.mean) - value.mean);
   const traces = curve.lines.flatMap((line, place) => {
     const at = line.points.filter((point) => point.metrics[metric]);
     const values = at.map((point) => point.metrics[metric]);
-    const seeds = at.flatMap((point) => point.metrics[metric].seeds.map((value) => [point.at, value]));
+    const shift = (place - (curve.lines.length - 1) / 2) * step;
+    const seeds = at.flatMap((point) => point.metrics[metric].seeds.map((value) => [point.at + shift, value]));
     const style = rowStyle({ place, kind: "language" });
     const means = {
       type: "scatter",
       mode: "lines+markers",
       name: plain(line.name),
       legendgroup: String(place),
-      x: at.map((point) => point.at),
+      x: at.map((point) => point.at + shift),
       y: values.map((value) => value.mean),
       customdata: at.map((point) => [plain(point.row), point.value]),
       line: { color: style.color, width: 2 },
