@@ -267,6 +267,18 @@ def test_msl_adapts_its_temperature_to_first_tokens_and_averages_it(tmp_path: Pa
     assert float(model.running_temperature) == pytest.approx(running, rel=1e-6)
 
 
+@pytest.mark.parametrize("base", ["TALLRec", "MSL"])
+def test_several_processes_have_the_loss_of_one(base: str, llama: Path) -> None:
+    for model in (build(llama, BASES[base], base), build(llama, TCA4Rec.over(base), base, alpha=0.5)):
+        _, batch = sampled(model)
+        with torch.no_grad():
+            whole = model.stage_loss(FINE_TUNING, batch).item()
+            parts = [batch.share(rank, 3).to("cpu") for rank in range(3)]
+            shares = [model.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
+        assert (batch.targets_count() < len(batch.labels)) == (base == "MSL")
+        assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("base", "more"),
@@ -360,14 +372,18 @@ def by_hand(model: Any, prompt: list[int], beams: int) -> torch.Tensor:
     written: list[int] = []
     if beams == 1:
         while len(written) < model.item_tokens.longest:
-            token = int(causal(input_ids=torch.tensor([prompt + written])).logits[0, -1].argmax())
+            logits = causal(input_ids=torch.tensor([prompt + written])).logits[0, -1]
+            if not written:
+                logits[backbone.eos_id] = -torch.inf
+            token = int(logits.argmax())
             if token == backbone.eos_id:
                 break
             written.append(token)
     else:
         made = causal.generate(
-            torch.tensor([prompt]), num_beams=beams, max_new_tokens=model.item_tokens.longest, do_sample=False,
-            eos_token_id=backbone.eos_id, pad_token_id=backbone.pad_id, attention_mask=torch.ones(1, len(prompt)),
+            torch.tensor([prompt]), num_beams=beams, do_sample=False, min_new_tokens=1,
+            max_new_tokens=model.item_tokens.longest, eos_token_id=backbone.eos_id, pad_token_id=backbone.pad_id,
+            attention_mask=torch.ones(1, len(prompt)),
         )[0, len(prompt) :].tolist()  # fmt: skip
         written = made[: made.index(backbone.eos_id)] if backbone.eos_id in made else made
     return state_of(model, written)
@@ -376,7 +392,7 @@ def by_hand(model: Any, prompt: list[int], beams: int) -> torch.Tensor:
 def state_of(model: Any, text: list[int]) -> torch.Tensor:
     backbone = model.backbone
     opening = [] if backbone.bos_id is None else [backbone.bos_id]
-    read = backbone.causal(input_ids=torch.tensor([opening + text or [backbone.eos_id]]), output_hidden_states=True)
+    read = backbone.causal(input_ids=torch.tensor([opening + text]), output_hidden_states=True)
     return read.hidden_states[-1][0, -1]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from recbole_llm.data.prompts import Ragged, join
+from recbole_llm.data.prompts import Ragged, join, repeated
 from recbole_llm.model.titles import TitleRecommender
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class BIGRec(TitleRecommender):
 
     @torch.no_grad()
     def generate(self, prompts: Ragged) -> Ragged:
-        """What the language model writes, freely.
+        """What the language model writes, freely; one token at least, as a title has.
 
         Args:
             prompts: token ids, one row a prompt.
@@ -114,8 +114,9 @@ class BIGRec(TitleRecommender):
         mask = torch.zeros_like(ids)
         mask[prompts.rows, columns] = 1
         settings = GenerationConfig(
-            max_new_tokens=self.item_tokens.longest, num_beams=self.config["generation_beams"], do_sample=False,
-            eos_token_id=backbone.eos_id, pad_token_id=backbone.pad_id, bos_token_id=backbone.bos_id,
+            min_new_tokens=1, max_new_tokens=self.item_tokens.longest, do_sample=False,
+            num_beams=self.config["generation_beams"], bos_token_id=backbone.bos_id, eos_token_id=backbone.eos_id,
+            pad_token_id=backbone.pad_id,
         )  # fmt: skip
         made = self.causal.generate(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
@@ -124,14 +125,9 @@ class BIGRec(TitleRecommender):
         return Ragged.from_padded(written, (written == backbone.eos_id).cumsum(1) == 0)
 
     def _states_of(self, texts: Ragged) -> Tensor:
-        """The last state of each text's last token, float32 ``[R, H]``.
-
-        A text opens with what the language model opens texts with; of an empty one that is all there is, or, where the
-        model has nothing of the kind, its end token.
-        """
-        opening = self.backbone.eos_id if self.backbone.bos_id is None else self.backbone.bos_id
-        needed = torch.ones_like(texts.lengths) if self.backbone.bos_id is not None else (texts.lengths == 0).long()
-        whole = join([Ragged.from_lengths(torch.full((int(needed.sum()),), opening), needed), texts])
+        """The last state of each text's last token, float32 ``[R, H]``; a text opens as the language model has it."""
+        opening = [] if self.backbone.bos_id is None else [self.backbone.bos_id]
+        whole = join([repeated(torch.tensor(opening, dtype=torch.long), len(texts)), texts])
         states = []
         for part in torch.arange(len(whole)).split(TEXTS_AT_ONCE):
             own = whole.take(part)
