@@ -120,6 +120,7 @@ def broken(folder: Path) -> Path:
     """A folder of data that no run can read, as it has no interaction."""
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "tiny.inter").write_text("user_id:token\titem_id:token\n", encoding="utf-8")
+    (folder / "data" / "tiny" / "where").write_text(str(folder), encoding="utf-8")  # Equal data are one run.
     return folder / "data"
 
 
