@@ -9,7 +9,7 @@ import pytest
 from test_leakage import SMALL
 
 from recbole_llm.config import Config
-from recbole_llm.data.instructions import read_templates
+from recbole_llm.data.templates import read_templates
 from recbole_llm.errors import UserError
 from recbole_llm.training.pipeline import Fit, fit, store_of
 

@@ -15,8 +15,9 @@ from test_leakage import SMALL
 from tiny_folders import KINDS, write
 
 from recbole_llm.config import Config
-from recbole_llm.data.instructions import INFERENCE, InstructionWriter, Wording
+from recbole_llm.data.instructions import InstructionWriter
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.templates import INFERENCE, Wording
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.errors import UserError
 from recbole_llm.model.aligntokenrec import FINE_TUNING

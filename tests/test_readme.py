@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 GUIDES = (
     "README.md", "CONTRIBUTING.md", "docs/install.md", "docs/item-tokens.md", "docs/generative.md",
-    "docs/serving.md", "dataset/README.md",
+    "docs/titles.md", "docs/serving.md", "dataset/README.md",
 )  # fmt: skip
 BIN = Path(sys.executable).parent
 

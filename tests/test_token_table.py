@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_llm.data import token_table
-from recbole_llm.data.instructions import InstructionWriter, Wording
+from recbole_llm.data.instructions import InstructionWriter
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.templates import Wording
 from recbole_llm.data.token_table import Segments, TokenTable, fingerprint_of_texts
 from recbole_llm.tasks import number
 from recbole_llm.tasks.language import QUERY, TEXT

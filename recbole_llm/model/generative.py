@@ -22,14 +22,10 @@ from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
 from recbole_llm.backbone.packed import PackedReader
-from recbole_llm.data.instructions import (
-    INFERENCE,
-    InstructionWriter,
-    TokenBatch,
-    templates_of,
-)
+from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.data.task_loader import history_groups
+from recbole_llm.data.templates import INFERENCE, templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch, Found
 from recbole_llm.errors import UserError

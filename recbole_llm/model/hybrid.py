@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from recbole_llm.backbone.projected_tokens import ProjectedTokens, read_projected
-from recbole_llm.data.instructions import InstructionWriter, TokenBatch, templates_of
+from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, join
+from recbole_llm.data.templates import templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.errors import UserError
 from recbole_llm.model.generative import GenerativeRecommender

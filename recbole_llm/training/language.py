@@ -12,8 +12,8 @@ from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
 from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
-from recbole_llm.data.instructions import templates_of
 from recbole_llm.data.item_text import ItemText, load_item_text
+from recbole_llm.data.templates import templates_of
 from recbole_llm.data.text_noise import with_noise
 from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
