@@ -159,6 +159,18 @@ def test_a_little_weight_changes_the_ranking_of_a_wrapper(settings_of: Callable[
     assert guided["consistency"]["cf_model"][agreement] > plain["consistency"]["cf_model"][agreement]
 
 
+@pytest.mark.parametrize("base", ["BIGRec", "MSL", "CoLLM"])
+def test_those_that_generate_titles_are_guided_too(base: str, settings_of: Callable[..., dict[str, Any]]) -> None:
+    teacher = {key: value for key, value in SMALL["TCA4Rec"].items() if key.startswith("cf_model.")}
+    own = SMALL[base] | teacher | {"item_text": "{movie_title}", "epochs": 1, "eval_step": 0}
+    own |= {"grounding": "trie"} if base == "BIGRec" else {}
+    little, much = (
+        run(base, "small", config_dict=settings_of(**own) | {"cf_guidance": weight}) for weight in (0.95, 0.05)
+    )
+    found = [made["consistency"]["cf_model"]["overlap@10"] for made in (little, much)]
+    assert found[0] < found[1]
+
+
 def test_what_is_off_is_no_part_of_a_run() -> None:
     plain = Config("AlignTokenRec", "tiny", command_line=[])
     other = Config("AlignTokenRec", "tiny", command_line=["--cf_model=LightGCN", "--cf_guidance_beta=2"])
@@ -187,3 +199,7 @@ def test_wrong_input_gets_one_line(settings: list[str], words: list[str], capsys
     said = refused(capsys, "run", "--model=AlignTokenRec", "--dataset=tiny", *given)
     for word in words:
         assert word in said
+
+
+def test_what_searches_nothing_cannot_be_guided(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "set grounding: trie" in refused(capsys, "run", "--model=BIGRec", "--dataset=tiny", "--cf_guidance=.5")
