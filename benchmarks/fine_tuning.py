@@ -32,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recbole_llm.backbone import packed
 from recbole_llm.backbone.load import load_backbone, load_with_head
-from recbole_llm.data.instructions import read_templates
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.task_loader import TaskLoader, history_groups
+from recbole_llm.data.templates import read_templates
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.schema import properties_dir, read_yaml

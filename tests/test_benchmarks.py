@@ -66,6 +66,17 @@ class TestHarness:
         assert harness.parser("x").parse_args(["--quick"]).quick is True
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_what_it_imports_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also of those that only run with the slow tests.
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert callable(module.main)
+
+
 @pytest.mark.parametrize(
     "name",
     [
