@@ -282,6 +282,20 @@ def test_several_processes_have_the_loss_of_one(base: str, llama: Path) -> None:
         assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.parametrize("base", ["TALLRec", "MSL"])
+@pytest.mark.parametrize("key", ["skip_forced", "official_quirks"])
+def test_labels_that_do_not_count_weigh_nothing_among_processes(key: str, base: str, llama: Path) -> None:
+    model = build(llama, TCA4Rec.over(base), base, alpha=0.5, **{key: True})
+    _, batch = sampled(model)
+    _, counted = model.soft_labels(batch)
+    assert counted is not None and batch.targets_count() == int(counted.sum()) < len(batch.labels)
+    with torch.no_grad():
+        whole = model.stage_loss(FINE_TUNING, batch).item()
+        parts = [batch.share(rank, 3).to("cpu") for rank in range(3)]
+        shares = [model.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
+    assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("base", "more"),
