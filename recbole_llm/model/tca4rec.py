@@ -66,7 +66,7 @@ class CollaborativeLabels:
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self._quirks = behaviour(config["official_quirks"])
-        _check_soft_history(config)
+        _check_choices(config)
         if not self._quirks.skip_forced and self.legal_only:
             self.forced_in_mean = True
         self.soft_loss = SoftLabelLoss(
@@ -230,7 +230,9 @@ def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:
     return moments[begins]
 
 
-def _check_soft_history(config: Any) -> None:
+def _check_choices(config: Any) -> None:
+    if config["official_quirks"] and config["skip_forced"]:
+        raise UserError("official_quirks is the release, where forced tokens count: set skip_forced: false")
     if not config["soft_history"]:
         return
     if config["train_positions"] != "all":
