@@ -66,6 +66,8 @@ def _run(arguments: list[str]) -> int:
         f"\n{result['dataset']}: test, {evaluation['test_users']} rankings of the whole catalogue, "
         f"policy {evaluation['policy']}"
     )
+    if parts and evaluation.get("title_match"):
+        print(f"{result['model']} is measured by titles (title_match), {', '.join(result['parts'])} by items")
     print(table([*parts, result]))
     if split["fingerprint"]:
         print(

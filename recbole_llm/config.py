@@ -23,7 +23,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 )
 
 from recbole_llm import processes, registry  # noqa: E402
-from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics, check_teacher  # noqa: E402
+from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics, check_split, check_teacher  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -326,9 +326,10 @@ class Config(RecBoleConfig):
         for part in registry.parts_of(model_class):
             name = self._setting(part)
             kind: Any = registry.get_model(name)
+            check_split(part, name, self.external_config_dict)
             if part in (*getattr(model_class, "teachers", ()), *getattr(model_class, "guides", ())):
                 kind = None if name in _UNRANKABLE else kind
-                check_teacher(part, name, kind, self.external_config_dict, self._setting("cf_folds") or 1)
+                check_teacher(part, name, kind, self._setting("cf_folds") or 1)
                 continue
             items_only = part in getattr(model_class, "item_parts", ())
             fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)

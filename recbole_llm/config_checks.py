@@ -13,7 +13,7 @@ from recbole.utils import EvaluatorType, ModelType
 
 from recbole_llm.errors import UserError, did_you_mean
 
-# Settings that divide interactions, or number items: a model that teaches another has the other's.
+# Settings that divide interactions, or number items: a part has those of the model that it serves.
 _SPLITTING = frozenset({
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "train_share", "cold_item_share",
     "cold_item_choice", "merge_valid", "refit_on_valid", "load_col", "user_inter_num_interval",
@@ -48,14 +48,27 @@ def check_metrics(final: dict[str, Any]) -> None:
     final["valid_metric_bigger"] = name.lower() not in smaller_metrics
 
 
-def check_teacher(part: str, name: str, kind: Any, given: Iterable[str], folds: int = 1) -> None:
-    """A part that teaches scores the whole catalogue, and is trained on the run's own train rows.
+def check_split(part: str, name: str, given: Iterable[str]) -> None:
+    """A part is trained on the run's own train rows: on others it may learn from what are valid and test rows there.
+
+    Args:
+        part: its key.
+        name: of its model.
+        given: the settings that the user gave.
+    """
+    for key in given:
+        prefix, _, rest = key.partition(".")
+        if prefix == part and rest in _SPLITTING:
+            raise UserError(f"{key} would train {name} on another split than the run's; set {rest} for the run")
+
+
+def check_teacher(part: str, name: str, kind: Any, folds: int = 1) -> None:
+    """A part that teaches scores the whole catalogue.
 
     Args:
         part: its key.
         name: of its model.
         kind: the model's class; ``None`` for one that cannot be ranked with.
-        given: the settings that the user gave.
         folds: ``cf_folds``.
     """
     types = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
@@ -69,10 +82,6 @@ def check_teacher(part: str, name: str, kind: Any, given: Iterable[str], folds: 
             f"cf_folds: {folds} is for a {part} that has seen what it teaches; {name} is told of what stood before an "
             "interaction alone: set cf_folds: 1"
         )
-    for key in given:
-        prefix, _, rest = key.partition(".")
-        if prefix == part and rest in _SPLITTING:
-            raise UserError(f"{key} would train {name} on another split than it teaches; set {rest} for the run")
 
 
 def check_intervals(final: Mapping[str, Any]) -> None:

@@ -127,9 +127,10 @@ def _codebook(path: str, arguments: list[str]) -> str:
     file = result_file(path).with_name(CARD)
     if not file.is_file():
         if file.with_name(TOKENS).is_file() and not result_file(path).is_file():
-            raise UserError(f"{path} has no codebook: its tokens are raw ids, or were given")
+            raise UserError(f"{path} has no codebook: its tokens are raw ids, titles, or were given")
         result, _ = read_run(path)
-        why = "it made no codebook" if "code_method" in result["config"] else "it reads no item tokens"
+        why = "its items are titles" if "title_tokens" in result["config"] else "it reads no item tokens"
+        why = "it made no codebook" if "code_method" in result["config"] else why
         raise UserError(f"{path} has no codebook: {result['model']}, {why}")
     picture = file.with_suffix(".png")
     drawn = str(picture) if can_draw() else MISSING_PLOTS

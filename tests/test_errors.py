@@ -55,6 +55,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--eval_args={split: {RS: [0.8, 0.1, .inf]}}"], ["three shares"]),
         (["run", "--model=GLTA", "--dataset=tiny", "--llm_quantization=nf4"], ["bitsandbytes"]),
         (["run", "--model=GLTA", "--dataset=tiny", "--graph_model=GLTA"], ["graph_model should be"]),
+        (["run", "--model=GLTA", "--dataset=tiny", "--graph_model.eval_args={order: RO}"], ["LightGCN on another"]),
+        (["run", "--model=AlignTokenRec", "--dataset=tiny", "--embedding_model.split_seed=1"], ["DCCF on another"]),
         (["inspect", "dataset", "tiny", "--policy=recbole"], ["policy: unified"]),
         (["rum", "--model=BPR"], ["unknown verb 'rum'", "'run'"]),
         (["--model=BPR"], ["recbole-llm run --model=BPR"]),

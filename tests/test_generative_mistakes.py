@@ -47,6 +47,20 @@ def test_tasks_without_a_sample_are_refused(wrong: dict[str, Any], tmp_path: Pat
     assert said.startswith("tasks: ") and wrong["tasks"][0] in said and "no sample" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"dislike_below": 3, "negative_ratio": 0}, "dislike_below chooses negatives"),
+        ({"dislike_below": 3, "tasks": ["sequential"]}, "dislike_below chooses negatives"),
+        ({"code_embedding_widths": [8]}, "code_embedding_widths means nothing with code_embedding: none"),
+        ({"filter_items": False}, "filter_items: false means nothing with constraint: trie"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_do_nothing_is_refused(more: dict[str, Any], words: str, tmp_path: Path) -> None:
+    assert words in refused(tmp_path, **more)
+
+
 @pytest.mark.parametrize("more", [{}, {"exclude_history": False}], ids=str)
 def test_more_beams_than_items_are_refused_before_work(more: dict[str, Any], tmp_path: Path) -> None:
     assert "beams 1000" in refused(tmp_path, beams=1000, **more)

@@ -389,6 +389,8 @@ def test_a_run_is_loaded_and_recommends_as_it_was_measured(
         ("CoLLM", "text_prompts=collm", ["text_prompts: prompts without vectors have no {user}"]),
         ("CoLLM", "text_prompts=~", ["text_prompts: prompts without vectors have no {user}"]),
         ("CoLLM", "collm_stages=three", ["collm_stages should be", "two", "joint"]),
+        ("LLaRA", "embedding_model.train_share=.5", ["embedding_model.train_share", "another split than the run's"]),
+        ("CoLLM", "embedding_model.merge_valid=true", ["would train SASRec on another split", "set merge_valid for"]),
         ("CoLLM", "embedding_model=BERT4Rec", ["embedding_model: BERT4Rec makes no one vector", "SASRec"]),
     ],
 )

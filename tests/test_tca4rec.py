@@ -511,9 +511,12 @@ def test_wrong_input_gets_one_line(setting: str, words: list[str], capsys: pytes
     [
         (["soft_history=true", "train_positions=response"], "soft_history mixes labels of the items shown"),
         (["soft_history=true", "official_quirks=true"], "official_quirks is the release"),
+        (["skip_forced=true", "official_quirks=true"], "official_quirks is the release, where forced tokens count"),
     ],
 )
-def test_labels_of_items_shown_need_them(settings: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_go_against_each_other_are_refused(
+    settings: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert words in refused(capsys, "run", "--model=TCA4Rec", "--dataset=tiny", *(f"--{one}" for one in settings))
 
 

@@ -28,6 +28,7 @@ from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.data.split import TRAIN, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import measure
+from recbole_llm.inspection import inspect
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.bigrec import BIGRec
 from recbole_llm.model.generative import FINE_TUNING
@@ -38,9 +39,11 @@ from recbole_llm.objectives.adaptive_temperature import HIGHEST, LOWEST, SHARE, 
 from recbole_llm.objectives.soft_loss import FORMS
 from recbole_llm.registry import get_model, yaml_base
 from recbole_llm.schema import Loader, properties_dir
+from recbole_llm.serving.recommender import Recommender
 from recbole_llm.training.item_tokens import KEPT
 from recbole_llm.training.pipeline import fit, prepared, store_of
 from recbole_llm.training.prepare import prepare
+from recbole_llm.training.runs import run
 from recbole_llm.training.store import StageStore
 from recbole_llm.training.titles import tokenize_titles
 
@@ -277,6 +280,20 @@ def test_several_processes_have_the_loss_of_one(base: str, llama: Path) -> None:
             shares = [model.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
         assert (batch.targets_count() < len(batch.labels)) == (base == "MSL")
         assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("base", ["TALLRec", "MSL"])
+@pytest.mark.parametrize("key", ["skip_forced", "official_quirks"])
+def test_labels_that_do_not_count_weigh_nothing_among_processes(key: str, base: str, llama: Path) -> None:
+    model = build(llama, TCA4Rec.over(base), base, alpha=0.5, **{key: True})
+    _, batch = sampled(model)
+    _, counted = model.soft_labels(batch)
+    assert counted is not None and batch.targets_count() == int(counted.sum()) < len(batch.labels)
+    with torch.no_grad():
+        whole = model.stage_loss(FINE_TUNING, batch).item()
+        parts = [batch.share(rank, 3).to("cpu") for rank in range(3)]
+        shares = [model.stage_loss(FINE_TUNING, part).item() * part.targets_count() for part in parts]
+    assert sum(shares) / batch.targets_count() == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -519,6 +536,25 @@ def test_prepare_makes_the_titles_alone(tmp_path: Path, llama: Path) -> None:
     folder = Path(said.splitlines()[-1].split()[-1])
     assert "item_tokens" in said and ItemTokens.load(folder).kind == "titles"
     assert {file.name for file in folder.iterdir()} & set(KEPT)
+
+
+@pytest.mark.parametrize("given", [["--index_file={0}/x"], ["--index_file={0}/x", "--new_items={0}/new.item"]], ids=str)
+def test_prepare_has_no_codes_of_titles_and_says_so_at_once(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "new.item").write_text("item_id:token\ttitle:token_seq\nn1\tNew\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--index_file has codes, and the items of MSL are titles"):
+        prepare(["--model=MSL", "--dataset=tiny", f"--output_dir={tmp_path}", *(key.format(tmp_path) for key in given)])
+    assert not (tmp_path / "cache").exists(), "it was refused after work"
+
+
+def test_a_run_of_titles_has_no_codebook_nor_new_items(tmp_path: Path) -> None:
+    own = SMALL["TALLRec"] | {"output_dir": str(tmp_path), "show_progress": False, "tensorboard": False, "gpu_id": ""}
+    folder = Path(run("TALLRec", "tiny", config_dict=own | {"epochs": 0, "eval_step": 0})["result_file"]).parent
+    with pytest.raises(UserError, match="has no codebook: TALLRec, its items are titles"):
+        inspect(["codebook", str(folder)])
+    index = tmp_path / "index.json"
+    index.write_text('{"n1": ["<a_1>"]}', encoding="utf-8")
+    with pytest.raises(UserError, match="the items of TALLRec are titles, and an index file has codes"):
+        Recommender.of_run(folder, index_file=index)
 
 
 def test_a_trained_temperature_is_found_again(tmp_path: Path) -> None:

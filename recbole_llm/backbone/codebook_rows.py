@@ -60,10 +60,12 @@ def hidden_widths(config: Any) -> tuple[int, ...]:
     Raises:
         UserError: ``code_embedding_widths`` does not fit it.
     """
-    kind = config["code_embedding"] or "none"
+    kind, given = config["code_embedding"] or "none", config["code_embedding_widths"]
     if kind == "none":
+        if given is not None:
+            raise UserError("code_embedding_widths means nothing with code_embedding: none; set mlp2 or mlp3 too")
         return ()
-    given, usual = config["code_embedding_widths"], WIDTHS[kind]
+    usual = WIDTHS[kind]
     if given is None:
         return usual
     if len(given) != len(usual) or not all(type(width) is int and width > 0 for width in given):

@@ -32,12 +32,14 @@ class Measured:
         per_user: name to float64 [U], for the metrics that are means over users.
         users: int64 [U], internal user ids in the arrays' order.
         items: int64 [U, K], the ranked items.
+        counts_as: int64 [n_items], the item as which each was ranked and met; ``None``, itself.
     """
 
     metrics: OrderedDict[str, float] = field(default_factory=OrderedDict)
     per_user: dict[str, np.ndarray] = field(default_factory=dict)
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    counts_as: np.ndarray | None = None
 
 
 def mean_of(parts: Sequence[Measured]) -> Measured:
@@ -45,7 +47,7 @@ def mean_of(parts: Sequence[Measured]) -> Measured:
     first = parts[0]
     metrics = OrderedDict((name, float(np.mean([part.metrics[name] for part in parts]))) for name in first.metrics)
     per_user = {name: np.mean([part.per_user[name] for part in parts], axis=0) for name in first.per_user}
-    return Measured(metrics, per_user, first.users, first.items)
+    return Measured(metrics, per_user, first.users, first.items, first.counts_as)
 
 
 @torch.no_grad()
@@ -87,17 +89,19 @@ def measure(
     needs = {need for metric in config["metrics"] for need in metric_information[metric.lower()]}
     found = _Found(largest, "rec.meanrank" in needs, getattr(loader, "tie_order", None))
     shared = shared and processes.count() > 1
+    counts_as = getattr(model, "counts_as", None)
     batches = loader.share(processes.rank(), processes.count()) if shared else loader
     for batch in progress(batches, what, total=len(batches), show=show):
         interaction, excluded, rows, items = batch
         scores = catalogue_scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
-        counts_as = getattr(model, "counts_as", None)
         if counts_as is not None:
             scores, items = _as_counted(scores, counts_as.to(scores.device)), counts_as[items.cpu()]
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
     if shared:
         found.merge(processes.gathered(found))
-    return found.measured(config, needs, train_data)
+    measured = found.measured(config, needs, train_data)
+    measured.counts_as = None if counts_as is None else counts_as.cpu().numpy()
+    return measured
 
 
 def catalogue_scores(

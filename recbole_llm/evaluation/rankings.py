@@ -36,7 +36,7 @@ class Rankings:
         user_id: str [U], raw ids.
         item_id: str [I], raw ids; the arrays below hold places in it.
         top: int32 [U, K], the items recommended, best first.
-        targets: int32 [T], every user's test items.
+        targets: int32 [T], every user's test items; of items that count as one (``title_match``) that one, once.
         target_offsets: int64 [U + 1]; user ``u`` should have got ``targets[target_offsets[u]:target_offsets[u + 1]]``.
         item_count: int64 [I], train interactions of each item; 0 for one that training never saw.
         user_count: int64 [U], train interactions of each user.
@@ -75,12 +75,15 @@ class Rankings:
         inside = back >= starts[:, None]
         recent = np.full(back.shape, -1, dtype=np.int32)
         recent[inside] = shown[back[inside]]
+        targets, offsets = loader.targets, np.asarray(loader.target_offsets, dtype=np.int64)
+        if measured.counts_as is not None:
+            targets, offsets = _counted(measured.counts_as[targets], offsets)
         return cls(
             user_id=tokens[dataset.uid_field][measured.users].astype(str),
             item_id=tokens[dataset.iid_field].astype(str),
             top=measured.items.astype(np.int32),
-            targets=loader.targets.astype(np.int32),
-            target_offsets=np.asarray(loader.target_offsets, dtype=np.int64),
+            targets=targets.astype(np.int32),
+            target_offsets=offsets,
             item_count=np.bincount(loader.graph_history.items, minlength=dataset.item_num),
             user_count=loader.graph_history.lengths[measured.users],
             history_length=ends - starts,
@@ -113,3 +116,10 @@ class Rankings:
                 return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
         except DAMAGED as error:
             raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def _counted(targets: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every user's targets, int64 [T], each once: int64 [T'], and their offsets, int64 [U + 1]."""
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    pairs = np.unique(np.stack([users, targets]), axis=1)
+    return pairs[1], np.searchsorted(pairs[0], np.arange(len(offsets)))

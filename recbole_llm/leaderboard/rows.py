@@ -18,7 +18,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.evaluation.results import read_run, result_file
 
 # What, beside the split, must be the same for two rows to mean the same thing.
-JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking")
+JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking", "title_match")
 NEEDED = ("model", "seed", "split", "evaluation", "valid", "test", "stages", "parameters", "throughput")
 # A file's own rounding; more than that between the users' values and the metrics means that one was altered.
 AGREE = 1e-9
@@ -106,7 +106,8 @@ class Run:
         evaluation = self.result["evaluation"]
         judged = {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
         # A beam search chooses among the whole catalogue too; what it misses is its own loss.
-        return judged | {"ranking": "full" if judged["ranking"] == "beam" else judged["ranking"]}
+        ranking = "full" if judged["ranking"] == "beam" else judged["ranking"]
+        return judged | {"ranking": ranking, "title_match": bool(judged["title_match"])}
 
 
 def _at_k(file: Path, result: Mapping[str, Any], users: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ Semantic Tokenization", AAAI 2025, arXiv 2412.13771; prompts and training as in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from recbole_llm.backbone.codebook_rows import hidden_widths
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.decoding.beam_search import BeamSearch, Found
 from recbole_llm.decoding.level_search import LevelSearch
+from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.generative import FINE_TUNING, GenerativeRecommender
+from recbole_llm.tasks.behaviour import NEGATIVE
 
 __all__ = ["FINE_TUNING", "AlignTokenRec"]
 
@@ -34,6 +37,9 @@ class AlignTokenRec(GenerativeRecommender):
     Args:
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories``.
+
+    Raises:
+        UserError: a setting that means nothing as the others stand is not as it is shipped.
     """
 
     parts: tuple[str, ...] = ("embedding_model", *GenerativeRecommender.guides)
@@ -42,6 +48,7 @@ class AlignTokenRec(GenerativeRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         hidden_widths(config)
+        _check_idle(config, [task.name for task in self.tasks])
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         first = self.backbone.embed_tokens.num_embeddings
@@ -68,3 +75,16 @@ class AlignTokenRec(GenerativeRecommender):
         legal = scores.isfinite()
         legal[barred.rows.to(self.device), barred.values.to(self.device)] = False
         return search.placed(found, legal)
+
+
+def _check_idle(config: Any, tasks: Sequence[str]) -> None:
+    if config["dislike_below"] is not None and not (NEGATIVE in tasks and config["negative_ratio"]):
+        raise UserError(
+            f"dislike_below chooses negatives, and none are learned; take the task {NEGATIVE} and a negative_ratio "
+            "above 0, or leave dislike_below out"
+        )
+    if config["constraint"] == "trie" and not config["filter_items"]:
+        raise UserError(
+            "filter_items: false means nothing with constraint: trie, whose search finds nothing but items; set "
+            "constraint: level too"
+        )

@@ -10,12 +10,13 @@ titles into quotes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from recbole_llm.data.counted_batch import counting
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.model.titles import TitleRecommender
 from recbole_llm.objectives.adaptive_temperature import SHARE, adaptive_temperature
@@ -28,29 +29,6 @@ if TYPE_CHECKING:
 ADAPTIVE = "ats"
 # All mass on the label: the cross-entropy over the legal tokens.
 HARD = SoftLabelLoss("log_mixture", 0.0, legal_only=True)
-
-
-@dataclass(frozen=True)
-class CountedBatch(TokenBatch):
-    """A batch of which not all labels count in the mean.
-
-    Attributes:
-        counted: bool ``[L]``, those that do.
-    """
-
-    counted: Tensor
-
-    def to(self, device: torch.device | str) -> CountedBatch:
-        """The same on a device."""
-        return CountedBatch(**vars(super().to(device)), counted=self.counted.to(device, non_blocking=True))
-
-    def targets_count(self) -> int:
-        """How many labels count."""
-        return int(self.counted.sum())
-
-    def share(self, rank: int, count: int) -> CountedBatch:
-        """The prompts of one of ``count`` processes."""
-        return CountedBatch(**vars(super().share(rank, count)), counted=self.counted[self.rows % count == rank])
 
 
 class MSL(TitleRecommender):
@@ -87,7 +65,7 @@ class MSL(TitleRecommender):
         if self.forced_in_mean:
             return batch
         nodes = self._legal.positions(self._train_items[batch.moments].to(self.device)).nodes
-        return CountedBatch(**vars(batch), counted=(self._legal.children_count(nodes) > 1).cpu())
+        return counting(batch, (self._legal.children_count(nodes) > 1).cpu())
 
     def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the labels over the tokens that are legal at their places.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recbole_llm import registry
+from recbole_llm.data.counted_batch import counting
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
@@ -65,7 +66,7 @@ class CollaborativeLabels:
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self._quirks = behaviour(config["official_quirks"])
-        _check_soft_history(config)
+        _check_choices(config)
         if not self._quirks.skip_forced and self.legal_only:
             self.forced_in_mean = True
         self.soft_loss = SoftLabelLoss(
@@ -119,6 +120,13 @@ class CollaborativeLabels:
         """Last tokens of an item that are no labels; titles bring their end token, of codes it is the answer's."""
         return max(self._quirks.drop_last - (self.item_tokens.kind != "titles"), 0)
 
+    def training_batch(self, interaction: Any) -> TokenBatch:
+        """Prompts and answers of the train loader's samples, and which of their labels are in the mean."""
+        batch: TokenBatch = super().training_batch(interaction)  # type: ignore[misc]
+        if not (self._quirks.drop_last or self.config["skip_forced"]):
+            return batch
+        return counting(batch, self._of_items(batch)[2])
+
     def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
         """The mean over labels, those of the next item's tokens mixed with what the teacher expects there.
 
@@ -142,6 +150,23 @@ class CollaborativeLabels:
         Returns:
             Of all labels; and which of them count, bool ``[L]``, ``None`` where all do.
         """
+        places, moments, counted = self._of_items(batch)
+        labels, places = batch.labels.to(self.device), places.to(self.device)
+        if self.config["soft_history"]:
+            # Prompts of one user show the same items.
+            moments, back = moments.unique(return_inverse=True)
+            found = self._expected(moments).take(back.to(self.device))
+        else:
+            found = self._expected(moments)
+        return found.among(labels, places), None if bool(counted.all()) else counted.to(self.device)
+
+    def _of_items(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Which labels of a batch the teacher is asked about, and which of all labels count.
+
+        Returns:
+            Their places, int64; the train interactions that they are tokens of, int64 ``[S]``, in the places' order;
+            bool ``[L]``.
+        """
         of_items = batch.origins >= 0
         if not self.config["soft_history"]:
             of_items &= batch.answers
@@ -151,18 +176,10 @@ class CollaborativeLabels:
         counted = torch.ones(len(batch.labels), dtype=torch.bool)
         if self._quirks.drop_last:
             places = self._undropped(batch, places, targets, counted)
-        labels, places = batch.labels.to(self.device), places.to(self.device)
-        counted = counted.to(self.device)
-        if self.config["soft_history"]:
-            # Prompts of one user show the same items.
-            moments, back = moments.unique(return_inverse=True)
-            found = self._expected(moments).take(back.to(self.device))
-        else:
-            found = self._expected(moments)
-        if self.config["skip_forced"] and not self.config["official_quirks"]:
-            counted[places[found.forced]] = False
-        soft = found.among(labels, places)
-        return soft, None if bool(counted.all()) else counted
+        elif self.config["skip_forced"]:
+            nodes = self.tokenizer.positions(targets.to(self.device)).nodes
+            counted[places[(self.tokenizer.children_count(nodes) == 1).cpu()]] = False
+        return places, moments, counted
 
     def _expected(self, moments: Tensor) -> SoftLabels:
         """What the teacher expects along the items of train interactions, int64 ``[S]``."""
@@ -213,7 +230,9 @@ def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:
     return moments[begins]
 
 
-def _check_soft_history(config: Any) -> None:
+def _check_choices(config: Any) -> None:
+    if config["official_quirks"] and config["skip_forced"]:
+        raise UserError("official_quirks is the release, where forced tokens count: set skip_forced: false")
     if not config["soft_history"]:
         return
     if config["train_positions"] != "all":

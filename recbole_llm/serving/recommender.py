@@ -238,6 +238,11 @@ class Recommender:
         return self._named(ranked, 0)
 
     def _needs_users(self) -> str:
+        if getattr(self.model, "guidance", None) is not None:
+            return (
+                f"the search of this run is guided by {self.config['cf_model']} (cf_guidance), which is asked about "
+                "users of the data set, so a history alone is not enough; --user=ID serves those"
+            )
         return (
             f"{self.config['model']} knows users by what it has learned of each, so a history alone is not enough; "
             "--user=ID serves those it knows, and sequential models such as SASRec take a history"
@@ -314,6 +319,8 @@ def _enter(fit: Fit, index_file: Path, raw_ids: list[str]) -> None:
         raise UserError(
             f"the search of this run is guided by {fit.config['cf_model']} (cf_guidance), which knows no new items"
         )
+    if trained.kind == "titles":
+        raise UserError(f"the items of {fit.config['model']} are titles, and an index file has codes")
     if trained.kind != "codes":
         raise UserError(f"the items of this run are {trained.kind} tokens, of which a new item has none")
     tokens = read_index(index_file, raw_ids, trained.level_sizes)

@@ -49,7 +49,8 @@ class Users(Protocol):
 class CollaborativeVectors:
     """What prompts hold of a frozen recommender, in float32: each kind centred, with elements of mean square 1.
 
-    An item without a train interaction has learned nothing, so it stands in the middle: a vector of zeros.
+    Of an item without a train interaction, or of such a user in a table, nothing is learned, so it stands in the
+    middle: a vector of zeros.
 
     Args:
         fit: the recommender, trained on the train rows.
@@ -118,7 +119,8 @@ class UserTable:
         histories = dataset.train_histories
         self._field: str = dataset.uid_field
         self._starts = torch.from_numpy(histories.offsets).long()
-        self._table = _standardised(table, table[self._starts.diff() > 0])
+        seen = self._starts.diff() > 0
+        self._table = _standardised(table, table[seen]).masked_fill(~seen.unsqueeze(1), 0.0)
         self.width = table.shape[1]
 
     def at(self, moments: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def prepare(arguments: Sequence[str]) -> str:
     config = Config(command_line=settings)
     if not hasattr(config.model_class, "take_item_tokens"):
         raise UserError(f"{config['model']} reads no item tokens, so there is nothing to prepare; SASRecCodes does")
+    if own.get("index_file") and getattr(config.model_class, "item_kind", "codes") == "titles":
+        raise UserError(f"--index_file has codes, and the items of {config['model']} are titles; leave it out")
     if own.get("new_items") and not own.get("index_file"):
         raise UserError("--new_items needs --index_file=PATH, where the tokens of old and new items go")
     if own.get("new_interactions") and not own.get("new_items"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -221,7 +222,11 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndar
         if part not in (*getattr(fitted.model, "teachers", ()), *getattr(fitted.model, "guides", ())):
             continue
         teacher = fitted.parts[part]
-        if not len(measured.users) or not teacher.trainer.evaluate(teacher.test_data, load_best_model=False):
+        if not len(measured.users):
+            continue
+        with _counting(teacher.model, measured.counts_as):
+            ranked = teacher.trainer.evaluate(teacher.test_data, load_best_model=False)
+        if not ranked:
             continue
         theirs: Measured = teacher.trainer.measured
         # Under eval_unit: row only a sequential recommender ranks rows; a part may have a topk of its own.
@@ -230,6 +235,19 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndar
             told = ", ".join(f"{name} {values.mean():.4f}" for name, values in found[part].items())
             logger.info("agreement with %s (%s): %s", fitted.config[part], part, told)
     return found
+
+
+@contextlib.contextmanager
+def _counting(model: Any, counts_as: np.ndarray | None) -> Iterator[None]:
+    """Have a recommender's ranking be of items as another one counts them, so that the two can be compared."""
+    if counts_as is None:
+        yield
+        return
+    model.counts_as = torch.from_numpy(counts_as)
+    try:
+        yield
+    finally:
+        del model.counts_as
 
 
 def _write_result(
@@ -270,6 +288,8 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         # A search finds the best of the whole catalogue, and nothing of the order below them.
         "ranking": getattr(fitted.model, "ranking", "full"),
         "topk": config["topk"],
+        # Items of equal titles are one.
+        **({"title_match": True} if getattr(fitted.model, "counts_as", None) is not None else {}),
         # Of a search that may say what no item is: how much of it was.
         **({} if invalid is None else {"invalid_share": invalid}),
         "test_users": test_users,
