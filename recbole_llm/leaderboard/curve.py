@@ -18,8 +18,8 @@ from recbole_llm.leaderboard.words import title_of
 from recbole_llm.training.run_files import read_result
 
 _KEYS = ("setting", "metrics")
-# Values further apart than this have a scale that grows like a logarithm.
-FAR = 20.0
+# Values further apart than this have a scale that grows like a logarithm: the least would lie on zero.
+FAR = 10.0
 
 
 def check_curve(path: str, curve: Any) -> dict[str, Any]:
