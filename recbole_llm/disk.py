@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Take away a file or a folder, if there is one."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.evaluation.pictures import can_draw
 from recbole_llm.leaderboard.assemble import table_of
 from recbole_llm.leaderboard.board import leaderboard
-from recbole_llm.leaderboard.curve import curve_of, write_curves
+from recbole_llm.leaderboard.curve import curve_of, picture_lines, write_curves
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.suite import suite_of
 
@@ -122,11 +122,12 @@ def test_the_picture_shows_every_line_in_every_panel(tmp_path: Path, monkeypatch
     )
     made = table(rows_of(tmp_path))
     made["curve"] = curve_of(made, "alpha", METRICS, "ndcg@10")
-    (line,) = write_curves([made, made | {"curve": None}], tmp_path / "out")
-    file = tmp_path / "out" / "curve-alpha-toy-by-time.png"
-    assert (
-        line.endswith(str(file)) and file.read_bytes().startswith(b"\x89PNG") and made["curve"]["picture"] == file.name
-    )
+    both, out = [made, made | {"curve": None}], tmp_path / "out"
+    write_curves(both, out)
+    file = out / "curve-alpha-toy-by-time.png"
+    assert file.read_bytes().startswith(b"\x89PNG") and made["curve"]["picture"] == file.name
+    assert picture_lines(both, "alpha", out) == [f"picture     {file}"]
+    assert picture_lines(both[1:], "alpha", out) == ["picture     none: no two rows differ in alpha alone"]
     (figure,) = drawn
     assert [axis.get_ylabel() for axis in figure.axes] == [f"{metric} on test" for metric in METRICS]
     for axis, metric in zip(figure.axes, METRICS, strict=True):
@@ -137,11 +138,41 @@ def test_the_picture_shows_every_line_in_every_panel(tmp_path: Path, monkeypatch
             assert shown[own["name"]] == pytest.approx(expected)
 
 
+@pytest.mark.skipif(not can_draw(), reason="matplotlib is not installed")
+def test_a_picture_that_fails_halfway_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.figure
+
+    made = table(rows_of(tmp_path, ("SASRec",)))
+    made["curve"] = curve_of(made, "alpha", METRICS, "ndcg@10")
+    write_curves([made], tmp_path / "out")
+    (file,) = (tmp_path / "out").iterdir()
+    before = file.read_bytes()
+
+    def fails(self: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_curves([made], tmp_path / "out")
+    assert file.read_bytes() == before and list((tmp_path / "out").iterdir()) == [file]
+
+
+def test_where_nothing_can_draw_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recbole_llm.leaderboard.curve.can_draw", lambda: False)
+    made = table(rows_of(tmp_path, ("SASRec",)))
+    made["curve"] = curve_of(made, "alpha", METRICS, "ndcg@10")
+    write_curves([made], tmp_path / "out")
+    (line,) = picture_lines([made], "alpha", tmp_path / "out")
+    assert "matplotlib is not installed" in line and made["curve"]["picture"] is None
+
+
 def test_compare_draws_runs_over_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(run) for row in rows_of(tmp_path, ("SASRec",)) for run in row.files]
     out = tmp_path / "out"
     assert main(["compare", *runs, "--curve=alpha", f"--output={out}"]) == 0
-    assert "consistency@10" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "consistency@10" in said and "picture     " in said
     (made,) = json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))["tables"]
     (line,) = made["curve"]["lines"]
     assert line["name"] == "TCA4Rec (AlignTokenRec, SASRec)" and len(line["points"]) == 4
@@ -149,12 +180,13 @@ def test_compare_draws_runs_over_a_setting(tmp_path: Path, capsys: pytest.Captur
     assert "over alpha; *: best ndcg@10 on valid" in told and "| TCA4Rec (AlignTokenRec, SASRec) | 0.3* |" in told
     if can_draw():
         assert f"]({made['curve']['picture']})" in told and (out / made["curve"]["picture"]).is_file()
-    for words, said in (
+    for words, wrong in (
         (["--curve=alpha"], "--output=DIR"),
         (["--curve=beta", f"--output={out}"], "no two rows differ"),
+        ([f"--output={runs[0]}/result.json"], "--output: "),
     ):
         assert main(["compare", *runs, *words]) == 2
-        assert said in capsys.readouterr().err
+        assert wrong in capsys.readouterr().err
 
 
 def test_a_suite_draws_its_curve(tmp_path: Path) -> None:
@@ -189,3 +221,24 @@ def test_a_suite_draws_its_curve(tmp_path: Path) -> None:
 def test_a_curve_that_cannot_be_drawn_is_refused(curve: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         suite_of({"datasets": ["tiny"], "rows": {"EASE": {"model": "EASE"}}, "curve": curve}, "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("curve", "words"),
+    [
+        ({"setting": "reg_weigth", "metrics": ["NDCG@10"]}, "no row has 'reg_weigth'; did you mean 'reg_weight'"),
+        ({"setting": "reg_weight", "metrics": ["NGCD@10"]}, "no row measures 'NGCD@10'; did you mean 'ndcg@10'"),
+        ({"setting": "reg_weight", "metrics": ["consistency@20"]}, "no row measures 'consistency@20'"),
+        ({"setting": "seed", "metrics": ["NDCG@10"]}, "no two rows have different numbers for seed"),
+        ({"setting": "model", "metrics": ["NDCG@10"]}, "no two rows have different numbers for model"),
+    ],
+)
+def test_a_curve_of_what_no_row_has_is_refused_before_any_work(
+    curve: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    rows = {f"EASE, {weight:g}": {"model": "EASE", "reg_weight": weight} for weight in (1.0, 50.0)}
+    study = {"datasets": ["tiny"], "rows": rows, "settings": {"gpu_id": "", "topk": [5, 10]}, "curve": curve}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        leaderboard([f"--suite={tmp_path / 's.yaml'}", f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()

@@ -300,6 +300,17 @@ def test_what_rows_do_not_share_stands_with_each(tmp_path: Path) -> None:
     assert unshared(table(rows[:1])) == []
 
 
+def test_what_a_rows_seeds_do_not_share_is_their_mean(tmp_path: Path) -> None:
+    runs = []
+    for seed, share in ((1, 0.1), (2, 0.2)):
+        runs.append(write_run(tmp_path / str(seed), "LCRec", seed, around(0.2, seed)))
+        result = json.loads((runs[-1] / "result.json").read_text(encoding="utf-8"))
+        result["evaluation"]["invalid_share"] = share
+        (runs[-1] / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (row,) = table([RowRuns("LCRec", runs)])["rows"]
+    assert row["evaluation"] == {"invalid_share": pytest.approx(0.15)}
+
+
 def test_a_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "GLTA", 1, around(0.3, 1))
     printed = {"T": {"GLTA": {"NDCG@10": 0.4, "Recall@10": 0.2}}}

@@ -121,6 +121,18 @@ def test_long_names_stay_apart(board: dict[str, Any]) -> None:
     assert names == ["…" + "x" * 28 + "a", "…" + "x" * 28 + "b", "y" * 29 + "…"]
 
 
+def test_with_every_kind_of_test_costs_make_room(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"A model with a teacher, alpha {place}" for place in range(3)]
+    runs = [write_run(tmp_path / name, "GLTA", 1, rng.normal(0.3, 0.1, 50)) for name in names]
+    rows = [RowRuns(name, [run], against=names[0] * (name != names[0])) for name, run in zip(names, runs, strict=True)]
+    rows.append(RowRuns("Pop", [write_run(tmp_path / "pop", "Pop", 1, rng.normal(0.2, 0.1, 50))]))
+    made = table_of(rows, "toy", "", "", "ndcg@10", ["ndcg@10"], names[1], None, 0.05)
+    text = terminal(board_of([made], "A board", "", ["ndcg@10"], "ndcg@10", 0.05))
+    assert "vs own" in text and "seconds" in text and "no room here for users/s" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
 def test_csv_read_back_equals_the_json(board: dict[str, Any], tmp_path: Path) -> None:
     paths = write(board, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["leaderboard.md", "leaderboard.csv", "leaderboard.json"]

@@ -187,6 +187,11 @@ def test_the_table_opens_ranked_by_the_boards_metric(driver: Chrome) -> None:
     assert "after Holm's correction" in (mark.get_attribute("title") or "")
 
 
+def test_durations_are_rounded_before_they_are_told(driver: Chrome) -> None:
+    told = driver.execute_script("return [59.6, 119.6, 3599.7, 3.14159, 59.4].map(duration)")
+    assert told == ["1 min 0 s", "2 min 0 s", "1 h 0 min", "3.1 s", "59 s"]
+
+
 def test_a_click_or_a_key_on_a_header_sorts(driver: Chrome) -> None:
     header(driver, "seconds").click()
     until(driver, lambda: direction(driver, "seconds") == "descending")

@@ -1,199 +1,47 @@
-"""``recbole-llm prepare --source``: raw files as they are published, filters, texts, broken lines, the card."""
+"""``recbole-llm prepare --source``: every published format, texts, sources of one's own, a run of what comes out."""
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import gzip
 import json
 import os
-import random
-import resource
 import subprocess
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 from hypothesis import example, given
 from hypothesis import strategies as st
+from raw_files import (
+    DAY,
+    FORMATS,
+    ITEMS,
+    NEW_YEAR,
+    ROWS,
+    TITLES,
+    amazon2018,
+    film_of,
+    goodreads,
+    inter_of,
+    movielens_1m,
+    told,
+    words,
+    write_lines,
+)
 
 from recbole_llm.cli import main
 from recbole_llm.config import Config
 from recbole_llm.data.item_text import read_columns, read_rows
-from recbole_llm.errors import DiskFullError, UserError
-from recbole_llm.schema import properties_dir, read_specs, read_yaml
-from recbole_llm.sources import base, filters
+from recbole_llm.sources import base
 from recbole_llm.sources.amazon import Amazon2018
-from recbole_llm.sources.filters import Rows, k_core, one_of_each
 from recbole_llm.sources.goodreads import seconds
 from recbole_llm.sources.prepare import prepare_source
-from recbole_llm.sources.registry import SOURCES
-from recbole_llm.sources.settings import read_settings
 from recbole_llm.sources.text import clean
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import prepared
 from recbole_llm.training.task_texts import read_task_texts
-
-NEW_YEAR = int(datetime(2015, 1, 1, tzinfo=UTC).timestamp())
-DAY = 86400
-
-Row = tuple[str, str, float, int]
-
-
-def some_rows(users: int = 14, items: int = 12, each: int = 8) -> list[Row]:
-    """Interactions in an order of their own: user, item, rating, time."""
-    draw = random.Random(5)
-    rows = [
-        (f"u{user}", f"b{item}", float(draw.randint(1, 5)), NEW_YEAR + draw.randint(0, 900) * DAY)
-        for user in range(users)
-        for item in draw.sample(range(items), each)
-    ]
-    draw.shuffle(rows)
-    return rows
-
-
-ROWS = some_rows()
-ITEMS = sorted({item for _, item, _, _ in ROWS})
-TITLES = {item: f'Lamp {item}, "The" 5\' one' for item in ITEMS}
-
-
-def write_lines(path: Path, lines: list[str], encoding: str = "utf-8") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(f"{line}\n" for line in lines).encode(encoding)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-
-
-def amazon2018(folder: Path, rows: list[Row] = ROWS, suffix: str = ".gz", core: str = "") -> str:
-    reviews = [
-        {"reviewerID": user, "asin": item, "overall": rating, "unixReviewTime": time, "verified": True,
-         "summary": "Bright", "reviewText": f"{user} says\n{item} &amp; <b>more</b>"}
-        for user, item, rating, time in rows
-    ]  # fmt: skip
-    items = [
-        {"asin": item, "title": TITLES[item], "brand": "by\n    Lumo", "price": "$5.99", "category": ["Home", "Lamps"],
-         "description": ["First &lt; part.", "Second"], "also_buy": ["x"]}
-        for item in ITEMS
-    ]  # fmt: skip
-    write_lines(folder / f"Lamps{core}.json{suffix}", [json.dumps(row) for row in reviews])
-    write_lines(folder / f"meta_Lamps.json{suffix}", [json.dumps(row) for row in items])
-    return "Lamps"
-
-
-def amazon2023(folder: Path) -> str:
-    reviews = [
-        {"rating": rating, "title": "Bright", "text": f"{user} says\n{item} &amp; <b>more</b>",
-         "asin": f"variant of {item}", "parent_asin": item, "user_id": user,
-         "timestamp": time * 1000, "verified_purchase": True}
-        for user, item, rating, time in ROWS
-    ]  # fmt: skip
-    items = [
-        {"parent_asin": item, "title": TITLES[item], "store": "Lumo", "price": 5.99, "features": ["warm", "small"],
-         "categories": ["Home", "Lamps"], "description": ["First &lt; part.", "Second"], "details": {"a": "b"}}
-        for item in ITEMS
-    ]  # fmt: skip
-    write_lines(folder / "Lamps.jsonl.gz", [json.dumps(row) for row in reviews])
-    write_lines(folder / "meta_Lamps.jsonl.gz", [json.dumps(row) for row in items])
-    return "Lamps"
-
-
-def goodreads_date(time: int) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%a %b %d %H:%M:%S +0000 %Y")
-
-
-def goodreads(folder: Path, with_reviews: bool = True) -> str:
-    rows = [
-        {"user_id": user, "book_id": item, "review_id": f"r{number}", "is_read": True, "rating": int(rating),
-         "review_text_incomplete": "", "date_added": goodreads_date(time), "read_at": ""}
-        for number, (user, item, rating, time) in enumerate(ROWS)
-    ]  # fmt: skip
-    reviews = [
-        {"user_id": user, "book_id": item, "rating": int(rating), "date_added": goodreads_date(time),
-         "review_text": f"Bright. {user} says\n{item} &amp; <b>more</b>"}
-        for user, item, rating, time in reversed(ROWS)
-    ]  # fmt: skip
-    shelves = [{"count": "9", "name": "to-read"}, {"count": "5", "name": "history"}, {"count": "2", "name": "france"}]
-    books = [
-        {"book_id": item, "title": TITLES[item], "description": "First &lt; part. Second", "popular_shelves": shelves,
-         "publication_year": "1999", "publisher": "Knopf", "language_code": "eng"}
-        for item in ITEMS
-    ]  # fmt: skip
-    write_lines(folder / "goodreads_interactions_history.json.gz", [json.dumps(row) for row in rows])
-    write_lines(folder / "goodreads_books_history.json.gz", [json.dumps(row) for row in books])
-    if with_reviews:
-        write_lines(folder / "goodreads_reviews_history.json.gz", [json.dumps(row) for row in reviews])
-    return "history"
-
-
-def film_of(item: str) -> str:
-    """Latin-1 has the accent."""
-    return f'{TITLES[item]} café, "x" (1995)'
-
-
-def movielens_1m(folder: Path) -> str:
-    folder = folder / "ml-1m"
-    ratings = [f"{user}::{item}::{rating:g}::{time}" for user, item, rating, time in ROWS]
-    users = sorted({user for user, *_ in ROWS})
-    write_lines(folder / "ratings.dat", ratings)
-    write_lines(folder / "movies.dat", [f"{item}::{film_of(item)}::Action|Sci-Fi" for item in ITEMS], "latin-1")
-    write_lines(folder / "users.dat", [f"{user}::F::25::4::10023" for user in users], "latin-1")
-    return "ml-1m"
-
-
-def movielens_100k(folder: Path) -> str:
-    flags = "|".join(["0", "1", *["0"] * 13, "1", *["0"] * 3])
-    users = sorted({user for user, *_ in ROWS})
-    write_lines(folder / "u.data", [f"{user}\t{item}\t{rating:g}\t{time}" for user, item, rating, time in ROWS])
-    films = [f"{item}|{film_of(item)}|01-Jan-1995||http://x|{flags}" for item in ITEMS]
-    write_lines(folder / "u.item", films, "latin-1")
-    write_lines(folder / "u.user", [f"{user}|25|F|writer|10023" for user in users])
-    return "ml-100k"
-
-
-def movielens_csv(folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    ratings = [f"{user},{item},{rating},{time}" for user, item, rating, time in ROWS]
-    write_lines(folder / "ratings.csv", ["userId,movieId,rating,timestamp", *ratings])
-    with open(folder / "movies.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["movieId", "title", "genres"])
-        writer.writerows([item, film_of(item), "Action|Sci-Fi"] for item in ITEMS)
-    return "ml-latest-small"
-
-
-FORMATS: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "amazon2018": ("amazon2018", amazon2018),
-    "amazon2018, plain 5-core": ("amazon2018", lambda folder: amazon2018(folder, suffix="", core="_5")),
-    "amazon2023": ("amazon2023", amazon2023),
-    "goodreads": ("goodreads", goodreads),
-    "ml-1m": ("movielens", movielens_1m),
-    "ml-100k": ("movielens", movielens_100k),
-    "ml-latest": ("movielens", movielens_csv),
-}
-
-
-def words(source: str, category: str, folder: Path, output: Path, **more: Any) -> list[str]:
-    """The command line."""
-    settings = {"source": source, "category": category, "input": folder, "output": output, "name": "made", **more}
-    return [f"--{key}={value}" for key, value in settings.items() if value is not None]
-
-
-def inter_of(folder: Path, *columns: str) -> list[tuple[str, ...]]:
-    rows = read_rows(folder / "made.inter", columns or ("user_id", "item_id", "rating", "timestamp"))
-    return [tuple(texts) for _, texts in rows]
-
-
-def told(row: Row) -> tuple[str, str, str, str]:
-    return row[0], row[1], f"{row[2]:g}", str(row[3])
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -245,6 +93,15 @@ def test_texts_of_films(form: str, tmp_path: Path) -> None:
         users = read_columns(made / "made.user", "user_id", ["age", "gender", "occupation", "zip_code"])
         job = "4" if form == "ml-1m" else "writer"
         assert users == {user: ("25", "F", job, "10023") for user, *_ in ROWS}
+
+
+def test_the_folder_of_a_releases_archive_is_found(tmp_path: Path) -> None:
+    movielens_1m(tmp_path)
+    (tmp_path / "ml-1m").rename(tmp_path / "ml-10M100K")
+    for file in (tmp_path / "ml-10M100K").iterdir():
+        file.write_text(file.read_text(encoding="latin-1"), encoding="utf-8")
+    prepare_source(words("movielens", "ml-10m", tmp_path, tmp_path / "out", user_core=1, item_core=1))
+    assert inter_of(tmp_path / "out/made") == [told(row) for row in ROWS]
 
 
 def test_years_in_titles(tmp_path: Path) -> None:
@@ -300,130 +157,6 @@ def test_rows_of_amazon_that_are_pieces_of_pages(tmp_path: Path) -> None:
     assert found == {"b0": ("", "", ""), "b1": ('Lamp 3" <3', "", ""), "b2": ("", "text", "")}
     prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", overwrite="true", **common))
     assert {item for item, *_ in inter_of(tmp_path / "out/made", "item_id")} == {"b1"}
-
-
-# --- filters ---------------------------------------------------------------------------------------------------------
-def rows_of(pairs: list[tuple[int, int, int]]) -> Rows:
-    users, items, times = (
-        (np.array(column, dtype=np.int32) for column in zip(*pairs)) if pairs else [np.zeros(0, int)] * 3
-    )
-    count = np.arange(len(pairs))
-    return Rows(users, items, np.ones(len(pairs)), times.astype(np.float64), count)
-
-
-PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 3)), max_size=50)
-
-
-@given(pairs=PAIRS, user_core=st.integers(1, 4), item_core=st.integers(1, 4))
-def test_k_core_is_what_removing_one_at_a_time_leaves(
-    pairs: list[tuple[int, int, int]], user_core: int, item_core: int
-) -> None:
-    rows = rows_of(pairs)
-    left = set(range(len(pairs)))
-    while True:
-        users, items = (Counter(pairs[row][place] for row in left) for place in (0, 1))
-        poor = [row for row in left if users[pairs[row][0]] < user_core or items[pairs[row][1]] < item_core]
-        if not poor:
-            break
-        left.remove(max(poor))
-    assert set(np.flatnonzero(k_core(rows.users, rows.items, user_core, item_core)).tolist()) == left
-
-
-@given(pairs=PAIRS, which=st.sampled_from(["first", "last"]))
-def test_one_row_of_each_pair_stays(pairs: list[tuple[int, int, int]], which: str) -> None:
-    best: dict[tuple[int, int], int] = {}
-    for row, (user, item, time) in enumerate(pairs):
-        kept = best.get((user, item))
-        if kept is None or (time < pairs[kept][2] if which == "first" else time >= pairs[kept][2]):
-            best[user, item] = row
-    assert set(np.flatnonzero(one_of_each(rows_of(pairs), which)).tolist()) == set(best.values())
-
-
-def test_filters_in_their_order(tmp_path: Path) -> None:
-    """A repeat does not count for the core, nor does an item without metadata; the window comes before both."""
-    rows = [
-        ("u1", "b0", 5.0, 3), ("u1", "b0", 5.0, 1), ("u1", "b1", 5.0, 2), ("u2", "b0", 4.0, 3), ("u2", "b1", 4.0, 3),
-        ("u3", "b0", 4.0, 3), ("u3", "zz", 4.0, 3), ("u4", "b0", 2.0, 3), ("u4", "b1", 5.0, 3), ("u5", "b0", 5.0, 400),
-        ("u5", "b1", 5.0, 3),
-    ]  # fmt: skip
-    amazon2018(tmp_path, [(user, item, rating, NEW_YEAR + day * DAY) for user, item, rating, day in rows])
-    prepare_source(
-        words(
-            "amazon2018",
-            "Lamps",
-            tmp_path,
-            tmp_path / "out",
-            user_core=2,
-            item_core=2,
-            min_rating=3,
-            until="2015-12-31",
-        )
-    )
-    kept = [(user, item, f"{rating:g}", str(NEW_YEAR + day * DAY)) for user, item, rating, day in (*rows[1:5],)]
-    assert inter_of(tmp_path / "out/made") == kept
-    card = json.loads((tmp_path / "out/made/stats.json").read_text())
-    assert [step["interactions"] for step in card["filters"]] == [11, 10, 9, 8, 7, 4]
-    prepare_source(
-        words(
-            "amazon2018",
-            "Lamps",
-            tmp_path,
-            tmp_path / "out",
-            user_core=2,
-            item_core=2,
-            repeats="last",
-            overwrite="true",
-        )
-    )
-    assert told((*rows[0][:3], NEW_YEAR + 3 * DAY)) in inter_of(tmp_path / "out/made")
-    everything = {"repeats": "all", "item_metadata": "none", "overwrite": "true", "user_core": 2, "item_core": 2}
-    prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", **everything))
-    # Without the filter of metadata the item is out as it has one row, and u3 with it.
-    assert len(inter_of(tmp_path / "out/made")) == 9
-
-
-@pytest.mark.parametrize(
-    ("latest", "months", "first"),
-    [("2018-10-02", 48, "2014-10-02"), ("2017-03-31", 1, "2017-02-28"), ("2016-02-29", 12, "2015-02-28")],
-)
-def test_the_window_of_months(latest: str, months: int, first: str) -> None:
-    last, low = (datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp() for day in (latest, first))
-    rows = rows_of([(0, 0, 0), (0, 1, 0), (0, 2, 0)])
-    rows.times[:] = [low - 1, low, last]
-    settings = {"min_rating": None, "since": None, "until": None, "months": months, "repeats": "all",
-                "item_metadata": "none", "user_core": 1, "item_core": 1}  # fmt: skip
-    kept, _ = filters.filtered(rows, np.zeros(3), settings)
-    assert kept.items.tolist() == [1, 2]
-
-
-def test_equal_titles_become_one_item_where_asked_for(tmp_path: Path) -> None:
-    rows = [(user, item, 5.0, NEW_YEAR) for user, item in (("u1", "b0"), ("u1", "b1"), ("u2", "b1"), ("u2", "b2"))]
-    amazon2018(tmp_path, rows)
-    titles = {"b0": "A long title, red", "b1": "A  long title,&nbsp;blue", "b2": "Another"}
-    write_lines(tmp_path / "meta_Lamps.json.gz", [json.dumps({"asin": a, "title": t}) for a, t in titles.items()][::-1])
-    common = {"user_core": 1, "item_core": 1, "title_length": 13}
-    prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", **common))
-    assert [item for (item,) in inter_of(tmp_path / "out/made", "item_id")] == ["b0", "b1", "b1", "b2"]
-    assert read_columns(tmp_path / "out/made/made.item", "item_id", ["title"])["b1"] == ("A long title,",)
-    prepare_source(
-        words("amazon2018", "Lamps", tmp_path, tmp_path / "out", merge_titles="true", overwrite="true", **common)
-    )
-    # u1's two interactions are one now.
-    assert inter_of(tmp_path / "out/made", "user_id", "item_id") == [("u1", "b0"), ("u2", "b0"), ("u2", "b2")]
-    assert set(read_columns(tmp_path / "out/made/made.item", "item_id", ["title"])) == {"b0", "b2"}
-
-
-def test_reviews_of_items_that_are_one(tmp_path: Path) -> None:
-    goodreads(tmp_path)
-    books = [{"book_id": item, "title": "one and the same"} for item in ITEMS]
-    write_lines(tmp_path / "goodreads_books_history.json.gz", [json.dumps(book) for book in books])
-    reviews = [{"user_id": "u3", "book_id": item, "review_text": f"of {item}"} for item in ITEMS]
-    write_lines(tmp_path / "goodreads_reviews_history.json.gz", [json.dumps(review) for review in reviews])
-    prepare_source(
-        words("goodreads", "history", tmp_path, tmp_path / "out", merge_titles="true", user_core=1, item_core=1)
-    )
-    said = dict(inter_of(tmp_path / "out/made", "user_id", "review"))
-    assert {user: text for user, text in said.items() if text} == {"u3": f"of {ITEMS[0]}"}
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -482,266 +215,6 @@ def test_a_cleaned_text_is_one_line_and_loses_nothing_but_space(text: str) -> No
 )
 def test_html(text: str, made: str) -> None:
     assert clean(text) == made
-
-
-# --- broken lines ----------------------------------------------------------------------------------------------------
-def test_broken_lines_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    amazon2018(tmp_path, suffix="")
-    whole = (tmp_path / "Lamps.json").read_bytes().splitlines()
-    good = json.loads(whole[0])
-    broken = [
-        whole[0][:40], b"[1, 2]", json.dumps({**good, "overall": None}).encode(), b'{"reviewerID": "\xff"}',
-        json.dumps({**good, "reviewerID": "a b\tc"}).encode(), json.dumps({**good, "overall": "many"}).encode(),
-        json.dumps({**good, "asin": 7}).encode(), b"", json.dumps({**good, "unixReviewTime": float("nan")}).encode(),
-        json.dumps({"Overall": 5, **{k: v for k, v in good.items() if k != "overall"}}).encode(), whole[1][:-1],
-    ]  # fmt: skip
-    (tmp_path / "Lamps.json").write_bytes(b"\n".join([*whole[:3], *broken, *whole[3:]]))
-    arguments = words("amazon2018", "Lamps", tmp_path, tmp_path / "out", broken_share=0.5, user_core=1, item_core=1)
-    prepare_source(arguments)
-    assert inter_of(tmp_path / "out/made") == [told(row) for row in ROWS]
-    lines = json.loads((tmp_path / "out/made/stats.json").read_text())["lines"]["Lamps.json"]
-    assert lines == {"lines": len(ROWS) + 10, "broken": 10, "reasons": {
-        "are no JSON": {"lines": 2, "first": 4}, "are no JSON object": {"lines": 1, "first": 5},
-        "have no 'overall'": {"lines": 1, "first": 6}, "are no utf-8 text": {"lines": 1, "first": 7},
-        "have an id that is empty or holds white space": {"lines": 2, "first": 8},
-        "have a value that cannot be read": {"lines": 1, "first": 9},
-        "have a time or rating that is no number": {"lines": 1, "first": 12},
-        "have no 'overall' (but 'Overall')": {"lines": 1, "first": 13},
-    }}  # fmt: skip
-    assert "Lamps.json: 10 of 122 lines are broken: 2 are no JSON (line 4 first), 1" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"more than broken_share \(0.01\)") as error:
-        prepare_source([*arguments[:-3], "--overwrite=true"])
-    assert "\n" not in str(error.value)
-    # What was there before stays.
-    assert inter_of(tmp_path / "out/made") == [told(row) for row in ROWS]
-    assert os.listdir(tmp_path / "out") == ["made"]
-
-
-def test_broken_metadata_and_users(tmp_path: Path) -> None:
-    movielens_1m(tmp_path)
-    for name in ("movies.dat", "users.dat"):
-        with open(tmp_path / "ml-1m" / name, "ab") as file:
-            file.write(b"5::too few\n")
-    prepare_source(words("movielens", "ml-1m", tmp_path, tmp_path / "out", broken_share=0.2))
-    lines = json.loads((tmp_path / "out/made/stats.json").read_text())["lines"]
-    assert lines["movies.dat"]["reasons"] == {"have not 3 fields": {"lines": 1, "first": len(ITEMS) + 1}}
-    assert lines["users.dat"]["broken"] == 1 and lines["ratings.dat"]["broken"] == 0
-
-
-def test_another_kind_of_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recbole_llm.sources.lines.ALL_BROKEN", 5)
-    amazon2018(tmp_path)
-    # The edition of 2014 is Python, not JSON.
-    write_lines(tmp_path / "Lamps.json.gz", ["{'reviewerID': 'u'}"] * 9)
-    with pytest.raises(UserError, match=r"Lamps.json.gz is no such file: .* 5 of 5 lines .* no JSON \(line 1 first\)"):
-        prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", broken_share=1))
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda data: data[:-30], "ends in the middle"),
-        (lambda data: b"plain text\n", "no gzip file"),
-        (lambda data: data[:60] + bytes(40) + data[100:], "damaged|no gzip file|ends in the middle"),
-        (lambda data: gzip.compress(b""), "no interaction"),
-    ],
-)
-def test_a_damaged_download(tmp_path: Path, damage: Callable[[bytes], bytes], says: str) -> None:
-    amazon2018(tmp_path)
-    path = tmp_path / "Lamps.json.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=says) as error:
-        prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out"))
-    assert "Lamps.json.gz" in str(error.value) and "\n" not in str(error.value)
-    assert not list((tmp_path / "out").iterdir())
-
-
-# --- whole or not at all ---------------------------------------------------------------------------------------------
-def test_a_second_call_writes_the_same_bytes(tmp_path: Path) -> None:
-    goodreads(tmp_path / "a")
-    goodreads(tmp_path / "b")
-    for name in ("a", "b"):
-        prepare_source(words("goodreads", "history", tmp_path / name, tmp_path / name / "out"))
-    first = bytes_of(tmp_path / "a/out/made")
-    assert first == bytes_of(tmp_path / "b/out/made")
-    prepare_source(words("goodreads", "history", tmp_path / "a", tmp_path / "a/out", overwrite="true"))
-    assert first == bytes_of(tmp_path / "a/out/made")
-    assert set(first) == {"made.inter", "made.item", "made.yaml", "stats.json", "README.md"}
-
-
-def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
-    amazon2018(tmp_path)
-    arguments = words("amazon2018", "Lamps", tmp_path, tmp_path / "out")
-    prepare_source(arguments)
-    before = bytes_of(tmp_path / "out/made")
-    with pytest.raises(UserError, match="is there already; --overwrite=true"):
-        prepare_source(arguments)
-    (tmp_path / "out/made/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt"):
-        prepare_source([*arguments, "--overwrite=true"])
-    (tmp_path / "out/made/notes.txt").unlink()
-    assert bytes_of(tmp_path / "out/made") == before
-
-
-def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    amazon2018(tmp_path)
-    arguments = words("amazon2018", "Lamps", tmp_path, tmp_path / "out")
-    prepare_source(arguments)
-    before = bytes_of(tmp_path / "out/made")
-
-    def fails(*_: Any) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("recbole_llm.sources.prepare.readme_text", fails)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_source([*arguments, "--overwrite=true"])
-    assert bytes_of(tmp_path / "out/made") == before
-    assert os.listdir(tmp_path / "out") == ["made"]
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    amazon2018(tmp_path)
-    (tmp_path / "out").mkdir()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
-    try:
-        with pytest.raises(DiskFullError, match=r"out/made: file too large; make room or set --output") as error:
-            prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(error.value)
-    assert not os.listdir(tmp_path / "out")
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    amazon2018(tmp_path)
-    with pytest.raises(UserError, match=r"Lamps\.json\.gz: (file exists|not a directory)$"):
-        prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "Lamps.json.gz"))
-
-
-def test_one_at_a_time(tmp_path: Path) -> None:
-    amazon2018(tmp_path)
-    part = tmp_path / "out/.made.part"
-    part.mkdir(parents=True)
-    (part / "left").write_text("of a killed one")
-    descriptor = os.open(part, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(UserError, match="another prepare is writing"):
-            prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out"))
-        assert (part / "left").exists()
-    finally:
-        os.close(descriptor)
-    prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out"))
-    assert os.listdir(tmp_path / "out") == ["made"]
-    assert "left" not in os.listdir(tmp_path / "out/made")
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"source": "amazon2081"}, "unknown source 'amazon2081'; did you mean 'amazon2018'"),
-        ({"source": "nowhere:Mine"}, "no module 'nowhere'"),
-        ({"source": "recbole_llm.errors:UserError"}, "no class UserError"),
-        ({"source": ""}, "unknown source ''"),
-        ({"category": "Lamp"}, "has no Lamp.json.gz; did you mean 'Lamps'?"),
-        ({"category": None}, "--category=... says which of the raw files to read; "),
-        ({"source": "amazon2023"}, "has no file of Amazon reviews 2023 (e.g. Lamps.jsonl.gz); they are at https://"),
-        ({"source": "goodreads"}, "has no file of Goodreads"),
-        ({"source": "movielens"}, "MovieLens has no release 'Lamps' (ml-100k, "),
-        ({"source": "movielens", "category": "ml1m"}, "did you mean 'ml-1m'"),
-        ({"source": "movielens", "category": "ml-1m"}, "has no ratings.dat of ml-1m"),
-        ({"input": "no/such"}, "no/such is no folder"),
-        ({"input": None}, "--input=DIR"),
-        ({"preset": "lcrek"}, "unknown preset 'lcrek'; did you mean 'lcrec'"),
-        ({"preset": "lcrec", "source": "movielens", "category": "ml-1m"}, "lcrec is of --source=amazon2018"),
-        ({"user_kore": 5}, "unknown setting 'user_kore' of prepare --source; did you mean 'user_core'"),
-        ({"user_core": 0}, "user_core should be int >= 1, but is 0"),
-        ({"repeats": "some"}, "repeats should be str: first | last | all"),
-        ({"since": "2015-13-01"}, "since should be a day, YYYY-MM-DD"),
-        ({"broken_share": 2}, "broken_share should be float 0..1"),
-        ({"user_core": 99}, "no interaction is left: user_core 99, item_core 5 takes the last 112 of 112"),
-        ({"name": "../x"}, "name should be letters"),
-        ({"name": "ml-100k"}, "RecBole reads its own copy"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], says: str
-) -> None:
-    amazon2018(tmp_path)
-    settings = {
-        "source": "amazon2018",
-        "category": "Lamps",
-        "input": tmp_path,
-        "output": tmp_path / "out",
-        "name": "made",
-    }
-    arguments = [f"--{key}={value}" for key, value in (settings | change).items() if value is not None]
-    assert main(["prepare", *arguments]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and says in said[0]
-    assert not (tmp_path / "out/made").exists()
-
-
-def test_other_mistakes(tmp_path: Path) -> None:
-    amazon2018(tmp_path)
-    for wrong, says in (("--user_core=5", "given twice"), ("user_core", "is not understood")):
-        with pytest.raises(UserError, match=says):
-            prepare_source([*words("amazon2018", "Lamps", tmp_path, tmp_path / "out", user_core=5), wrong])
-    (tmp_path / "meta_Lamps.json.gz").unlink()
-    with pytest.raises(UserError, match=r"no metadata of Lamps .* --item_metadata=none"):
-        prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out"))
-    prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", item_metadata="none"))
-    assert not (tmp_path / "out/made/made.item").exists()
-    (tmp_path / "out/file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", name="file", item_metadata="none"))
-
-
-# --- presets and the card --------------------------------------------------------------------------------------------
-PRESETS = [path.stem for path in (properties_dir() / "sources").glob("*.yaml") if path.stem != "overall"]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_have_settings_that_fit(preset: str) -> None:
-    folder = properties_dir() / "sources"
-    values, specs = read_yaml(folder / f"{preset}.yaml"), read_specs(folder / "overall.yaml")
-    assert set(values["sources"]) <= set(SOURCES)
-    own = {key: value for key, value in values.items() if key not in ("sources", "published", "by_category")}
-    for settings in (own, *values.get("by_category", {}).values()):
-        assert all(key in specs and specs[key].allows(value) for key, value in settings.items())
-    # density = interactions / (users * items), mean length = interactions / users: the paper's figures agree.
-    for figures in values["published"].values():
-        for key, per in (("density", figures["users"] * figures["items"]), ("mean_length", figures["users"])):
-            if key in figures and "interactions" in figures:
-                assert figures[key] == pytest.approx(figures["interactions"] / per, rel=2e-3)
-
-
-def test_what_lies_under_the_command_line() -> None:
-    def settings(*more: str) -> dict[str, Any]:
-        return read_settings(["--source=amazon2018", *more]).values
-
-    assert (settings()["user_core"], settings()["months"]) == (5, None)
-    toys = settings("--preset=tca4rec", "--category=Toys_and_Games")
-    assert (toys["user_core"], toys["months"], toys["title_length"], toys["repeats"]) == (10, 48, 50, "all")
-    office = settings("--preset=tca4rec", "--category=Office_Products", "--user_core=3")
-    assert (office["months"], office["user_core"]) == (None, 3)
-
-
-def test_the_card_stands_beside_the_papers_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    amazon2018(tmp_path)
-    for name in ("Lamps.json.gz", "meta_Lamps.json.gz"):
-        (tmp_path / name).rename(tmp_path / name.replace("Lamps", "Video_Games"))
-    arguments = words("amazon2018", "Video_Games", tmp_path, tmp_path / "out", preset="lcrec", name=None)
-    assert main(["prepare", *arguments]) == 0
-    shown = capsys.readouterr().out
-    made = tmp_path / "out/amazon2018-video-games-lcrec"
-    card = json.loads((made / "stats.json").read_text())
-    assert card["published"]["users"] == {"here": 14, "paper": 50546, "deviation": round(14 / 50546 - 1, 4)}
-    assert "users                         14        50,546     -99.97%" in shown
-    assert shown.splitlines()[2] in (made / "README.md").read_text()
-    assert f"--dataset=amazon2018-video-games-lcrec --data_path={tmp_path / 'out'}" in shown
 
 
 # --- a source of one's own -------------------------------------------------------------------------------------------

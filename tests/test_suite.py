@@ -12,6 +12,7 @@ import yaml
 from conftest import SHARED
 
 from recbole_llm.errors import UserError
+from recbole_llm.leaderboard.marks import code_of_package
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.suite import Cell, cells_of, marked, read_suite
 from recbole_llm.schema import properties_dir
@@ -131,6 +132,48 @@ def test_marks_follow_the_files_of_a_language_model(tmp_path: Path) -> None:
     (llm / "weights").write_text("another", encoding="utf-8")
     (after,) = cells(tmp_path, **study | {"reference": None})
     assert before.mark != after.mark
+
+
+def test_marks_follow_the_files_that_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "properties"
+    shutil.copytree(properties_dir() / "prompts", shipped / "prompts")
+    monkeypatch.setattr("recbole_llm.data.templates.properties_dir", lambda: shipped)
+    own, tokens, run = tmp_path / "own.yaml", tmp_path / "tiny.index.json", tmp_path / "run"
+    run.mkdir()
+    files = {"shipped": shipped / "prompts/lcrec.yaml", "own": own, "index": tokens, "folder": run / "items"}
+    for file in files.values():
+        file.touch()
+    rows = {
+        "shipped": {"model": "LCRec"}, "own": {"model": "LCRec", "prompts": str(own)},
+        "index": {"model": "LCRec", "code_tokens": str(tokens), "prompts": str(own)},
+        "folder": {"model": "LCRec", "code_tokens": str(run), "prompts": str(own)}, "BPR": {"model": "BPR"},
+    }  # fmt: skip
+
+    def marks() -> dict[str, str]:
+        return {cell.row: cell.mark for cell in cells(tmp_path, rows=rows, columns={}, seeds=[1], settings={})}
+
+    before = marks()
+    moves = {"shipped": {"shipped"}, "index": {"index"}, "folder": {"folder"}, "own": {"own", "index", "folder"}}
+    for changed, moved in moves.items():
+        with open(files[changed], "a", encoding="utf-8") as file:
+            file.write("# another\n")
+        after = marks()
+        assert {row for row in rows if after[row] != before[row]} == moved
+        before = after
+
+
+def test_marks_follow_the_code_that_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "recbole_llm"
+    for name in ("leaderboard/marks.py", "sources/amazon.py", "inspection.py", "evaluation/consistency.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("1\n", encoding="utf-8")
+    monkeypatch.setattr("recbole_llm.leaderboard.marks.__file__", str(package / "leaderboard/marks.py"))
+    before = code_of_package()
+    for name in ("leaderboard/marks.py", "sources/amazon.py", "inspection.py"):
+        (package / name).write_text("2\n", encoding="utf-8")
+    assert code_of_package() == before
+    (package / "evaluation/consistency.py").write_text("2\n", encoding="utf-8")
+    assert code_of_package() != before
 
 
 def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:

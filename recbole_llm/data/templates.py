@@ -102,10 +102,9 @@ def read_templates(
     Raises:
         UserError: there is no such file, a task is missing, or a template names a place that its task does not have.
     """
-    folder = properties_dir() / "prompts"
-    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    file = file_of(name)
     if not file.is_file():
-        known = [path.stem for path in folder.glob("*.yaml")]
+        known = [path.stem for path in (properties_dir() / "prompts").glob("*.yaml")]
         raise UserError(
             f"prompts: there is no '{name}'{did_you_mean(name, known)} ({', '.join(known)} or a .yaml file)"
         )
@@ -126,6 +125,11 @@ def read_templates(
     separator = values["separator"]
     titles = values.get("title_separator", separator)
     return Templates(values["wrapper"], separator, titles, found, _shown(file, values.get("shown")))
+
+
+def file_of(name: str) -> Path:
+    """Where templates stand: a file of ``properties/prompts``, or the path itself; see :func:`read_templates`."""
+    return Path(name) if name.endswith(".yaml") else properties_dir() / "prompts" / f"{name}.yaml"
 
 
 def _shown(file: Path, text: Any) -> tuple[str, str, str] | None:

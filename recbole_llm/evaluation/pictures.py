@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_llm.disk import write_whole
+
 MISSING_PLOTS = "matplotlib is not installed (pip install 'recbole-llm[plots]')"
 
 
@@ -25,6 +27,10 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_whole(path, lambda part: figure.savefig(part, dpi=120))
 
 
 def draw_maps(
@@ -50,7 +56,7 @@ def draw_maps(
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_heat(
@@ -79,7 +85,7 @@ def draw_heat(
             axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
     axis.set_title(title)
     figure.colorbar(image, ax=axis, label=label, format=lambda value, _: f"{value:+.0%}")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_curves(curve: Mapping[str, Any], title: str, path: Path) -> None:
@@ -109,7 +115,7 @@ def draw_curves(curve: Mapping[str, Any], title: str, path: Path) -> None:
     ring = f"ring: best {curve['metric']} on valid"
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, title=f"{bars}; {ring}")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 _LINES = ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive")
@@ -149,7 +155,7 @@ def draw_codebook(card: Mapping[str, Any], path: Path) -> None:
     _draw_collisions(panels[-1], card)
     sizes = " x ".join(map(str, card["sizes"]))
     figure.suptitle(f"Codebook of {card['items']} items, {card['levels']} levels: {sizes}")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _draw_usage(axis: Any, card: Mapping[str, Any]) -> None:

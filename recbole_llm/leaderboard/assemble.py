@@ -130,12 +130,7 @@ def table_of(
         _embolden(made, best or reference, name)
     shared = _shared([run.result["evaluation"] for line in lines for run in line.runs])
     for row, line in zip(made, lines, strict=True):
-        row["evaluation"] = {
-            key: value
-            for run in line.runs[:1]
-            for key, value in run.result["evaluation"].items()
-            if key not in (shared or {})
-        }
+        row["evaluation"] = _own([run.result["evaluation"] for run in line.runs], shared or {})
     made.sort(key=lambda row: -row["metrics"][metric]["mean"] if metric in row["metrics"] else np.inf)
     return {
         "dataset": dataset,
@@ -248,6 +243,16 @@ def _shared(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     first = blocks[0]
     return {key: value for key, value in first.items() if all(block.get(key, ...) == value for block in blocks)}
+
+
+def _own(blocks: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row's blocks say beside what all rows' say alike; of shares that its seeds do not share, their mean."""
+    found = {}
+    for key in (key for block in blocks[:1] for key in block if key not in shared):
+        values = [block.get(key) for block in blocks]
+        shares = [value for value in values if isinstance(value, float)]
+        found[key] = fmean(shares) if len(shares) == len(values) else values[0]
+    return found
 
 
 def _best_baseline(made: Sequence[Mapping[str, Any]], metric: str) -> str | None:

@@ -22,7 +22,7 @@ from recbole_llm.leaderboard import cell as cell_process
 from recbole_llm.leaderboard import tables
 from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
 from recbole_llm.leaderboard.choice import label
-from recbole_llm.leaderboard.curve import curve_of, write_curves
+from recbole_llm.leaderboard.curve import curve_of, picture_lines, write_curves
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.paper import beside_paper
@@ -42,6 +42,7 @@ from recbole_llm.leaderboard.suite import (
 )
 from recbole_llm.progress import clock
 from recbole_llm.schema import parse_value
+from recbole_llm.training.runs import writable
 
 # What a suite sets itself, and what to say instead.
 OWN_PER_CELL = {
@@ -96,12 +97,13 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     asked = asked_for(arguments)
     cells = marked(asked.suite, asked.folder, asked.command_line, asked.of_row)
     study = Study(cells, asked.folder, asked.suite.metric)
-    (asked.folder / "cells").mkdir(parents=True, exist_ok=True)
+    writable(asked.folder / "cells" / "any", "--output")
     _run_missing(study, asked, say)
     board = write(study, asked, whole=True)
     lines = [tables.terminal(board, sys.stdout.isatty()), ""]
     lines += [f"{suffix:11} {asked.folder / f'leaderboard.{suffix}'}" for suffix in ("html", "md", "csv", "json")]
-    lines += [f"picture     {asked.folder / name}" for name in _pictures(board)]
+    if asked.suite.curve:
+        lines += picture_lines(board["tables"], asked.suite.curve["setting"], asked.folder)
     lines += write_grid(board, list(asked.suite.rows), asked.suite.reference, asked.folder)
     return "\n".join(lines), len(study.reasons)
 
@@ -374,10 +376,6 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequenc
     if whole and suite.curve:
         table["curve"] = curve_of(table, suite.curve["setting"], suite.curve["metrics"], suite.metric)
     return with_details(table, suite.metric) if whole else table
-
-
-def _pictures(board: Mapping[str, Any]) -> list[str]:
-    return [table["curve"]["picture"] for table in board["tables"] if table["curve"] and table["curve"]["picture"]]
 
 
 def _metrics(study: Study, suite: Suite) -> list[str]:

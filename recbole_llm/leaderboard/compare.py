@@ -15,12 +15,13 @@ from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.consistency import arrays_of
 from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
-from recbole_llm.leaderboard.curve import curve_of, write_curves
+from recbole_llm.leaderboard.curve import curve_of, picture_lines, write_curves
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.suite import check_larger_is_better
 from recbole_llm.leaderboard.tables import terminal, write
+from recbole_llm.training.runs import writable
 
 USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--curve=SETTING] [--output=DIR]"
 OPTIONS = ("reference", "metric", "curve", "output")
@@ -69,6 +70,8 @@ def compare(arguments: Sequence[str]) -> str:
     if "curve" in options:
         _add_curve(table, options, metric, agreements)
     if "output" in options:
+        writable(Path(options["output"]) / "leaderboard.html", "--output")
+        write_curves([table], Path(options["output"]))
         with_details(table, metric)
     command = shlex.join(["recbole-llm", "compare", *arguments])
     board = board_of([table], "Comparison of runs", command, shown, metric, ALPHA)
@@ -78,11 +81,13 @@ def compare(arguments: Sequence[str]) -> str:
         page = folder / "leaderboard.html"
         write_page(board, page)
         lines += ["", *(f"{path.suffix[1:]:12}{path}" for path in (page, *write(board, folder)))]
+        if "curve" in options:
+            lines += picture_lines([table], options["curve"], folder)
     return "\n".join(lines)
 
 
 def _add_curve(table: dict[str, Any], options: dict[str, str], metric: str, agreements: Sequence[str]) -> None:
-    """Fill in the table's curve and draw it."""
+    """Fill in the table's curve."""
     setting = options["curve"]
     if "output" not in options:
         raise UserError(f"--curve={setting} draws a picture; say with --output=DIR where it goes")
@@ -91,7 +96,6 @@ def _add_curve(table: dict[str, Any], options: dict[str, str], metric: str, agre
     table["curve"] = curve_of(table, setting, [metric, *beside], metric)
     if table["curve"] is None:
         raise UserError(f"--curve={setting}: no two rows differ in {setting} alone, or it is no number")
-    write_curves([table], Path(options["output"]))
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:

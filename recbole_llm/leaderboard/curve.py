@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.config import Config
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.evaluation.consistency import figures_of
+from recbole_llm.evaluation.consistency import NAME, figures_of
 from recbole_llm.evaluation.pictures import MISSING_PLOTS, can_draw, draw_curves
 from recbole_llm.leaderboard.words import title_of
 from recbole_llm.training.run_files import read_result
 
 _KEYS = ("setting", "metrics")
-# Values further apart than this have a scale that grows like a logarithm.
-FAR = 20.0
+# Values further apart than this have a scale that grows like a logarithm: the least would lie on zero.
+FAR = 10.0
 
 
 def check_curve(path: str, curve: Any) -> dict[str, Any]:
@@ -44,6 +45,32 @@ def check_curve(path: str, curve: Any) -> dict[str, Any]:
     if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
         raise UserError(f"{path}: curve.metrics should be a list of metrics, but is {metrics!r}")
     return dict(curve)
+
+
+def check_curve_of(curve: Mapping[str, Any], configs: Sequence[Config]) -> None:
+    """See that runs have what a suite's ``curve`` asks for.
+
+    Args:
+        curve: from :func:`check_curve`.
+        configs: of all runs.
+
+    Raises:
+        UserError: no run has the setting as a number, all have the same, or none measures one of the metrics.
+    """
+    setting = curve["setting"]
+    known = {key for config in configs for key in config.final_config_dict}
+    if setting not in known:
+        raise UserError(f"curve.setting: no row has '{setting}'{did_you_mean(setting, known)}")
+    values = {value for config in configs if _is_number(value := config.final_config_dict.get(setting))}
+    if len(values) < 2:
+        raise UserError(f"curve.setting: no two rows have different numbers for {setting}")
+    cuts = sorted({cut for config in configs for cut in config["topk"]})
+    measured = {f"{name}@{cut}".lower() for config in configs for name in config["metrics"] for cut in config["topk"]}
+    measured |= {f"{NAME}@{cut}" for cut in cuts}
+    for metric in curve["metrics"]:
+        # Of several teachers each has its own: consistency@10 (cf_model).
+        if metric.lower().partition(" ")[0] not in measured:
+            raise UserError(f"curve.metrics: no row measures '{metric}'{did_you_mean(metric.lower(), measured)}")
 
 
 def curve_of(table: Mapping[str, Any], setting: str, metrics: Sequence[str], metric: str) -> dict[str, Any] | None:
@@ -98,7 +125,7 @@ def _point(row: Mapping[str, Any], setting: str, metrics: Sequence[str]) -> dict
     results = [read_result(run) for run in row["runs"]]
     values = {json.dumps(result.get("config", {}).get(setting)) for result in results}
     value = json.loads(values.pop()) if len(values) == 1 else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         return None
     found = {}
     for name in metrics:
@@ -106,6 +133,10 @@ def _point(row: Mapping[str, Any], setting: str, metrics: Sequence[str]) -> dict
             seeds = [figures_of(result)[name] for result in results]
             found[name] = {key: row["metrics"][name][key] for key in ("mean", "low", "high")} | {"seeds": seeds}
     return {"value": value, "row": row["name"], "metrics": found} if found else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _places(values: Sequence[float]) -> tuple[dict[float, float], bool]:
@@ -125,27 +156,35 @@ def _name(rows: Sequence[str], setting: str) -> str:
     return f"{shared})" if shared.count("(") > shared.count(")") else shared or rows[0]
 
 
-def write_curves(tables: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Draw the tables' curves, a PNG each, and note the files' names in them.
+def write_curves(tables: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Draw the tables' curves, a PNG each, and note the files' names in them; see :func:`picture_lines`.
 
     Args:
         tables: those with ``curve``.
         folder: where they go; made if need be.
-
-    Returns:
-        Lines that say where they are, or why there are none.
     """
-    lines = []
     for table in tables:
         curve = table["curve"]
-        if curve is None:
+        if curve is None or not can_draw():
             continue
-        if not can_draw():
-            return [f"picture     none: {MISSING_PLOTS}"]
         folder.mkdir(parents=True, exist_ok=True)
         plain = re.sub(r"[^\w.+-]", "-", f"{curve['setting']} {title_of(table)}")
         path = folder / f"curve-{plain}.png"
         draw_curves(curve, f"{', '.join(curve['metrics'])} over {curve['setting']}, {title_of(table)}", path)
         curve["picture"] = path.name
-        lines.append(f"picture     {path}")
-    return lines
+
+
+def picture_lines(tables: Sequence[Mapping[str, Any]], setting: str, folder: Path) -> list[str]:
+    """Where the tables' curves over a setting are, or why there are none.
+
+    Args:
+        tables: after :func:`write_curves`.
+        setting: that was asked for.
+        folder: where the pictures went.
+    """
+    curves = [table["curve"] for table in tables if table["curve"]]
+    if not curves:
+        return [f"picture     none: no two rows differ in {setting} alone"]
+    if not can_draw():
+        return [f"picture     none: {MISSING_PLOTS}"]
+    return [f"picture     {folder / curve['picture']}" for curve in curves]

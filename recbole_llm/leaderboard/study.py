@@ -63,9 +63,8 @@ class Study:
 
     def wanted(self) -> list[Cell]:
         """The cells that by now are known to be run: all but what is still open, or was not chosen."""
-        settled = {
-            (cell.place, cell.row): self.choice(cell.place, cell.row) for cell in self.cells if self._decides(cell)
-        }
+        open_rows = dict.fromkeys((cell.place, cell.row) for cell in self.cells if self._decides(cell))
+        settled = {(place, row): self.choice(place, row) for place, row in open_rows}
         return [
             cell
             for cell in self.cells

@@ -6,7 +6,6 @@ its figures depend on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,20 +15,16 @@ from typing import Any
 from recbole.evaluator import smaller_metrics
 
 from recbole_llm.compat import known_datasets
-from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
+from recbole_llm.config import Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.choice import choices_of, label
-from recbole_llm.leaderboard.curve import check_curve
+from recbole_llm.leaderboard.curve import check_curve, check_curve_of
+from recbole_llm.leaderboard.marks import bytes_of, code_of_package, mark_of
 from recbole_llm.leaderboard.paper import check_paper
 from recbole_llm.schema import properties_dir, read_yaml
-from recbole_llm.training.pipeline import code_mark
-from recbole_llm.training.store import fingerprint_of
 
 # What a cell has unless the file or the command line says otherwise.
 QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "evaluate_parts": False}
-
-# What moves a cell beside the settings of its stages.
-_MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from", "metrics", "topk", "metric_decimal_place")
 
 # Bytes of a cell's place in the names of its files.
 LONGEST = 160
@@ -43,9 +38,6 @@ PLACED = {
     "dataset": "a suite has datasets",
     "result_file": "results are in the cells folder of --output",
 }
-
-# Code that runs after a cell has its figures.
-_AFTERWARDS = ("leaderboard", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
 
 
 @dataclass(frozen=True)
@@ -280,9 +272,8 @@ def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, S
 def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[Cell]:
     """The cells, every one's settings checked, with the marks that their results are found by.
 
-    A mark is of the settings as they finally stand, those of the model's parts among them, the data set's files, the
-    files of a language model's folder, and the code of this package or of a model from elsewhere. Where one changes,
-    the cell is measured anew; stages that do not depend on the change still come from the cache.
+    Where anything that a mark is of changes (see :func:`recbole_llm.leaderboard.marks.mark_of`), the cell is measured
+    anew; stages that do not depend on the change still come from the cache.
 
     Args:
         suite: the study.
@@ -292,11 +283,12 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
 
     Raises:
         UserError: a cell's model does not take a setting, or does not measure the suite's metric; the cell is named.
+            Or no cell has the setting or a metric of the suite's ``curve``.
     """
-    code = _bytes_of(Path(__file__).parent.parent, "**/*.py", leave_out=_AFTERWARDS)
+    code = code_of_package()
     check_larger_is_better(suite.metric)
     data: dict[Path, str] = {}
-    cells = []
+    cells, configs = [], []
     for cell in cells_of(suite):
         settings = {"output_dir": str(folder / "saved"), **cell.settings}
         model = settings.pop("model")
@@ -317,16 +309,14 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
             known = set() if source.is_dir() else known_datasets(source.parent)
             if not source.is_dir() and cell.dataset not in known:
                 raise UserError(f"{cell}: there is no data set {source}{did_you_mean(cell.dataset, known)}")
-            data[source] = _bytes_of(source, "*")
-        final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
-        named = config.parts()
-        # A part has shipped settings of its own, and a folder of weights may be overwritten: no setting tells of them.
-        beneath: list[Any] = [config.part(part).stage_keys() for part in named]
-        beneath += [_stamps_of(str(config.final_config_dict.get("llm"))), code_mark(config.model_class)]
-        mark = fingerprint_of([config["model"], cell.dataset, final, data[source], code, beneath])
-        parts = tuple(config[part] for part in named)
+            data[source] = bytes_of(source)
+        parts = tuple(config[part] for part in config.parts())
+        mark = mark_of(config, data[source], code)
         cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
+        configs.append(config)
     _check_apart(cells)
+    if suite.curve:
+        check_curve_of(suite.curve, configs)
     return cells
 
 
@@ -354,20 +344,3 @@ def _check_counts(cell: Cell, config: Config) -> None:
             f"{cell}: under policy: recbole nothing shows that two runs have one split, so no table counts them; "
             "see recbole-llm run"
         )
-
-
-def _stamps_of(llm: str) -> list[list[Any]]:
-    """Names, sizes and times of the files of a language model's folder, whose bytes are too many; none for a name."""
-    files = sorted(path for path in Path(llm).glob("*") if path.is_file()) if Path(llm).is_dir() else []
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def _bytes_of(folder: Path, pattern: str, leave_out: Sequence[str] = ()) -> str:
-    """SHA-256 of a folder's files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob(pattern)):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and not name.startswith(tuple(leave_out)):
-            with file.open("rb") as stream:
-                digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()

@@ -138,6 +138,8 @@ def _terminal_table(board: Mapping[str, Any], table: Mapping[str, Any], tty: boo
     ]
     more: list[list[str]] = []
     unseen = []
+    while costs and len(_aligned([*first, *costs])[0]) > WIDTH:
+        unseen.append(costs.pop()[0])
     # Agreement at the same depth stands first: it is what the others leave unsaid.
     cut = metric.partition("@")[2]
     others = sorted(board["metrics"], key=lambda name: not (is_consistency(name) and name.endswith(f"@{cut}")))

@@ -142,7 +142,7 @@ def _window(settings: dict[str, Any], times: np.ndarray) -> tuple[str, float, fl
         low = _day("since", since).timestamp()
         names.append(f"since {since}")
     if until is not None:
-        high = (_day("until", until) + timedelta(days=1)).timestamp()
+        high = _day("until", until).timestamp() + timedelta(days=1).total_seconds()
         names.append(f"until {until}")
     if months is not None:
         inside = times[(times >= low) & (times < high)]

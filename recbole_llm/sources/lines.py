@@ -19,6 +19,8 @@ from recbole_llm.sources.base import BrokenLineError, Described, Interaction, Ra
 from recbole_llm.sources.text import is_id
 
 MEBIBYTE = 2**20
+# Years 1 to 9999: milliseconds taken for seconds lie far behind them.
+_DATES = range(-62135596800, 253402300800)
 # A file whose first lines are all broken is another file than it was taken for: it is not read to its end.
 ALL_BROKEN = 1000
 
@@ -160,6 +162,11 @@ def _parsed(file: RawFile, line: bytes) -> tuple[Any, str]:
         return None, "lack a field"
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None, "have a value that cannot be read"
+    return made, _wrong_with(made)
+
+
+def _wrong_with(made: Any) -> str:
+    """Why what a line says cannot be used; empty where it can."""
     if isinstance(made, Described):
         ids: tuple[Any, ...] = (made.raw_id,)
     elif isinstance(made, Interaction | Review):
@@ -167,10 +174,13 @@ def _parsed(file: RawFile, line: bytes) -> tuple[Any, str]:
     else:
         raise TypeError(f"a parse should return Interaction, Described or Review, not {type(made).__name__}")
     if not all(map(is_id, ids)):
-        return None, "have an id that is empty or holds white space"
-    if isinstance(made, Interaction) and (not math.isfinite(made.time) or math.isinf(made.rating)):
-        return None, "have a time or rating that is no number"
-    return made, ""
+        return "have an id that is empty, no text, or has a tab in it or a space at an end"
+    if isinstance(made, Interaction):
+        if not math.isfinite(made.time) or math.isinf(made.rating):
+            return "have a time or rating that is no number"
+        if not _DATES.start <= made.time < _DATES.stop:
+            return "have a time that is in no year (are these seconds since 1970?)"
+    return ""
 
 
 def json_object(line: str) -> dict[str, Any]:

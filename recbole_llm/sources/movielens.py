@@ -28,12 +28,14 @@ _GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
+# What a release's archive calls its folder where it is not the release's name.
+_FOLDERS = {"ml-10m": "ml-10M100K"}
 _NO_GENRES = "(no genres listed)"
 _YEAR = re.compile(r"(?P<title>.*?)\s*\((?P<year>\d{4})(?:[-–]\d{0,4})?\)\s*")
 
 
 class MovieLens(Source):
-    """The files of one release, in the input folder or in a folder of its name there.
+    """The files of one release, in the input folder or in a folder there that has its name or its archive's.
 
     Columns have the names of RecBole's own copies; the year is taken out of the title. There are no descriptions and no
     reviews: genres stand in for the former, as in GLTA.
@@ -58,8 +60,8 @@ class MovieLens(Source):
                 f"MovieLens has no release '{category}'{did_you_mean(category, _RELEASES) or ''} "
                 f"({', '.join(_RELEASES)}): --category=..."
             )
-        inside = folder / category
-        folder = inside if inside.is_dir() else folder
+        inside = (folder / category, folder / _FOLDERS.get(category, category))
+        folder = next((place for place in inside if place.is_dir()), folder)
         name = _RELEASES[category]
         ratings = find_file(folder, (name,))
         if ratings is None:

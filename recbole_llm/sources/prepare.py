@@ -53,11 +53,12 @@ def prepare_source(arguments: Sequence[str]) -> str:
     """
     settings = read_settings(arguments)
     source = get_source(settings["source"] or "")
-    folder = _input(settings)
-    files = source.files(folder, settings["category"] or "")
     name = settings["name"] or _default_name(settings)
     output = Path(settings["output"]) / name
-    _check_output(name, output, settings["overwrite"])
+    with _files_told(output):
+        folder = _input(settings)
+        files = source.files(folder, settings["category"] or "")
+        _check_output(name, output, settings["overwrite"])
     if files.items is None and settings["item_metadata"] != "none":
         raise UserError(
             f"{folder} has no metadata of {settings['category']} ({source.title}, {source.download}); without it "
@@ -72,7 +73,6 @@ def _files_told(output: Path) -> Iterator[None]:
     """What the system says of a file that cannot be read or written, in one line."""
     try:
         with naming(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
             yield
     except OSError as error:
         told = f"{os.fsdecode(error.filename)}: {os.strerror(error.errno or 0).lower()}"
@@ -101,6 +101,8 @@ def _check_output(name: str, output: Path, overwrite: bool) -> None:
         raise UserError(f"name should be letters, digits, '.', '_' and '-', but is {name!r}")
     if name == "ml-100k":
         raise UserError("RecBole reads its own copy for the name ml-100k, whatever is in dataset/; say another --name")
+    if output.is_symlink():
+        raise UserError(f"{output} is a link, and would be replaced by a folder; name the place that it points to")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file")
     if not output.exists():
@@ -120,6 +122,7 @@ def _own_files(name: str) -> set[str]:
 def _made_whole(output: Path) -> Iterator[Path]:
     """A folder beside the output that takes its place when the block has ended well, and goes when it has not."""
     part = output.with_name(f".{output.name}{PART}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     part.mkdir(exist_ok=True)
     descriptor = os.open(part, os.O_RDONLY)
     try:

@@ -34,7 +34,7 @@ def get_source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]()
     module, colon, attribute = points.get(name, name).partition(":")
-    if not colon:
+    if not (colon and module.strip(".") == module != ""):
         known = [*SOURCES, *points]
         raise UserError(f"unknown source '{name}'{did_you_mean(name, known) or '; sources: ' + ', '.join(known)}")
     try:
@@ -43,4 +43,11 @@ def get_source(name: str) -> Source:
         raise UserError(f"source '{name}': there is no module '{error.name}' (is its folder in PYTHONPATH?)") from None
     if not (isinstance(found, type) and issubclass(found, Source)):
         raise UserError(f"source '{name}': {module} has no class {attribute} of a recbole_llm.sources.base.Source")
+    lacks = sorted(key for key in ("files", *Source.__annotations__) if _is_open(found, key))
+    if lacks:
+        raise UserError(f"source '{name}': {attribute} lacks {', '.join(lacks)}; see recbole_llm.sources.base.Source")
     return found()
+
+
+def _is_open(source: type[Source], key: str) -> bool:
+    return key in source.__abstractmethods__ or not hasattr(source, key)

@@ -73,8 +73,9 @@ function withheldWords(split) {
 function lead(one) {
   const unit = one.evaluation?.eval_unit === "row" ? "test interactions" : "test users";
   const users = unknown(one.evaluation?.test_users) ? "" : ` over ${exact(one.evaluation.test_users)} ${unit}`;
+  const agrees = metricsOf().some((metric) => metric.startsWith("consistency@"));
   return `${several(withFigures().length, "row")} on ${one.dataset}, one split for all: ${protocolWords(one.split)}. `
-    + `Every figure is a mean${users}, then over the row's seeds; a higher one is better.`;
+    + `Every figure is a mean${users}, then over the row's seeds; a higher one is better${agrees ? ", but for consistency" : ""}.`;
 }
 function bestWords(one) {
   const best = one.rows.find((row) => row.name === one.best_baseline);

@@ -38,9 +38,10 @@ function memory(value) {
 }
 function duration(value) {
   if (unknown(value)) return "–";
-  if (value < 60) return `${value < 10 ? value.toFixed(value < 1 ? 2 : 1) : value.toFixed(0)} s`;
-  const minutes = Math.floor(value / 60);
-  return minutes < 60 ? `${minutes} min ${Math.round(value % 60)} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (value < 59.5) return `${value < 10 ? value.toFixed(value < 1 ? 2 : 1) : value.toFixed(0)} s`;
+  // Rounded first: 119.6 s are 2 min 0 s and not 1 min 60 s.
+  const whole = Math.round(value), minutes = Math.floor(whole / 60);
+  return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 /** A metric's name as the field writes it. */
 function title(metric) {
