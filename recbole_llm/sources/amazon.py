@@ -34,13 +34,65 @@ def _price(value: Any) -> str:
     return text if _PRICE.fullmatch(text) else ""
 
 
-class Amazon2018(Source):
+class _Amazon(Source):
+    """What both editions share; a subclass names files and fields.
+
+    Attributes:
+        ending: of a category's files.
+        core: ending of the published 5-core's, where there is one.
+        example: a category.
+        fields: names of user, item, rating and time.
+        units: of the time in a second.
+        told: names of a review's heading and text.
+    """
+
+    ending: str
+    core = ""
+    example: str
+    fields: tuple[str, str, str, str]
+    units = 1
+    told: tuple[str, str]
+
+    def files(self, folder: Path, category: str) -> RawFiles:
+        """See :meth:`Source.files`."""
+        names = dict.fromkeys(f"{category}{core}{self.ending}" for core in ("", self.core))
+        reviews = find_file(folder, tuple(names)) if category else None
+        if reviews is None:
+            core = f"(?:{self.core})?" if self.core else ""
+            known = categories_in(folder, (rf"(?!meta_)(.+?){core}{re.escape(self.ending)}",))
+            raise refuse_category(folder, category, known, f"{category or self.example}{self.ending}.gz", self)
+        meta = find_file(folder, (f"meta_{category}{self.ending}",))
+        return RawFiles(
+            RawFile(reviews, self._interaction),
+            items=RawFile(meta, self._item) if meta else None,
+            reviews=RawFile(reviews, self._review),
+        )
+
+    def _interaction(self, line: str) -> Interaction:
+        made = json_object(line)
+        user, item, rating, time = (required(made, field) for field in self.fields)
+        return Interaction(user, item, float(rating), float(time) / self.units)
+
+    def _review(self, line: str) -> Review:
+        made = json_object(line)
+        user, item = self.fields[:2]
+        heading, text = self.told
+        return Review(made[user], made[item], headed(flat(made.get(heading)), flat(made.get(text))))
+
+    def _item(self, line: str) -> Described:
+        raise NotImplementedError
+
+
+class Amazon2018(_Amazon):
     """Files ``CATEGORY.json.gz`` (or the published 5-core, ``CATEGORY_5.json.gz``) and ``meta_CATEGORY.json.gz``.
 
     Where both of the former are there all reviews are read: a 5-core is another one after items without metadata have
     gone. Times are days, so the order of a user's reviews of one day is the file's.
     """
 
+    ending, core, example = ".json", "_5", "Musical_Instruments"
+    fields = ("reviewerID", "asin", "overall", "unixReviewTime")
+    told = ("summary", "reviewText")
     title = "Amazon reviews 2018"
     licence = (
         'research use. Cite J. Ni, J. Li and J. McAuley, "Justifying Recommendations using Distantly-Labeled Reviews '
@@ -55,36 +107,7 @@ class Amazon2018(Source):
         title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
     )  # fmt: skip
 
-    def files(self, folder: Path, category: str) -> RawFiles:
-        """See :meth:`Source.files`."""
-        reviews = find_file(folder, (f"{category}.json", f"{category}_5.json")) if category else None
-        if reviews is None:
-            known = categories_in(folder, (r"(?!meta_)(.+?)(?:_5)?\.json",))
-            raise refuse_category(folder, category, known, f"{category or 'Musical_Instruments'}.json.gz", self)
-        meta = find_file(folder, (f"meta_{category}.json",))
-        return RawFiles(
-            RawFile(reviews, self._interaction),
-            items=RawFile(meta, self._item) if meta else None,
-            reviews=RawFile(reviews, self._review),
-        )
-
-    @staticmethod
-    def _interaction(line: str) -> Interaction:
-        made = json_object(line)
-        return Interaction(
-            required(made, "reviewerID"),
-            required(made, "asin"),
-            float(required(made, "overall")),
-            float(required(made, "unixReviewTime")),
-        )
-
-    @staticmethod
-    def _review(line: str) -> Review:
-        made = json_object(line)
-        return Review(made["reviewerID"], made["asin"], headed(flat(made.get("summary")), flat(made.get("reviewText"))))
-
-    @staticmethod
-    def _item(line: str) -> Described:
+    def _item(self, line: str) -> Described:
         made = json_object(line)
         title = flat(made.get("title"))
         return Described(
@@ -99,9 +122,13 @@ class Amazon2018(Source):
         )
 
 
-class Amazon2023(Source):
+class Amazon2023(_Amazon):
     """Files ``CATEGORY.jsonl.gz`` and ``meta_CATEGORY.jsonl.gz``; an item is a ``parent_asin``, a time milliseconds."""
 
+    ending, example = ".jsonl", "Video_Games"
+    fields = ("user_id", "parent_asin", "rating", "timestamp")
+    units = 1000
+    told = ("title", "text")
     title = "Amazon reviews 2023"
     licence = (
         'research use. Cite Y. Hou, J. Li, Z. He, A. Yan, X. Chen and J. McAuley, "Bridging Language and Items for '
@@ -116,36 +143,7 @@ class Amazon2023(Source):
         title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
     )  # fmt: skip
 
-    def files(self, folder: Path, category: str) -> RawFiles:
-        """See :meth:`Source.files`."""
-        reviews = find_file(folder, (f"{category}.jsonl",)) if category else None
-        if reviews is None:
-            known = categories_in(folder, (r"(?!meta_)(.+)\.jsonl",))
-            raise refuse_category(folder, category, known, f"{category or 'Video_Games'}.jsonl.gz", self)
-        meta = find_file(folder, (f"meta_{category}.jsonl",))
-        return RawFiles(
-            RawFile(reviews, self._interaction),
-            items=RawFile(meta, self._item) if meta else None,
-            reviews=RawFile(reviews, self._review),
-        )
-
-    @staticmethod
-    def _interaction(line: str) -> Interaction:
-        made = json_object(line)
-        return Interaction(
-            required(made, "user_id"),
-            required(made, "parent_asin"),
-            float(required(made, "rating")),
-            float(required(made, "timestamp")) / 1000,
-        )
-
-    @staticmethod
-    def _review(line: str) -> Review:
-        made = json_object(line)
-        return Review(made["user_id"], made["parent_asin"], headed(flat(made.get("title")), flat(made.get("text"))))
-
-    @staticmethod
-    def _item(line: str) -> Described:
+    def _item(self, line: str) -> Described:
         made = json_object(line)
         return Described(
             required(made, "parent_asin"),
