@@ -253,11 +253,6 @@ class TestRefused:
         with pytest.raises(UserError, match=said):
             made(**more)
 
-    def test_binary_cross_entropy_without_negatives(self) -> None:
-        batch = Interaction({key: value for key, value in sequences([3]).interaction.items() if key != "neg_item_id"})
-        with pytest.raises(UserError, match="loss_type: BCE needs negatives"):
-            made().calculate_loss(batch)
-
     def test_all_positions_with_the_original_filter(self) -> None:
         with pytest.raises(UserError, match="training at all positions needs filter: causal, not 'original'"):
             made(FMLPAllPositions)
@@ -268,6 +263,7 @@ class TestRefused:
             ({"filter": "casual"}, "filter should be str: original | causal, but is 'casual'"),
             ({"filter": "original", "train_positions": "all"}, "filter should be str: causal, but is 'original'"),
             ({"negatives": 2}, "unknown setting 'negatives' for FMLP"),
+            ({"train_neg_sample_args": None}, "FMLP learns from negatives, and train_neg_sample_args would draw none"),
         ],
     )
     def test_before_any_work(self, more: dict[str, Any], said: str, settings_of: Callable[..., dict[str, Any]]) -> None:

@@ -129,7 +129,7 @@ class FMLP(SequentialRecommender):
         dataset: the train data set.
 
     Raises:
-        UserError: an unknown ``filter`` or ``loss_type``, or BCE without negatives.
+        UserError: an unknown ``filter`` or ``loss_type``.
     """
 
     input_type = InputType.PAIRWISE
@@ -206,15 +206,10 @@ class FMLP(SequentialRecommender):
 
         Returns:
             The loss, a scalar.
-
-        Raises:
-            UserError: the rows have no negatives.
         """
         output, wanted = self._last(interaction), interaction[self.POS_ITEM_ID]
         if self.loss_type == "CE":
             return F.cross_entropy(F.linear(output, self.item_embedding.weight), wanted)
-        if self.NEG_ITEM_ID not in interaction:
-            raise UserError("loss_type: BCE needs negatives, and train_neg_sample_args draws none; CE needs none")
         refused = self._score(output, interaction[self.NEG_ITEM_ID])
         return (F.softplus(-self._score(output, wanted)) + F.softplus(refused)).mean()
 
