@@ -17,7 +17,7 @@ from recbole_llm import compat
 compat.install()
 
 from recbole.config import Config as RecBoleConfig  # noqa: E402
-from recbole.utils import ModelType  # noqa: E402
+from recbole.utils import InputType, ModelType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
 )
@@ -320,7 +320,17 @@ class Config(RecBoleConfig):
             raise UserError(
                 f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
             )
+        if "train_neg_sample_args" in self.external_config_dict and self._is_pairwise(model_class):
+            if given is None or given.get("distribution") == "none":
+                raise UserError(f"{model} learns from negatives, and train_neg_sample_args would draw none")
         self._check_parts(model_class)
+
+    def _is_pairwise(self, model_class: Any) -> bool:
+        """Whether a train row is an item and a negative beside it."""
+        loss = self._setting("loss_type")
+        # RecBole goes by the loss where a class says nothing (configurator.py:342).
+        by_loss = InputType.PAIRWISE if loss == "BPR" else None
+        return loss != "CE" and getattr(model_class, "input_type", by_loss) == InputType.PAIRWISE
 
     def _check_parts(self, model_class: Any) -> None:
         for part in registry.parts_of(model_class):

@@ -75,6 +75,8 @@ _OURS = (
     ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
+    Entry("FMLP", "recbole_llm.model.fmlp", "sequential", needs=("time",)),
+    Entry("FMLPAllPositions", "recbole_llm.model.fmlp_all_positions", "sequential", needs=("time",), base="FMLP"),
     Entry(
         "SASRecCodes", "recbole_llm.model.sasrec_codes", "sequential",
         ("embedding_model", "backbone", "item_tokens", "train"), ("time", "item text"), base="SASRec",
@@ -205,6 +207,6 @@ def yaml_base(name: str) -> str:
 
 def variant_of(name: str, settings: Mapping[str, Any]) -> str:
     """The registered name of a setting that makes another model out of one, so that its rows carry that name."""
-    if name == "SASRec" and settings.get("train_positions") == "all":
-        return "SASRecAllPositions"
+    if name in ("SASRec", "FMLP") and settings.get("train_positions") == "all":
+        return f"{name}AllPositions"
     return name

@@ -24,8 +24,9 @@ from recbole_llm.training import trainer as trainer_module
 from recbole_llm.training.runs import run
 
 MODELS = (
-    "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "EASE", "DCCF",
-    "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
+    "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "FMLP",
+    "FMLPAllPositions", "EASE", "DCCF", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL",
+    "LLaRA", "CoLLM",
 )  # fmt: skip
 SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {

@@ -49,6 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--user_inter_num_interval=[5,inf"], ["num_interval should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: foo}"], ["val_interval.rating"]),
         (["run", "--model=BPR", "--dataset=tiny", "--learner=foo"], ["learner should be"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--train_neg_sample_args=None"], ["BPR learns from negatives"]),
         (["run", "--model=BPR", "--dataset=tiny", "--rm_dup_inter=foo"], ["rm_dup_inter should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--seed=99999999999999999999"], ["seed should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--topk=[10,1000]"], ["1000 items, but only 80"]),
