@@ -75,6 +75,15 @@ _OURS = (
     ),
     Entry("BERT4RecWindows", "recbole_llm.model.bert4rec_windows", "sequential", needs=("time",), base="BERT4Rec"),
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
+    Entry("HCCF", "recbole_llm.model.hccf", "general"),
+    Entry(
+        "LightGCNPlus", "recbole_llm.model.text_contrast", "general", ("backbone", "item_texts", "train"),
+        ("item text",), base="LightGCN",
+    ),
+    Entry(
+        "HCCFPlus", "recbole_llm.model.text_contrast", "general", ("backbone", "item_texts", "train"),
+        ("item text",), base="HCCF",
+    ),
     Entry(
         "SASRecCodes", "recbole_llm.model.sasrec_codes", "sequential",
         ("embedding_model", "backbone", "item_tokens", "train"), ("time", "item text"), base="SASRec",
