@@ -25,7 +25,8 @@ from recbole_llm.training.runs import run
 
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "EASE", "DCCF",
-    "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
+    "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL",
+    "LLaRA", "CoLLM",
 )  # fmt: skip
 SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {
