@@ -1,4 +1,4 @@
-"""Training of recommenders that take in what a language model makes of the items' texts, and are otherwise any model."""
+"""Training of recommenders that take in what a language model makes of the items' texts, otherwise as any model."""
 
 from __future__ import annotations
 
