@@ -77,6 +77,15 @@ _OURS = (
     Entry("DCCF", "recbole_llm.model.dccf", "general"),
     Entry("FMLP", "recbole_llm.model.fmlp", "sequential", needs=("time",)),
     Entry("FMLPAllPositions", "recbole_llm.model.fmlp_all_positions", "sequential", needs=("time",), base="FMLP"),
+    Entry("HCCF", "recbole_llm.model.hccf", "general"),
+    Entry(
+        "LightGCNPlus", "recbole_llm.model.text_contrast", "general", ("backbone", "item_texts", "train"),
+        ("item text",), base="LightGCN",
+    ),
+    Entry(
+        "HCCFPlus", "recbole_llm.model.text_contrast", "general", ("backbone", "item_texts", "train"),
+        ("item text",), base="HCCF",
+    ),
     Entry(
         "SASRecCodes", "recbole_llm.model.sasrec_codes", "sequential",
         ("embedding_model", "backbone", "item_tokens", "train"), ("time", "item text"), base="SASRec",

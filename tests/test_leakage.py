@@ -32,6 +32,9 @@ QUICK = (
     "EASE",
     "ItemKNN",
     "DCCF",
+    "HCCF",
+    "LightGCNPlus",
+    "HCCFPlus",
     "GLTA",
     "AlignTokenRec",
     "LCRec",
@@ -69,6 +72,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
+}  # fmt: skip
+SMALL["LightGCNPlus"] = SMALL["HCCFPlus"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
 }  # fmt: skip
 SMALL["TALLRec"] = SMALL["BIGRec"] = SMALL["MSL"] = {
     "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
@@ -233,6 +239,8 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "BPR",
         "LightGCN",
         "DCCF",
+        "HCCF",
+        "LightGCNPlus",
         "SASRec",
         "SASRecAllPositions",
         "FMLP",

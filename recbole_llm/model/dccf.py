@@ -6,20 +6,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from recbole.model.abstract_recommender import GeneralRecommender
-from recbole.utils import InputType
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.edges import AdaptiveMean, Edges
 from recbole_llm.model.graph import SymmetricProduct, csr_tensor, normalised_adjacency
+from recbole_llm.model.propagated import PropagatedRecommender
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
-LAYERS = ("final", "e0")
 _ROWS_CPU = 1024  # nodes whose intents are held at once: what stays in a core's cache
 _ROWS_GPU = 1 << 17
 
@@ -71,7 +68,7 @@ class Views(NamedTuple):
     near_by_intent: torch.Tensor
 
 
-class DCCF(GeneralRecommender):
+class DCCF(PropagatedRecommender):
     """Disentangled contrastive collaborative filtering (Ren et al., SIGIR 2023), after the authors' released code.
 
     Where that code and the paper differ the code is followed: final embeddings are the sum over layers, the views are
@@ -83,8 +80,6 @@ class DCCF(GeneralRecommender):
             ``intent_reg_weight``.
         dataset: the train rows.
     """
-
-    input_type = InputType.PAIRWISE
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -99,20 +94,11 @@ class DCCF(GeneralRecommender):
         self.adjacency = csr_tensor(adjacency).to(self.device)
         self.edges = Edges.of(adjacency, self.n_users).to(self.device)
 
-        width = config["embedding_size"]
-        self.user_embedding = nn.Embedding(self.n_users, width)
-        self.item_embedding = nn.Embedding(self.n_items, width)
-        self.user_intents = nn.Parameter(torch.empty(width, config["n_intents"]))
-        self.item_intents = nn.Parameter(torch.empty(width, config["n_intents"]))
+        size = config["embedding_size"], config["n_intents"]
+        self.user_intents = nn.Parameter(torch.empty(size))
+        self.item_intents = nn.Parameter(torch.empty(size))
         for parameter in self.parameters():
             nn.init.xavier_normal_(parameter)
-
-        self.restore_user_e: torch.Tensor | None = None
-        self.restore_item_e: torch.Tensor | None = None
-        self.other_parameter_name = ["restore_user_e", "restore_item_e"]
-
-    def _initial(self) -> torch.Tensor:
-        return torch.cat((self.user_embedding.weight, self.item_embedding.weight))
 
     def _views(self, states: torch.Tensor) -> Views:
         """The messages of one layer to all nodes, from the layer's input ``[n_users + n_items, d]``."""
@@ -182,37 +168,3 @@ class DCCF(GeneralRecommender):
             for other in unit[1:]:
                 terms += [InfoNCE.apply(a, b, self.ssl_tau) for a, b in zip(unit[0], other, strict=True)]
         return torch.stack(terms).sum()
-
-    def _restored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final embeddings, computed once between two training steps."""
-        if self.restore_user_e is None or self.restore_item_e is None:
-            self.restore_user_e, self.restore_item_e = self.graph_embeddings()
-        return self.restore_user_e, self.restore_item_e
-
-    def predict(self, interaction: Interaction) -> torch.Tensor:
-        """Scores of the given user-item pairs, ``[B]``."""
-        users, items = self._restored()
-        return (users[interaction[self.USER_ID]] * items[interaction[self.ITEM_ID]]).sum(dim=1)
-
-    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
-        """Scores of all items for the given users, ``[B * n_items]``."""
-        users, items = self._restored()
-        return (users[interaction[self.USER_ID]] @ items.t()).view(-1)
-
-    @torch.no_grad()
-    def graph_embeddings(self, layer: str = "final") -> tuple[torch.Tensor, torch.Tensor]:
-        """What other stages take from a trained DCCF: users ``[n_users, d]``, items ``[n_items, d]``, detached.
-
-        Args:
-            layer: ``final``, the sum over layers that scores are made of, or ``e0``, the tables below the graph.
-
-        Raises:
-            UserError: another layer.
-        """
-        if layer not in LAYERS:
-            raise UserError(
-                f"DCCF has embeddings of layer {' or '.join(LAYERS)}, not {layer!r}{did_you_mean(layer, LAYERS)}"
-            )
-        if layer == "e0":
-            return self.user_embedding.weight.detach(), self.item_embedding.weight.detach()
-        return self.forward()

@@ -46,15 +46,20 @@ class LightGCN(RecBoleLightGCN):
         Returns:
             The loss, ``[1]`` as in RecBole.
         """
+        return self.loss_and_nodes(interaction)[0]
+
+    def loss_and_nodes(self, interaction: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the embeddings ``[n_users + n_items, d]`` that it was taken of, users before items."""
         self.restore_user_e = self.restore_item_e = None
         user, item, negative = (interaction[field] for field in (self.USER_ID, self.ITEM_ID, self.NEG_ITEM_ID))
         # One look-up of nodes, users before items, has one scatter-add as its gradient instead of three.
         rows = torch.cat((user, item + self.n_users, negative + self.n_users))
         own = self.get_ego_embeddings()
-        user_row, item_row, negative_row = self._convolve(own).index_select(0, rows).split(len(user))
+        nodes = self._convolve(own)
+        user_row, item_row, negative_row = nodes.index_select(0, rows).split(len(user))
         loss = self.mf_loss((user_row * item_row).sum(dim=1), (user_row * negative_row).sum(dim=1))
         penalty = self.reg_loss(*own.index_select(0, rows).split(len(user)), require_pow=self.require_pow)
-        return loss + self.reg_weight * penalty
+        return loss + self.reg_weight * penalty, nodes
 
     @torch.no_grad()
     def graph_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -318,4 +318,8 @@ def trainer_of(model_class: type, model_type: Any, name: str) -> type:
         from recbole_llm.training.tokenized import tokenized_trainer
 
         return tokenized_trainer(model_type, name)
+    if hasattr(model_class, "take_item_texts"):
+        from recbole_llm.training.described import described_trainer
+
+        return described_trainer(model_type, name)
     return trainer_class(model_type, name)

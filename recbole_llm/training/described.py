@@ -1,0 +1,70 @@
+"""Training of recommenders that take in what a language model makes of the items' texts, otherwise as any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.utils import get_trainer as recbole_trainer
+from recbole.utils import init_seed
+
+from recbole_llm.data.item_text import ItemText
+from recbole_llm.training.item_tokens import Sources, read_texts
+from recbole_llm.training.language import named_backbone, read_item_text
+from recbole_llm.training.state import rng_state, set_rng_state
+from recbole_llm.training.store import StageStore
+from recbole_llm.training.trainer import TrainerMixin
+
+
+class DescribedMixin(TrainerMixin):
+    """Makes (or finds) the vectors of the items' texts before RecBole's ``fit``.
+
+    The model says what it is by ``take_item_texts``, and by ``stages`` as a staged recommender does.
+    """
+
+    def __init__(self, config: Any, model: Any) -> None:
+        super().__init__(config, model)
+        self.stages: list[dict[str, Any]] = []
+        self.artefacts: dict[str, Path] = {}
+        self.item_text: ItemText | None = None
+        self._upstream: list[str] | None = None
+
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+        """Run (or find) every stage but the last and hand the model its texts.
+
+        The random streams are left as they were found: without the texts' term the model is its base, to the last bit.
+
+        Args:
+            train_data: the training loader.
+            store: the stage cache.
+            fit_part: trains the recommender that a config key names; none is named here.
+
+        Returns:
+            Fingerprints of what the last stage builds on.
+        """
+        config, dataset, before = self.config, train_data._dataset, rng_state()
+        seen = np.zeros(dataset.item_num, dtype=bool)
+        seen[dataset.train_histories.items] = True
+        sources = Sources(seen, item_text=read_item_text(config, dataset))
+        read_texts(config, dataset, store, sources, named_backbone(config))
+        assert sources.item_text is not None and sources.texts is not None
+        init_seed(config["seed"], config["reproducibility"])
+        self.model.take_item_texts(torch.from_numpy(sources.texts), torch.tensor(sources.item_text.named))
+        self.optimizer = self._build_optimizer()  # type: ignore[attr-defined]
+        set_rng_state(before)
+        self.stages, self.item_text, self._upstream = sources.lines, sources.item_text, sources.marks
+        return self._upstream
+
+
+def described_trainer(model_type: Any, model_name: str) -> type:
+    """RecBole's trainer for a model that takes in texts.
+
+    Args:
+        model_type: RecBole's ModelType.
+        model_name: the model's name.
+    """
+    base = recbole_trainer(model_type, model_name)
+    return type(f"RecBoleLLM{base.__name__}", (DescribedMixin, base), {})
