@@ -26,8 +26,7 @@ from recbole_llm.training.runs import run
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "FMLP",
     "FMLPAllPositions", "EASE", "DCCF", "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec",
-    "TALLRec", "BIGRec", "MSL",
-    "LLaRA", "CoLLM",
+    "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
 )  # fmt: skip
 SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {
