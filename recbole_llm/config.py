@@ -17,13 +17,21 @@ from recbole_llm import compat
 compat.install()
 
 from recbole.config import Config as RecBoleConfig  # noqa: E402
-from recbole.utils import InputType, ModelType  # noqa: E402
+from recbole.utils import ModelType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
 )
 
 from recbole_llm import processes, registry  # noqa: E402
-from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics, check_split, check_teacher  # noqa: E402
+from recbole_llm.config_checks import (  # noqa: E402
+    check_eval_args,
+    check_intervals,
+    check_metrics,
+    check_negatives,
+    check_split,
+    check_table,
+    check_teacher,
+)
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
@@ -315,22 +323,8 @@ class Config(RecBoleConfig):
             )
         elif model in _UNRANKABLE:
             raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
-        given = self.external_config_dict.get("train_neg_sample_args")
-        if getattr(model_class, "train_view", "") == "windows" and given is not None:
-            raise UserError(
-                f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
-            )
-        if "train_neg_sample_args" in self.external_config_dict and self._is_pairwise(model_class):
-            if given is None or given.get("distribution") == "none":
-                raise UserError(f"{model} learns from negatives, and train_neg_sample_args would draw none")
+        check_negatives(model, model_class, self.external_config_dict, self._setting("loss_type"))
         self._check_parts(model_class)
-
-    def _is_pairwise(self, model_class: Any) -> bool:
-        """Whether a train row is an item and a negative beside it."""
-        loss = self._setting("loss_type")
-        # RecBole goes by the loss where a class says nothing (configurator.py:342).
-        by_loss = InputType.PAIRWISE if loss == "BPR" else None
-        return loss != "CE" and getattr(model_class, "input_type", by_loss) == InputType.PAIRWISE
 
     def _check_parts(self, model_class: Any) -> None:
         for part in registry.parts_of(model_class):
@@ -341,11 +335,7 @@ class Config(RecBoleConfig):
                 kind = None if name in _UNRANKABLE else kind
                 check_teacher(part, name, kind, self._setting("cf_folds") or 1)
                 continue
-            items_only = part in getattr(model_class, "item_parts", ())
-            fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
-            if not fits or hasattr(kind, "stages"):
-                wanted = "recommender with item" if items_only else "general recommender with user and item"
-                raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
+            check_table(part, name, kind, part in getattr(model_class, "item_parts", ()))
 
     def _merges(self) -> list[str]:
         """The setting that trains on valid rows, in a list; empty where none is set.

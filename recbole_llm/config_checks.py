@@ -9,7 +9,7 @@ from typing import Any
 
 from recbole.evaluator import metric_types, metrics_dict, smaller_metrics
 from recbole.evaluator.base_metric import TopkMetric
-from recbole.utils import EvaluatorType, ModelType
+from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm.errors import UserError, did_you_mean
 
@@ -46,6 +46,44 @@ def check_metrics(final: dict[str, Any]) -> None:
             f"valid_metric '{final['valid_metric']}' is not among the metrics {final['metrics']} at {final['topk']}"
         )
     final["valid_metric_bigger"] = name.lower() not in smaller_metrics
+
+
+def check_negatives(model: str, kind: Any, given: Mapping[str, Any], loss: Any) -> None:
+    """``train_neg_sample_args`` is for models that have a negative beside an item, and leaves them one.
+
+    Args:
+        model: its name.
+        kind: its class.
+        given: the settings that the user gave.
+        loss: ``loss_type``.
+    """
+    if "train_neg_sample_args" not in given:
+        return
+    asked = given["train_neg_sample_args"]
+    if getattr(kind, "train_view", "") == "windows" and asked is not None:
+        raise UserError(
+            f"{model} does not take train_neg_sample_args: its negatives are drawn at every position; say negatives"
+        )
+    # RecBole goes by the loss where a class says nothing (configurator.py:342).
+    by_loss = InputType.PAIRWISE if loss == "BPR" else None
+    pairwise = loss != "CE" and getattr(kind, "input_type", by_loss) == InputType.PAIRWISE
+    if pairwise and (asked is None or asked.get("distribution") == "none"):
+        raise UserError(f"{model} learns from negatives, and train_neg_sample_args would draw none")
+
+
+def check_table(part: str, name: str, kind: Any, items_only: bool) -> None:
+    """A part whose embeddings are read has some.
+
+    Args:
+        part: its key.
+        name: of its model.
+        kind: the model's class.
+        items_only: whether those of users are not read.
+    """
+    fits = kind.type == ModelType.GENERAL or (items_only and kind.type == ModelType.SEQUENTIAL)
+    if not fits or hasattr(kind, "stages"):
+        wanted = "recommender with item" if items_only else "general recommender with user and item"
+        raise UserError(f"{part} should be a {wanted} embeddings, not {name}")
 
 
 def check_split(part: str, name: str, given: Iterable[str]) -> None:

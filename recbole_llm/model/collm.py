@@ -16,8 +16,7 @@ from recbole_llm import registry
 from recbole_llm.errors import UserError
 from recbole_llm.model.generative import FINE_TUNING
 from recbole_llm.model.hybrid import HYBRID, TEXT, HybridRecommender
-from recbole_llm.training.collaborative_vectors import NO_STATES
-from recbole_llm.training.embeddings import makes_states
+from recbole_llm.model.states import NO_STATES, makes_states
 
 # The first of two stages.
 TEXT_TUNING = "text_tuning"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
-from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, makes_states
+from recbole_llm.model.states import NO_STATES, makes_states
+from recbole_llm.training.embeddings import graph_embeddings, item_embeddings
 from recbole_llm.training.teacher import same_rows
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ logger = logging.getLogger("recbole_llm")
 
 # Users by whose states it is told how large states are.
 MEASURED = 2048
-NO_STATES = (
-    "{part}: {name} makes no one vector of a history; for vectors of users take one such as SASRec or GRU4Rec "
-    "(sequential) or LightGCN or BPR (general)"
-)
 
 
 class Users(Protocol):

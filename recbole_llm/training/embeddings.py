@@ -89,16 +89,6 @@ def item_embeddings(model: Any, name: str, layer: str) -> np.ndarray:
     return np.ascontiguousarray(made, dtype=np.float32)
 
 
-def makes_states(model: Any) -> bool:
-    """Whether a sequential recommender, or its class, has a ``forward`` of item lists and their lengths alone.
-
-    Its result is then the user's state, unless it is one at each position (BERT4Rec's is asked otherwise).
-    """
-    return [name for name in inspect.signature(model.forward).parameters if name != "self"] == [
-        "item_seq", "item_seq_len",
-    ]  # fmt: skip
-
-
 @torch.no_grad()
 def text_embeddings(backbone: Backbone, texts: Sequence[str], kind: str, limit: int) -> np.ndarray:
     """Items' texts in a language model's space.
