@@ -35,7 +35,7 @@ from recbole_llm.config_checks import (  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
-from recbole_llm.schema import Spec, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
+from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
 PROTOCOL_KEYS = (
@@ -126,7 +126,7 @@ class Config(RecBoleConfig):
         merged: dict[str, Any] = {}
         for file in file_list or ():
             # Not through the cache of shipped files: a user edits his between two runs of one process.
-            merged.update(read_yaml.__wrapped__(Path(file)))
+            merged.update(load_yaml(Path(file)))
         return merged
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -196,8 +196,8 @@ class Config(RecBoleConfig):
                 self.internal_config_dict.update(self._shipped(file, stock, registry.is_recboles(model)))
         beside = self._data_folder() / f"{dataset}.yaml"
         if beside.is_file():
-            # As `prepare --source` writes it. Not through the cache of shipped files: it may be written anew.
-            self.internal_config_dict.update(read_yaml.__wrapped__(beside))
+            # As `prepare --source` writes it, and may write it anew.
+            self.internal_config_dict.update(load_yaml(beside))
         if tokens:
             self._load_recipe(own / "item_tokens")
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))

@@ -91,6 +91,11 @@ def properties_dir() -> Path:
 
 @functools.cache
 def read_yaml(path: Path) -> dict[str, Any]:
+    """:func:`load_yaml`, once a path: of files that nobody writes while a process runs."""
+    return load_yaml(path)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
     """A settings file as a dictionary.
 
     Args:

@@ -27,7 +27,7 @@ from recbole_llm.leaderboard import search as search_module
 from recbole_llm.leaderboard import tuned_file, tuning
 from recbole_llm.leaderboard.search import read_arguments
 from recbole_llm.leaderboard.space import find_space, read_space
-from recbole_llm.schema import read_yaml
+from recbole_llm.schema import load_yaml
 from recbole_llm.training import trainer
 from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run
@@ -202,7 +202,7 @@ def test_the_best_is_no_worse_than_shipped_and_run_finds_it(
     assert first.user_attrs["values"] == {key: shipped[key] for key in ("learning_rate", "embedding_size")}
     assert (best.value or 0) >= (first.value or 0)
     assert str(target) in text and f"{best.value:.4f}" in text and f"{first.value:.4f}" in text
-    written = read_yaml.__wrapped__(target)
+    written = load_yaml(target)
     assert written == best.user_attrs["values"] | {"weight_decay": 0.001, "epochs": 2}
     header = target.read_text(encoding="utf-8")
     search = read_arguments(words(weight_decay=0.001))
@@ -403,7 +403,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
     assert ended(["tune", *words(**killed, **common)], tmp_path / "log", 0) == 0
     assert told(tmp_path / "a") == told(tmp_path / "b")
     best = [next((tmp_path / name).glob("best-*.yaml")) for name in ("a", "b")]
-    assert read_yaml.__wrapped__(best[0]) == read_yaml.__wrapped__(best[1])
+    assert load_yaml(best[0]) == load_yaml(best[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

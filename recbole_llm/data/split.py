@@ -49,6 +49,27 @@ class Histories:
         np.cumsum(np.bincount(users, minlength=n_users), out=offsets[1:])
         return cls(offsets, np.ascontiguousarray(items[order]))
 
+    def seen(self, n_items: int) -> np.ndarray:
+        """Items that somebody has, bool [n_items]."""
+        found = np.zeros(n_items, dtype=bool)
+        found[self.items] = True
+        return found
+
+    def owners(self, moments: np.ndarray) -> np.ndarray:
+        """Whose some of the interactions are.
+
+        Args:
+            moments: places among :attr:`items`, int64 [n].
+
+        Returns:
+            Internal user ids, int64 [n].
+        """
+        return np.searchsorted(self.offsets, moments, side="right") - 1
+
+    def begins(self, moments: np.ndarray) -> np.ndarray:
+        """Where the histories begin that interactions are of: places among :attr:`items`, int64 [n], as ``moments``."""
+        return self.offsets[self.owners(moments)]
+
     @property
     def lengths(self) -> np.ndarray:
         """int64 [n_users]: how many items each user has."""

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm import registry
-from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS
+from recbole_llm.config import NEUTRAL_KEYS
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.consistency import arrays_of
 from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard.assemble import ALPHA, board_of, table_of
 from recbole_llm.leaderboard.curve import curve_of, picture_lines, write_curves
 from recbole_llm.leaderboard.details import with_details
+from recbole_llm.leaderboard.marks import MOVING
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.suite import check_larger_is_better
@@ -25,8 +26,6 @@ from recbole_llm.training.runs import writable
 
 USAGE = "recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--curve=SETTING] [--output=DIR]"
 OPTIONS = ("reference", "metric", "curve", "output")
-# What moves a run beside the settings of its stages.
-MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from")
 # Settings by which two rows of one model are told apart; with more, the run's folder says more.
 TOLD_APART = 3
 # What a wrapper's settings call the model that it wraps.

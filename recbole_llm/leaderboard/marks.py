@@ -13,7 +13,9 @@ from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.store import fingerprint_of
 
 # What moves a run beside the settings of its stages.
-_MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from", "metrics", "topk", "metric_decimal_place")
+MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from")
+# What moves how it is measured.
+_MEASURING = ("metrics", "topk", "metric_decimal_place")
 
 # Code that no figure depends on: it runs after a run has them, or makes data sets, whose bytes are in the mark.
 _APART = ("leaderboard/", "sources/", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
@@ -31,7 +33,8 @@ def mark_of(config: Config, data: str, code: str) -> str:
         data: of :func:`bytes_of`, the data set's folder.
         code: of :func:`code_of_package`.
     """
-    final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in _MOVING}
+    counts = {*MOVING, *_MEASURING}
+    final = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL_KEYS or key in counts}
     # A part has shipped settings of its own.
     parts = [config.part(part) for part in config.parts()]
     beneath: list[Any] = [part.stage_keys() for part in parts]

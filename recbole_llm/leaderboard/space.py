@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.schema import load_yaml, properties_dir
 
 KEYS = ("trials", "warmup", "metric", "settings", "space")
 # Key, value where a file is silent, least value.
@@ -156,7 +156,7 @@ def read_space(path: Path) -> Space:
         UserError: it is missing or broken, or says something that is no space; with the place.
     """
     # Not through the cache of shipped files: a user edits his between two searches of one process.
-    content = read_yaml.__wrapped__(path)
+    content = load_yaml(path)
     for key in content:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS) or '; keys: ' + ', '.join(KEYS)}")

@@ -21,7 +21,7 @@ from recbole_llm.leaderboard.choice import choices_of, label
 from recbole_llm.leaderboard.curve import check_curve, check_curve_of
 from recbole_llm.leaderboard.marks import bytes_of, code_of_package, mark_of
 from recbole_llm.leaderboard.paper import check_paper
-from recbole_llm.schema import properties_dir, read_yaml
+from recbole_llm.schema import load_yaml, properties_dir
 
 # What a cell has unless the file or the command line says otherwise.
 QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False, "evaluate_parts": False}
@@ -131,7 +131,7 @@ def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
     shipped = properties_dir() / "suite" / f"{name}.yaml"
     path = shipped if not Path(name).suffix and not Path(name).is_file() else Path(name)
     # Not through the cache of shipped files: a user edits his between two studies of one process.
-    return suite_of(read_yaml.__wrapped__(path) | dict(own or {}), str(path))
+    return suite_of(load_yaml(path) | dict(own or {}), str(path))
 
 
 def suite_of(content: Mapping[str, Any], path: str) -> Suite:

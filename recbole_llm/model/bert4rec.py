@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from recbole_llm import compat
-from recbole_llm.model.transformer import accelerate, encode_at, encode_by_length
+from recbole_llm.model.transformer import accelerate, embed, encode_at, encode_by_length
 
 with compat.anomaly_mode_kept():
     from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
@@ -56,8 +56,7 @@ class BERT4Rec(RecBoleBERT4Rec):
         return encode_by_length(self._encode, item_seq, lengths, positions)
 
     def _embed(self, item_seq: torch.Tensor) -> torch.Tensor:
-        summed = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.size(1)]
-        return self.dropout(self.LayerNorm(summed))
+        return embed(self, item_seq)
 
     def _encode(self, item_seq: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self._embed(item_seq)

@@ -65,17 +65,7 @@ class BIGRec(TitleRecommender):
 
     @torch.no_grad()
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-        """Scores over the catalogue: distances with a minus before them, or what the beam search found.
-
-        Args:
-            interaction: users' item lists (0-padded on the right, oldest first).
-            rows: int64 ``[E]`` rows of the batch.
-            items: int64 ``[E]``; ``items[e]`` may not be recommended in row ``rows[e]``.
-            candidates: bool ``[n_items]``.
-
-        Returns:
-            ``[B, n_items]``: finite, but ``-inf`` for the padding item and what may not be recommended.
-        """
+        """See the base class; with ``grounding: embedding`` scores are distances with a minus before them."""
         if self.ranking == "beam":
             return super().full_sort_predict_excluding(interaction, rows, items, candidates)
         history = self._histories_of(interaction)

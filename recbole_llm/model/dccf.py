@@ -10,12 +10,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from recbole_llm.model.contrast import InfoNCE
-from recbole_llm.model.edges import AdaptiveMean, Edges
-from recbole_llm.model.graph import SymmetricProduct, csr_tensor, normalised_adjacency
+from recbole_llm.model.edges import AdaptiveMean
+from recbole_llm.model.graph import SymmetricProduct
 from recbole_llm.model.propagated import PropagatedRecommender
 
 if TYPE_CHECKING:
-    from recbole.data.interaction import Interaction
+    pass
 
 _ROWS_CPU = 1024  # nodes whose intents are held at once: what stays in a core's cache
 _ROWS_GPU = 1 << 17
@@ -83,17 +83,7 @@ class DCCF(PropagatedRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.n_layers = config["n_layers"]
-        self.ssl_tau = config["ssl_tau"]
-        self.ssl_weight = config["ssl_weight"]
-        self.reg_weight = config["reg_weight"]
         self.intent_reg_weight = config["intent_reg_weight"]
-
-        pairs = dataset.inter_matrix(form="coo")
-        adjacency = normalised_adjacency(pairs.row, pairs.col, self.n_users, self.n_items)
-        self.adjacency = csr_tensor(adjacency).to(self.device)
-        self.edges = Edges.of(adjacency, self.n_users).to(self.device)
-
         size = config["embedding_size"], config["n_intents"]
         self.user_intents = nn.Parameter(torch.empty(size))
         self.item_intents = nn.Parameter(torch.empty(size))
@@ -122,42 +112,10 @@ class DCCF(PropagatedRecommender):
             layers.append(views)
         return total, layers
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final embeddings, the sum over layers.
-
-        Returns:
-            Users ``[n_users, d]`` and items ``[n_items, d]``.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            users, items = self._propagate(self._initial())[0].split([self.n_users, self.n_items])
-        return users, items
-
-    def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
-        """BPR loss, the weights' penalties, and the contrast of each layer's messages.
-
-        The penalty of the embeddings is a sum over the batch, as the authors have it: its weight belongs to a
-        ``train_batch_size``.
-
-        Args:
-            interaction: RecBole's pairwise batch: user, item and negative item ids, each ``[B]``.
-
-        Returns:
-            The loss, a scalar.
-        """
-        self.restore_user_e = self.restore_item_e = None
-        user, item, negative = (interaction[field] for field in (self.USER_ID, self.ITEM_ID, self.NEG_ITEM_ID))
-        with torch.autocast(self.device.type, enabled=False):
-            initial = self._initial()
-            final, layers = self._propagate(initial)
-            rows = torch.cat((user, item + self.n_users, negative + self.n_users))
-            user_row, item_row, negative_row = final.index_select(0, rows).split(len(user))
-            loss = F.softplus((user_row * negative_row).sum(dim=1) - (user_row * item_row).sum(dim=1)).mean()
-            loss = loss + self.reg_weight * initial.index_select(0, rows).square().sum()
-            intents = self.user_intents.square().sum() + self.item_intents.square().sum()
-            loss = loss + self.intent_reg_weight * intents
-            if self.ssl_weight and layers:
-                loss = loss + self.ssl_weight * self._contrast(layers, torch.unique(user), torch.unique(item))
-        return loss
+    def _penalties(self, initial: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Of embeddings a sum over the batch, as the authors have it: its weight is for one ``train_batch_size``."""
+        intents = self.user_intents.square().sum() + self.item_intents.square().sum()
+        return [self.reg_weight * initial.index_select(0, rows).square().sum(), self.intent_reg_weight * intents]
 
     def _contrast(self, layers: list[Views], users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Each layer's other messages against the graph's, users among users and items among items."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from recbole_llm import compat
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.model.transformer import accelerate, encode_by_length
+from recbole_llm.model.transformer import accelerate, embed, encode_by_length
 
 with compat.anomaly_mode_kept():
     from recbole.model.abstract_recommender import SequentialRecommender
@@ -156,8 +156,7 @@ class FMLP(SequentialRecommender):
 
     def embed(self, item_seq: torch.Tensor) -> torch.Tensor:
         """The first block's input, ``[B, L, H]`` for item ids ``[B, L]``."""
-        summed = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.size(1)]
-        return self.dropout(self.LayerNorm(summed))
+        return embed(self, item_seq)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """The output at each sequence's last item.

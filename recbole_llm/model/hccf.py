@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from recbole_llm.model.contrast import InfoNCE
-from recbole_llm.model.edges import Edges
-from recbole_llm.model.graph import SymmetricProduct, csr_tensor, normalised_adjacency
+from recbole_llm.model.graph import SymmetricProduct
 from recbole_llm.model.propagated import PropagatedRecommender
 
 if TYPE_CHECKING:
-    from recbole.data.interaction import Interaction
+    pass
 
 
 class HCCF(PropagatedRecommender):
@@ -41,18 +40,8 @@ class HCCF(PropagatedRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.n_layers = config["n_layers"]
         self.leaky_slope = config["leaky_slope"]
         self.drop_ratio = config["drop_ratio"]
-        self.ssl_tau = config["ssl_tau"]
-        self.ssl_weight = config["ssl_weight"]
-        self.reg_weight = config["reg_weight"]
-
-        pairs = dataset.inter_matrix(form="coo")
-        adjacency = normalised_adjacency(pairs.row, pairs.col, self.n_users, self.n_items)
-        self.adjacency = csr_tensor(adjacency).to(self.device)
-        self.edges = Edges.of(adjacency, self.n_users).to(self.device)
-
         size = config["embedding_size"], config["n_hyperedges"]
         self.user_hyperedges = nn.Parameter(torch.empty(size))
         self.item_hyperedges = nn.Parameter(torch.empty(size))
@@ -104,42 +93,10 @@ class HCCF(PropagatedRecommender):
             layers.append((local, said))
         return total, layers
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final embeddings, the sum over layers.
-
-        Returns:
-            Users ``[n_users, d]`` and items ``[n_items, d]``.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            users, items = self._propagate(self._initial())[0].split([self.n_users, self.n_items])
-        return users, items
-
-    def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
-        """BPR loss, the penalty of all weights, and the contrast of each layer's views.
-
-        Args:
-            interaction: RecBole's pairwise batch: user, item and negative item ids, each ``[B]``.
-
-        Returns:
-            The loss, a scalar.
-        """
-        return self.loss_and_nodes(interaction)[0]
-
-    def loss_and_nodes(self, interaction: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the final embeddings ``[n_users + n_items, d]`` that it was taken of, users before items."""
-        self.restore_user_e = self.restore_item_e = None
-        user, item, negative = (interaction[field] for field in (self.USER_ID, self.ITEM_ID, self.NEG_ITEM_ID))
-        with torch.autocast(self.device.type, enabled=False):
-            initial = self._initial()
-            final, layers = self._propagate(initial)
-            rows = torch.cat((user, item + self.n_users, negative + self.n_users))
-            user_row, item_row, negative_row = final.index_select(0, rows).split(len(user))
-            loss = F.softplus((user_row * negative_row).sum(dim=1) - (user_row * item_row).sum(dim=1)).mean()
-            hyperedges = self.user_hyperedges.square().sum() + self.item_hyperedges.square().sum()
-            loss = loss + self.reg_weight * (initial.square().sum() + hyperedges)
-            if self.ssl_weight and layers:
-                loss = loss + self.ssl_weight * self._contrast(layers, torch.unique(user), torch.unique(item))
-        return loss, final
+    def _penalties(self, initial: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Of all weights, as the authors have it."""
+        hyperedges = self.user_hyperedges.square().sum() + self.item_hyperedges.square().sum()
+        return [self.reg_weight * (initial.square().sum() + hyperedges)]
 
     def _contrast(
         self, layers: list[tuple[torch.Tensor, torch.Tensor]], users: torch.Tensor, items: torch.Tensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from recbole_llm import compat
-from recbole_llm.model.transformer import accelerate, causal_mask, encode_at, encode_by_length
+from recbole_llm.model.transformer import accelerate, causal_mask, embed, encode_at, encode_by_length
 
 with compat.anomaly_mode_kept():
     from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
@@ -27,8 +27,7 @@ class SASRec(RecBoleSASRec):
 
     def embed(self, item_seq: torch.Tensor) -> torch.Tensor:
         """The encoder's input, ``[B, L, H]`` for item ids ``[B, L]``."""
-        summed = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.size(1)]
-        return self.dropout(self.LayerNorm(summed))
+        return embed(self, item_seq)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """The encoder's output at each sequence's last item.

@@ -72,7 +72,7 @@ class CollaborativeLabels:
         self.soft_loss = SoftLabelLoss(
             config["tca_loss"], config["alpha"], config["tau"], legal_only=self.legal_only
         )  # fmt: skip
-        self._user_starts = torch.from_numpy(dataset.train_histories.offsets).long()
+        self._train_histories = dataset.train_histories
 
     @classmethod
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
@@ -217,8 +217,8 @@ class CollaborativeLabels:
 
     def _histories(self, moments: Tensor) -> Tensor:
         """Items that users had before train interactions, int64 ``[S, H]``, filled up with 0."""
-        owners = torch.searchsorted(self._user_starts, moments, right=True) - 1
-        return Ragged.from_slices(self._train_items, self._user_starts[owners], moments).padded(0)
+        begins = torch.from_numpy(self._train_histories.begins(moments.numpy()))
+        return Ragged.from_slices(self._train_items, begins, moments).padded(0)
 
 
 def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:

@@ -41,6 +41,21 @@ class _LaneDropout(torch.autograd.Function):
         return torch.mul(grads[0], mask).mul(ctx.scale), None
 
 
+def embed(model: Any, item_seq: torch.Tensor) -> torch.Tensor:
+    """The first layer's input: items and positions, normalised, with dropout.
+
+    Args:
+        model: has ``item_embedding``, ``position_embedding``, ``LayerNorm`` and ``dropout``, as RecBole's have.
+        item_seq: item ids, int64 ``[B, L]``.
+
+    Returns:
+        ``[B, L, H]``.
+    """
+    summed = model.item_embedding(item_seq) + model.position_embedding.weight[: item_seq.size(1)]
+    made: torch.Tensor = model.dropout(model.LayerNorm(summed))
+    return made
+
+
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """``torch.nn.functional.dropout``, several times faster on a CPU.
 

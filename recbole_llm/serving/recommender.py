@@ -80,7 +80,7 @@ class Recommender:
 
     def __init__(self, fit: Fit, phases: Sequence[str], pool: Pool, built_for: dict[str, Any]) -> None:
         self.fit, self.model, self.config, self.pool, self.built_for = fit, fit.model, fit.config, pool, built_for
-        self.loader = RequestLoader(fit.config, fit.test_data._dataset, phases)
+        self.loader = RequestLoader.of(fit, phases)
         self.phases = tuple(phases)
         self.batch = self.loader.step
         names = fit.dataset.field2id_token[fit.dataset.uid_field]
@@ -89,7 +89,7 @@ class Recommender:
         self._all_users = names
         self.model.eval()
         if getattr(self.model, "guidance", None) is not None:
-            self.model.guidance.rank_by(phases)
+            self.model.guidance.rank_with(RequestLoader.of(self.model.guidance.fit, phases))
 
     @classmethod
     def of_run(

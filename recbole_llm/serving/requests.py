@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from recbole.data.interaction import Interaction
 
 from recbole_llm.data.loaders import RankingLoader
 from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
+
+if TYPE_CHECKING:
+    from recbole_llm.training.pipeline import Fit
 
 _PHASES = {"train": TRAIN, "valid": VALID, "test": TEST}
 
@@ -30,6 +33,11 @@ class RequestLoader(RankingLoader):
     def __init__(self, config: Any, dataset: Any, phases: Sequence[str]) -> None:
         self._known = tuple(_PHASES[phase] for phase in phases)
         super().__init__(config, dataset, TEST)
+
+    @classmethod
+    def of(cls, fit: Fit, phases: Sequence[str]) -> RequestLoader:
+        """Requests to a trained recommender; ``phases`` as above."""
+        return cls(fit.config, fit.test_data._dataset, phases)
 
     def _index_rows(self) -> None:
         # A user has one list here, whatever a ranking was in the run's evaluation.

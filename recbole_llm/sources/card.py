@@ -37,11 +37,16 @@ class Filled:
         self.filled += bool(text)
         self.words += text.count(" ") + bool(text)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in the card."""
+    def as_dict(self, of: int | None = None) -> dict[str, Any]:
+        """As it stands in the card.
+
+        Args:
+            of: how many could have a text, if not the rows.
+        """
+        of = self.rows if of is None else of
         mean = round(self.words / self.filled, 1) if self.filled else 0.0
-        share = round(self.filled / self.rows, 4) if self.rows else 0.0
-        return {"filled": self.filled, "of": self.rows, "share": share, "mean_words": mean}
+        share = round(self.filled / of, 4) if of else 0.0
+        return {"filled": self.filled, "of": of, "share": share, "mean_words": mean}
 
 
 def figures(rows: Rows) -> dict[str, Any]:

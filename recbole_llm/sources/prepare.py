@@ -281,7 +281,7 @@ def _write_data(
     reviews = files.reviews if settings["reviews"] else None
     same_file = reviews is not None and reviews.path == files.interactions.path
     with tallies.of((reviews or files.interactions).path) as tally:
-        _, said = write_interactions(part / f"{name}.inter", rows, read, reviews, same_file, tally, show=True)
+        said = write_interactions(part / f"{name}.inter", rows, read, reviews, same_file, tally, show=True)
     texts: dict[str, Any] = {}
     if files.items is not None:
         raw = list(read.items)
@@ -291,9 +291,7 @@ def _write_data(
             filled = write_described(
                 part / f"{name}.item", files.items, ITEM, source.columns.item, stays, title, tally, show=True
             )
-        texts |= {column: {**made.as_dict(), "of": len(stays)} for column, made in filled.items()}
-        for made in texts.values():
-            made["share"] = round(made["filled"] / made["of"], 4)
+        texts |= {column: made.as_dict(of=len(stays)) for column, made in filled.items()}
     if files.users is not None:
         stays = {read.users[user] for user in np.unique(rows.users).tolist()}
         with tallies.of(files.users.path) as tally:

@@ -25,7 +25,7 @@ USER, ITEM, RATING, TIME, REVIEW = "user_id", "item_id", "rating", "timestamp", 
 
 def write_interactions(
     path: Path, rows: Rows, read: Read, review_file: RawFile | None, same_file: bool, tally: Tally, show: bool
-) -> tuple[list[str], Filled | None]:
+) -> Filled | None:
     """Write the ``.inter`` file.
 
     Args:
@@ -38,7 +38,7 @@ def write_interactions(
         show: whether to show progress.
 
     Returns:
-        The columns, and how many reviews there are; ``None`` where none were looked for.
+        How many reviews there are; ``None`` where none were looked for.
     """
     rated = not np.isnan(rows.ratings).all()
     columns = [f"{USER}:token", f"{ITEM}:token", *([f"{RATING}:float"] * rated), f"{TIME}:float"]
@@ -68,7 +68,7 @@ def write_interactions(
     if texts is not None:
         # To its end, so that a spool is taken away.
         next(texts, None)
-    return columns, filled
+    return filled
 
 
 def _reviews_of_lines(file: RawFile, rows: Rows, tally: Tally, show: bool) -> Iterator[str]:

@@ -13,7 +13,7 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.states import NO_STATES, makes_states
 from recbole_llm.training.embeddings import graph_embeddings, item_embeddings
-from recbole_llm.training.teacher import same_rows
+from recbole_llm.training.teacher import frozen
 
 if TYPE_CHECKING:
     from recbole_llm.training.pipeline import Fit
@@ -64,15 +64,9 @@ class CollaborativeVectors:
     def __init__(self, fit: Fit, dataset: Any, part: str = "embedding_model") -> None:
         self.name: str = fit.config["model"]
         self.part, self._fit, self._dataset = part, fit, dataset
-        if not same_rows(fit.train_data._dataset, dataset):
-            raise UserError(f"{part}: {self.name} was trained on other rows than those that its vectors are to tell of")
-        model = fit.model.eval().requires_grad_(False)
-        # Its own training has left some.
-        model.zero_grad(set_to_none=True)
+        model = frozen(fit, dataset, part, "those that its vectors are to tell of")
         table = torch.from_numpy(item_embeddings(model, self.name, "final"))
-        seen = torch.zeros(len(table), dtype=torch.bool)
-        seen[torch.from_numpy(dataset.train_histories.items)] = True
-        self.items = _standardised(table, table[seen]).masked_fill(~seen.unsqueeze(1), 0.0)
+        self.items = _standardised(table, torch.from_numpy(dataset.train_histories.seen(len(table))))
         self.fingerprint = fit.fingerprint
 
     def users(self, longest: int) -> Users:
@@ -113,16 +107,14 @@ class UserTable:
     """
 
     def __init__(self, table: Tensor, dataset: Any) -> None:
-        histories = dataset.train_histories
+        self._histories = dataset.train_histories
         self._field: str = dataset.uid_field
-        self._starts = torch.from_numpy(histories.offsets).long()
-        seen = self._starts.diff() > 0
-        self._table = _standardised(table, table[seen]).masked_fill(~seen.unsqueeze(1), 0.0)
+        self._table = _standardised(table, torch.from_numpy(self._histories.lengths > 0))
         self.width = table.shape[1]
 
     def at(self, moments: Tensor) -> Tensor:
         """See :class:`Users`."""
-        return torch.searchsorted(self._starts, moments, right=True) - 1
+        return torch.from_numpy(self._histories.owners(moments.numpy()))
 
     def asked(self, interaction: Any) -> Tensor:
         """See :class:`Users`."""
@@ -157,24 +149,23 @@ class UserStates:
         self._device = next(model.parameters()).device
         self._width: int = model.max_seq_length
         self._longest = min(longest, self._width)
-        histories = dataset.train_histories
-        self._items = torch.from_numpy(histories.items).long()
-        self._starts = torch.from_numpy(histories.offsets).long()
+        self._histories = dataset.train_histories
+        self._items = torch.from_numpy(self._histories.items).long()
         self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN
         self._asked = torch.empty(0)
         refused = UserError(NO_STATES.format(part=part, name=name))
         if not makes_states(model):
             raise refused
         places = torch.arange(len(self._items))
-        places = places[places > self._starts[self._owners(places)]]
+        places = places[places > self._begins(places)]
         states = self.states(places[:: max(1, len(places) // MEASURED)].contiguous())
         if states.dim() != 2:
             raise refused
         self._mean, self._size = _scale(states)
         self.width = states.shape[1]
 
-    def _owners(self, moments: Tensor) -> Tensor:
-        return torch.searchsorted(self._starts, moments, right=True) - 1
+    def _begins(self, moments: Tensor) -> Tensor:
+        return torch.from_numpy(self._histories.begins(moments.numpy()))
 
     def at(self, moments: Tensor) -> Tensor:
         """See :class:`Users`."""
@@ -189,7 +180,7 @@ class UserStates:
 
     def states(self, moments: Tensor) -> Tensor:
         """States as the recommender has them, float32 ``[n, d]``, right before train interactions."""
-        starts = torch.maximum(self._starts[self._owners(moments)], moments - self._longest)
+        starts = torch.maximum(self._begins(moments), moments - self._longest)
         return self._read(Ragged.from_slices(self._items, starts, moments))
 
     @torch.no_grad()
@@ -219,7 +210,7 @@ def _scale(measured: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(size > 0, size, 1.0)
 
 
-def _standardised(table: Tensor, measured: Tensor) -> Tensor:
-    """A table less the mean of some of its rows, over the root mean square of what is left of these."""
-    mean, size = _scale(measured)
-    return (table - mean) / size
+def _standardised(table: Tensor, seen: Tensor) -> Tensor:
+    """A table less the mean of its seen rows, over the root mean square of what is left of these; others 0."""
+    mean, size = _scale(table[seen])
+    return ((table - mean) / size).masked_fill(~seen.unsqueeze(1), 0.0)

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from recbole.utils import get_trainer as recbole_trainer
 from recbole.utils import init_seed
 
 from recbole_llm.data.item_text import ItemText
@@ -46,8 +44,7 @@ class DescribedMixin(TrainerMixin):
             Fingerprints of what the last stage builds on.
         """
         config, dataset, before = self.config, train_data._dataset, rng_state()
-        seen = np.zeros(dataset.item_num, dtype=bool)
-        seen[dataset.train_histories.items] = True
+        seen = dataset.train_histories.seen(dataset.item_num)
         sources = Sources(seen, item_text=read_item_text(config, dataset))
         read_texts(config, dataset, store, sources, named_backbone(config))
         assert sources.item_text is not None and sources.texts is not None
@@ -57,14 +54,3 @@ class DescribedMixin(TrainerMixin):
         set_rng_state(before)
         self.stages, self.item_text, self._upstream = sources.lines, sources.item_text, sources.marks
         return self._upstream
-
-
-def described_trainer(model_type: Any, model_name: str) -> type:
-    """RecBole's trainer for a model that takes in texts.
-
-    Args:
-        model_type: RecBole's ModelType.
-        model_name: the model's name.
-    """
-    base = recbole_trainer(model_type, model_name)
-    return type(f"RecBoleLLM{base.__name__}", (DescribedMixin, base), {})

@@ -143,13 +143,12 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self._upstream = [*self._upstream, trained.fingerprint]
         return self._upstream
 
-    def _vectors(self, dataset: Any, fit_part: Callable[[str], Any]) -> list[str]:
+    def _vectors(self, dataset: Any, fit_part: Callable[..., Any]) -> list[str]:
         """Train (or find) the recommender whose vectors stand in prompts; its fingerprint."""
         part = getattr(self.model, "vectors_of", None)
         if part is None:
             return []
-        fit = self.part_fits[part] = fit_part(part)
-        self.stages += [{**line, "name": part} for line in fit.stages]
+        fit = self._part(part, fit_part)
         self.model.take_vectors(CollaborativeVectors(fit, dataset, part))
         return [fit.fingerprint]
 

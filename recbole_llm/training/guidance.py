@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import catalogue_scores
-from recbole_llm.training.teacher import same_rows
+from recbole_llm.training.teacher import frozen
 
 if TYPE_CHECKING:
+    from recbole_llm.data.loaders import RankingLoader
     from recbole_llm.training.pipeline import Fit
 
 
@@ -28,17 +27,16 @@ class Guidance:
         dataset: the train data set of the model that is guided.
         part: the setting that named the recommender.
 
+    Attributes:
+        fit: the recommender.
+
     Raises:
         UserError: it was trained on other rows, or numbers users or items otherwise.
     """
 
     def __init__(self, fit: Fit, dataset: Any, part: str = "cf_model") -> None:
-        if not same_rows(fit.train_data._dataset, dataset):
-            raise UserError(
-                f"{part}: {fit.config['model']} was trained on other rows than the model that it is to guide"
-            )
-        self._fit = fit
-        self.model = fit.model.eval().requires_grad_(False)
+        self.model = frozen(fit, dataset, part, "the model that it is to guide")
+        self.fit = fit
         self._loaders = [loader for loader in (fit.valid_data, fit.test_data) if loader is not None]
         self._loader = self._loaders[-1]
 
@@ -51,15 +49,13 @@ class Guidance:
         found = [own for own in self._loaders if own.phase == loader.phase]
         self._loader = found[0]
 
-    def rank_by(self, phases: Sequence[str]) -> None:
-        """Be told from now on of the rows of some phases, of all users that have any.
+    def rank_with(self, loader: RankingLoader) -> None:
+        """Be told from now on what a loader has of users.
 
         Args:
-            phases: as for :class:`~recbole_llm.serving.requests.RequestLoader`.
+            loader: made for the recommender of :attr:`fit`.
         """
-        from recbole_llm.serving.requests import RequestLoader
-
-        self._loader = RequestLoader(self._fit.config, self._fit.test_data._dataset, phases)
+        self._loader = loader
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
@@ -76,7 +72,7 @@ class Guidance:
         """
         asked = users.cpu().numpy()
         rows = np.searchsorted(self._loader.users, asked)
-        device = torch.device(self._fit.config["device"])
+        device = torch.device(self.fit.config["device"])
         self.model.eval()
         with torch.autocast(device.type, enabled=False):
             interaction = self._loader._interaction(rows, asked).to(device)

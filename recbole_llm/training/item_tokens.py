@@ -221,8 +221,7 @@ def gather(
             policy, a control that has no codes to swap, or settings that cannot be; all of them before anything is
             trained.
     """
-    seen = np.zeros(dataset.item_num, dtype=bool)
-    seen[dataset.train_histories.items] = True
+    seen = dataset.train_histories.seen(dataset.item_num)
     sources = Sources(seen)
     if not has_codebook(config):
         if config["code_shuffle"]:

@@ -315,11 +315,11 @@ def trainer_of(model_class: type, model_type: Any, name: str) -> type:
 
         return staged_trainer(model_class)
     if hasattr(model_class, "take_item_tokens"):
-        from recbole_llm.training.tokenized import tokenized_trainer
+        from recbole_llm.training.tokenized import TokenizedMixin
 
-        return tokenized_trainer(model_type, name)
+        return trainer_class(model_type, name, TokenizedMixin)
     if hasattr(model_class, "take_item_texts"):
-        from recbole_llm.training.described import described_trainer
+        from recbole_llm.training.described import DescribedMixin
 
-        return described_trainer(model_type, name)
+        return trainer_class(model_type, name, DescribedMixin)
     return trainer_class(model_type, name)

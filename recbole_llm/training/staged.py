@@ -134,8 +134,7 @@ class StagedTrainer(TrainerMixin, Trainer):
 
     def _cold_items(self, dataset: Any, backbone: Backbone, item_embeddings: np.ndarray) -> np.ndarray:
         assert self.item_text is not None
-        seen = np.zeros(len(item_embeddings), dtype=bool)
-        seen[dataset.train_histories.items] = True
+        seen = dataset.train_histories.seen(len(item_embeddings))
         features = text_features(backbone, self.item_text.texts, self.config["alignment_description_tokens"])
         logger.info("cold items: %d of %d get an embedding from their text", (~seen[1:]).sum(), len(seen) - 1)
         return cold_item_embeddings(item_embeddings, features, seen, self.config["cold_items_penalty"])
@@ -211,8 +210,15 @@ class StagedTrainer(TrainerMixin, Trainer):
 
     @staticmethod
     def _shapes_first(key: str) -> bool:
-        """Whether a setting is one of the stages before the last."""
-        return _shapes_alignment(key)
+        """Whether a setting is of the stages before the last: the flat training keys belong to the last one only."""
+        last_stage = {
+            "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
+            "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window", "target_fill",
+            "history_dropout", "history_length", "history_input", "history_order", "user_dropout", "loss_positions",
+            "train_item_projector", "text_tokens", "inference_batch_size", "valid_metric_bigger", "eval_unit",
+            "exclude_history", "schedule_epochs",
+        }  # fmt: skip
+        return key not in last_stage
 
     def _align_epoch(self, loop: TrainingLoop, epoch: int, generator: torch.Generator, steps: Steps) -> float:
         total, count = 0.0, 0
@@ -259,18 +265,6 @@ class StagedTrainer(TrainerMixin, Trainer):
     def _take_state(self, state: dict[str, Any]) -> None:
         if self._loop:
             self._loop.load_state_dict(state["loop"])
-
-
-def _shapes_alignment(key: str) -> bool:
-    """Settings of the alignment stage: the flat training keys belong to the last stage only."""
-    last_stage = {
-        "epochs", "train_batch_size", "learning_rate", "weight_decay", "learner", "eval_step", "stopping_step",
-        "valid_metric", "inference", "shuffle", "samples_per_user", "targets", "target_window", "target_fill",
-        "history_dropout", "history_length", "history_input", "history_order", "user_dropout", "loss_positions",
-        "train_item_projector", "text_tokens", "inference_batch_size", "valid_metric_bigger", "eval_unit",
-        "exclude_history", "schedule_epochs",
-    }  # fmt: skip
-    return key not in last_stage
 
 
 def _resume_alignment(

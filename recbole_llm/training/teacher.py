@@ -46,11 +46,7 @@ class Teacher:
             own = own.cut(own.split.with_fold_in_train())[0]
         self.name: str = fit.config["model"]
         self._sequential = fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        if not same_rows(own, dataset):
-            raise UserError(f"{part}: {self.name} was trained on other rows than those that it is to teach")
-        self.model = fit.model.eval().requires_grad_(False)
-        # Its own training has left some.
-        self.model.zero_grad(set_to_none=True)
+        self.model = frozen(fit, dataset, part, "those that it is to teach", own)
         self.device = torch.device(fit.config["device"])
         self.fingerprint = fit.fingerprint
         self._loader, self._dataset = PrefixLoader(fit.config, own), own
@@ -134,6 +130,27 @@ def check_folds(config: Any, dataset: Any) -> None:
     count, rows = config["cf_folds"] or 1, len(dataset.train_histories.items)
     if count > rows:
         raise UserError(f"cf_folds: {count} folds are more than the {rows} train rows")
+
+
+def frozen(fit: Fit, dataset: Any, part: str, use: str, own: Any = None) -> Any:
+    """A trained recommender's model as another one takes it in: in evaluation mode, without gradients.
+
+    Args:
+        fit: the recommender.
+        dataset: the train data set of the other one.
+        part: the setting that named the recommender.
+        use: what rows should be its own, for the error.
+        own: its train data set, if not the one it was trained on.
+
+    Raises:
+        UserError: it was trained on other rows, or numbers users or items otherwise.
+    """
+    if not same_rows(fit.train_data._dataset if own is None else own, dataset):
+        raise UserError(f"{part}: {fit.config['model']} was trained on other rows than {use}")
+    model = fit.model.eval().requires_grad_(False)
+    # Its own training has left some.
+    model.zero_grad(set_to_none=True)
+    return model
 
 
 def same_rows(first: Any, second: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recbole_llm.objectives.teacher_cache import Batch, TeacherCache, keep_within, mark_of
@@ -40,9 +41,8 @@ def cached_labels(config: Any, dataset: Any, model: Any, store: StageStore) -> d
         UserError: the budget is not enough for one token a position, or the teacher's scores are no numbers.
     """
     items = torch.from_numpy(dataset.train_histories.items).long()
-    offsets = torch.from_numpy(dataset.train_histories.offsets).long()
-    owners = torch.repeat_interleave(offsets.diff())
-    moments = (torch.arange(len(items)) > offsets[owners]).nonzero().squeeze(1)
+    every = np.arange(len(items))
+    moments = torch.from_numpy(np.flatnonzero(every > dataset.train_histories.begins(every)))
     tokenizer, targets = model.tokenizer, items[moments].to(model.device)
     rows = max(1, min(config["eval_max_cells"] // dataset.item_num, config["eval_batch_size"]))
 

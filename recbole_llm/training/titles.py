@@ -83,8 +83,7 @@ def tokenize_titles(config: Any, dataset: Any, store: StageStore, named: Backbon
         logger.info(
             "item tokens: %d of %d items share their title with another, and so their scores", shared, len(raw_ids) - 1
         )
-    seen = np.zeros(dataset.item_num, dtype=bool)
-    seen[dataset.train_histories.items] = True
+    seen = dataset.train_histories.seen(dataset.item_num)
     sources = Sources(seen, lines=lines, item_text=text, backbone=backbone, backbone_mark=mark)
     return Tokenized(tokens, stage, sources)
 

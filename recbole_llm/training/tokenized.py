@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recbole.utils import get_trainer as recbole_trainer
 from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
@@ -63,14 +62,3 @@ class TokenizedMixin(TrainerMixin):
         files = {name: made.stage.folder / name for name in KEPT}
         self.artefacts = {name: file for name, file in files.items() if file.is_file()}
         return made
-
-
-def tokenized_trainer(model_type: Any, model_name: str) -> type:
-    """RecBole's trainer for a model that reads tokens.
-
-    Args:
-        model_type: RecBole's ModelType.
-        model_name: the model's name.
-    """
-    base = recbole_trainer(model_type, model_name)
-    return type(f"RecBoleLLM{base.__name__}", (TokenizedMixin, base), {})

@@ -317,12 +317,13 @@ class _Watched:
         return getattr(self._loader, name)
 
 
-def trainer_class(model_type: Any, model_name: str) -> type:
+def trainer_class(model_type: Any, model_name: str, mixin: type = TrainerMixin) -> type:
     """RecBole's trainer for a model, with our checkpoints, resuming and ranking.
 
     Args:
         model_type: RecBole's ModelType.
         model_name: the model's name.
+        mixin: what comes before the last stage, for a model that has some.
     """
     base = recbole_trainer(model_type, model_name)
-    return type(f"RecBoleLLM{base.__name__}", (TrainerMixin, base), {})
+    return type(f"RecBoleLLM{base.__name__}", (mixin, base), {})
