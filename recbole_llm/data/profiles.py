@@ -16,7 +16,7 @@ from recbole_llm.data.item_text import Template, first_words, parse_template
 from recbole_llm.data.split import Histories
 from recbole_llm.data.templates import file_of
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.schema import read_yaml
+from recbole_llm.schema import load_yaml
 
 # What each template may name.
 PLACES = {
@@ -62,7 +62,7 @@ def read_wording(name: str) -> ProfileWording:
     file = file_of(name)
     if not file.is_file():
         raise UserError(f"profile_prompts: there is no '{name}' (rlmrec, or a .yaml file)")
-    values = read_yaml(file)
+    values = load_yaml(file)
     for key in ("separator", *PLACES):
         if key not in values:
             raise UserError(f"{file} says nothing for '{key}'{did_you_mean(key, values)}")
@@ -96,8 +96,8 @@ def profile_of(answer: str, words: int) -> str:
         except ValueError:
             # Cut off within an escape, or with one that JSON does not have.
             text = found[1].replace("\\", " ")
-    line = " ".join(text.split())
-    return first_words(line, words) if any(map(str.isalnum, line)) else ""
+    line = first_words(" ".join(text.split()), words)
+    return line if any(map(str.isalnum, line)) else ""
 
 
 @dataclass(frozen=True)
