@@ -98,6 +98,17 @@ class TestContrast:
         for got, wanted in zip(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
+    def test_counted_rows_are_rows_that_stand_there_as_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("recbole_llm.model.contrast._CELLS_CPU", 9)
+        draw = torch.Generator().manual_seed(0)
+        a, b = (unit(torch.randn(4, 3, generator=draw, dtype=torch.float64)).requires_grad_() for _ in range(2))
+        rows = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+        counts = rows.bincount().double()
+        short, long = InfoNCE.apply(a, b, 0.3, None, counts, counts), InfoNCE.apply(a[rows], b[rows], 0.3)
+        torch.testing.assert_close(short, long)
+        for got, wanted in zip(torch.autograd.grad(short, (a, b)), torch.autograd.grad(long, (a, b)), strict=True):
+            torch.testing.assert_close(got, wanted)
+
     def test_rows_in_their_own_order_are_the_plain_one(self) -> None:
         a, b = unit(torch.randn(6, 3)), unit(torch.randn(6, 3))
         torch.testing.assert_close(InfoNCE.apply(a, b, 0.2, torch.arange(6)), InfoNCE.apply(a, b, 0.2))
@@ -216,6 +227,25 @@ class TestBoth:
         loss = model.calculate_loss(rows)
         assert torch.equal(before, torch.get_rng_state())
         assert torch.equal(loss, plain.calculate_loss(rows))
+
+    def test_edges_are_dropped_in_training_only_and_by_chance(self, kind: type) -> None:
+        model, rows = make(kind, text_weight=0.0, drop_ratio=0.5), batch()
+        whole = make(kind, text_weight=0.0)
+        whole.load_state_dict(model.state_dict())
+        assert torch.equal(model.calculate_loss(rows), whole.calculate_loss(rows)), "made in evaluation mode"
+        model.train()
+        torch.manual_seed(4)
+        half = model.norm_adj_matrix.to_dense()[:N_USERS, N_USERS:]
+        ends = half.nonzero(as_tuple=True)
+        half[ends] = torch.nn.functional.dropout(half[ends], 0.5)
+        tables = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
+        step = torch.zeros(N_USERS + N_ITEMS, N_USERS + N_ITEMS, dtype=torch.float64)
+        step[:N_USERS, N_USERS:], step[N_USERS:, :N_USERS] = half, half.T
+        layers = [tables]
+        for _ in range(model.n_layers):
+            layers.append(step @ layers[-1])
+        torch.manual_seed(4)
+        torch.testing.assert_close(torch.cat(model.forward()), torch.stack(layers).mean(dim=0))
 
     def test_gradients_reach_all_that_trains(self, kind: type) -> None:
         model = make(kind, double=False)
@@ -377,7 +407,7 @@ class TestProfiles:
         plain = fitted("LightGCN", settings_of(n_layers=2)).model.state_dict()
         for name in ("RLMRecCon", "RLMRecGen"):
             same, other = (
-                fitted(name, quick(settings_of, text_weight=weight, n_layers=2)).model.state_dict()
+                fitted(name, quick(settings_of, text_weight=weight, n_layers=2, drop_ratio=0.0)).model.state_dict()
                 for weight in (0.0, 0.5)
             )
             assert plain.keys() < same.keys()

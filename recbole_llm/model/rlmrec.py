@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from recbole_llm.model.contrast import InfoNCE
+from recbole_llm.model.edges import Edges
+from recbole_llm.model.graph import MeanOfPowers, normalised_adjacency
 from recbole_llm.model.lightgcn import LightGCN
 from recbole_llm.model.text_contrast import projector, standardised
 
@@ -25,14 +27,15 @@ class RLMRec(LightGCN):
     users from the profiles of items that they had) and read by a language model into a vector. Nodes are users before
     items, as in the graph.
 
-    As in the authors' code, the two layers between the widths are as wide as the mean of both, with a leaky ReLU. Where
-    it differs from the paper's models: the base is LightGCN as it is here (the mean of its layers, an L2 norm of the
-    batch's tables alone, no edge dropped, 64 wide); profiles are written and read by the run's language model (``llm``)
-    in place of GPT-3.5 and text-embedding-ada-002, and their vectors are centred and scaled, those of users and of
-    items each by their own, as mean states lie close together; a node without a profile has no part in the term.
+    As in the authors' code, the two layers between the widths are as wide as the mean of both, with a leaky ReLU, and
+    edges are dropped in training. Where it differs from the paper's models: the base is LightGCN as it is here (the
+    mean of its layers, an L2 norm of the batch's tables alone, 64 wide); an edge is dropped in both directions, and the
+    others weigh as much more; profiles are written and read by the run's language model (``llm``) in place of GPT-3.5
+    and text-embedding-ada-002, and their vectors are centred and scaled, those of users and of items each by their own,
+    as mean states lie close together; a node without a profile has no part in the term.
 
     Args:
-        config: has ``text_weight``, ``text_tau``, ``projector`` and what LightGCN has.
+        config: has ``text_weight``, ``text_tau``, ``projector``, ``drop_ratio`` and what LightGCN has.
         dataset: the train rows.
     """
 
@@ -43,6 +46,17 @@ class RLMRec(LightGCN):
         super().__init__(config, dataset)
         self.text_weight, self.text_tau = config["text_weight"], config["text_tau"]
         self._kind = config["projector"]
+        self.drop_ratio = config["drop_ratio"]
+        pairs = self.interaction_matrix
+        adjacency = normalised_adjacency(pairs.row, pairs.col, self.n_users, self.n_items)
+        self.edges = Edges.of(adjacency, self.n_users).to(self.device)
+
+    def _convolve(self, nodes: torch.Tensor) -> torch.Tensor:
+        """LightGCN's, in training over a graph without some of its edges, the same ones at every layer."""
+        if not self.training or not self.drop_ratio:
+            return super()._convolve(nodes)
+        kept = self.edges.thinned(self.norm_adj_matrix, self.drop_ratio)
+        return MeanOfPowers.apply(kept, nodes, self.n_layers)
 
     def take_profiles(
         self, users: torch.Tensor, items: torch.Tensor, users_told: torch.Tensor, items_told: torch.Tensor
@@ -124,17 +138,18 @@ class RLMRecCon(RLMRec):
             rows: int64 ``[B]``, nodes.
             pool: int64, sorted nodes that have a profile, whose profiles are told apart; those of the rows if ``None``.
         """
-        rows = rows[self.profiled[rows]]
-        if not len(rows):
+        # Nodes that stand there several times have one and the same term: it is computed once.
+        nodes_of, counts = rows[self.profiled[rows]].unique(return_counts=True)
+        if not len(nodes_of):
             return nodes.new_zeros(())
         with torch.autocast(nodes.device.type, enabled=False):
-            # A profile is projected once, however many rows name it.
-            distinct, own = rows.unique(return_inverse=True) if pool is None else (pool, torch.searchsorted(pool, rows))
-            said = F.normalize(self.profile_mlp(self.profiles[distinct]))
-            if pool is None:
-                said, own = said.index_select(0, own), None
-            loss: torch.Tensor = InfoNCE.apply(F.normalize(nodes.index_select(0, rows)), said, self.text_tau, own)
-        return loss * len(rows)
+            counts = counts.to(nodes.dtype)
+            among = nodes_of if pool is None else pool
+            said = F.normalize(self.profile_mlp(self.profiles[among]))
+            own, often = (None, counts) if pool is None else (torch.searchsorted(pool, nodes_of), None)
+            met = F.normalize(nodes.index_select(0, nodes_of))
+            loss: torch.Tensor = InfoNCE.apply(met, said, self.text_tau, own, counts, often)
+        return loss * counts.sum()
 
 
 class RLMRecGen(RLMRec):
