@@ -44,6 +44,7 @@ class Entry:
 
 
 _OF_TITLES = ("backbone", "item_tokens", "fine_tuning")
+_PROFILED = ("backbone", "item_profiles", "user_profiles", "item_texts", "user_texts", "train")
 _OURS = (
     Entry(
         "GLTA", "recbole_llm.model.glta", "language",
@@ -86,6 +87,8 @@ _OURS = (
         "HCCFPlus", "recbole_llm.model.text_contrast", "general", ("backbone", "item_texts", "train"),
         ("item text",), base="HCCF",
     ),
+    Entry("RLMRecCon", "recbole_llm.model.rlmrec", "general", _PROFILED, ("item text",), base="LightGCN"),
+    Entry("RLMRecGen", "recbole_llm.model.rlmrec", "general", _PROFILED, ("item text",), base="LightGCN"),
     Entry(
         "SASRecCodes", "recbole_llm.model.sasrec_codes", "sequential",
         ("embedding_model", "backbone", "item_tokens", "train"), ("time", "item text"), base="SASRec",

@@ -25,10 +25,12 @@ from recbole_llm.training.runs import run
 
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "FMLP",
-    "FMLPAllPositions", "EASE", "DCCF", "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec",
-    "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
+    "FMLPAllPositions", "EASE", "DCCF", "HCCF", "LightGCNPlus", "HCCFPlus", "RLMRecCon", "RLMRecGen", "GLTA",
+    "AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
 )  # fmt: skip
 SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
+# Of those the models that have a language model read.
+READERS = (*SEARCHES, "GLTA", "SASRecCodes", "LightGCNPlus", "HCCFPlus", "RLMRecCon", "RLMRecGen", "BIGRec")
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",
@@ -54,7 +56,7 @@ def test_a_run_reports_repeats_and_recommends_what_is_allowed(
     assert all(0 <= value <= 1 for value in written["test"].values())
     assert set(written["stages"][0]) == {"name", "fingerprint", "seconds", "cached", "peak_memory_mb", "tokens"}
     read = [stage["tokens"] for stage in written["stages"]]
-    assert (sum(read) > 0) == (model in ("GLTA", "SASRecCodes", "LightGCNPlus", "HCCFPlus", "BIGRec", *SEARCHES))
+    assert (sum(read) > 0) == (model in READERS)
     assert model == "EASE" or len(written["curves"]["loss"]) == written["config"]["epochs"]
     assert Path(first["log_file"]).read_text(encoding="utf-8")
 

@@ -35,6 +35,8 @@ QUICK = (
     "HCCF",
     "LightGCNPlus",
     "HCCFPlus",
+    "RLMRecCon",
+    "RLMRecGen",
     "GLTA",
     "AlignTokenRec",
     "LCRec",
@@ -73,7 +75,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
 }  # fmt: skip
-SMALL["LightGCNPlus"] = SMALL["HCCFPlus"] = {
+SMALL["LightGCNPlus"] = SMALL["HCCFPlus"] = SMALL["RLMRecCon"] = SMALL["RLMRecGen"] = {
     "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
 }  # fmt: skip
 SMALL["TALLRec"] = SMALL["BIGRec"] = SMALL["MSL"] = {
@@ -241,6 +243,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "DCCF",
         "HCCF",
         "LightGCNPlus",
+        "RLMRecGen",
         "SASRec",
         "SASRecAllPositions",
         "FMLP",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from recbole_llm.model.graph import product
@@ -63,6 +64,19 @@ class Edges:
         """The adjacency with these weights ``[m]`` in both directions, as a sparse CSR tensor ``[n, n]``."""
         n = len(self.crow) - 1
         return torch.sparse_csr_tensor(self.crow, self.col, weights.index_select(0, self.edge), size=(n, n))
+
+    def thinned(self, adjacency: torch.Tensor, ratio: float) -> torch.Tensor:
+        """The adjacency without some of its edges, each gone in both directions; the others weigh as much more.
+
+        Args:
+            adjacency: sparse CSR ``[n, n]`` of these edges, symmetric.
+            ratio: how likely an edge is to go.
+
+        Returns:
+            Sparse CSR ``[n, n]``, symmetric.
+        """
+        # The first half of the values are the users' edges, in the order that the edges have.
+        return self.weighted(F.dropout(adjacency.values()[: len(self.edge) // 2], ratio))
 
 
 class AdaptiveMean(torch.autograd.Function):

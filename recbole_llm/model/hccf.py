@@ -52,9 +52,7 @@ class HCCF(PropagatedRecommender):
         """The graph of one layer; in training without some of the edges, the others weighing as much more."""
         if not self.training or not self.drop_ratio:
             return self.adjacency
-        # The first half of the values are the users' edges, in the order that the edges have.
-        weights = self.adjacency.values()[: len(self.edges.edge) // 2]
-        return self.edges.weighted(F.dropout(weights, self.drop_ratio))
+        return self.edges.thinned(self.adjacency, self.drop_ratio)
 
     def _global(self, table: torch.Tensor, hyperedges: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """What the hyperedges say of one side's nodes.

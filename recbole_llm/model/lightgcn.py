@@ -48,14 +48,21 @@ class LightGCN(RecBoleLightGCN):
         """
         return self.loss_and_nodes(interaction)[0]
 
-    def loss_and_nodes(self, interaction: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the embeddings ``[n_users + n_items, d]`` that it was taken of, users before items."""
+    def loss_and_nodes(
+        self, interaction: Interaction, below: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the embeddings ``[n_users + n_items, d]`` that it was taken of, users before items.
+
+        Args:
+            interaction: see :meth:`calculate_loss`.
+            below: what the graph convolution reads in place of the tables, of their shape; the L2 norm stays theirs.
+        """
         self.restore_user_e = self.restore_item_e = None
         user, item, negative = (interaction[field] for field in (self.USER_ID, self.ITEM_ID, self.NEG_ITEM_ID))
         # One look-up of nodes, users before items, has one scatter-add as its gradient instead of three.
         rows = torch.cat((user, item + self.n_users, negative + self.n_users))
         own = self.get_ego_embeddings()
-        nodes = self._convolve(own)
+        nodes = self._convolve(own if below is None else below)
         user_row, item_row, negative_row = nodes.index_select(0, rows).split(len(user))
         loss = self.mf_loss((user_row * item_row).sum(dim=1), (user_row * negative_row).sum(dim=1))
         penalty = self.reg_loss(*own.index_select(0, rows).split(len(user)), require_pow=self.require_pow)

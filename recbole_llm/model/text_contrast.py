@@ -16,6 +16,38 @@ if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
 
+def standardised(vectors: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Texts' vectors centred, and scaled to a mean square of one, by those of texts that say something.
+
+    Args:
+        vectors: float ``[n, H]``, what a language model makes of texts.
+        own: bool ``[n]``, which rows count.
+
+    Returns:
+        ``[n, H]``; what it was if no row counts.
+    """
+    if not own.any():
+        return vectors
+    # Mean states lie close together around a direction of their own, which tells nothing apart.
+    centred = vectors - vectors[own].mean(dim=0)
+    size = centred[own].square().mean().sqrt()
+    return centred / torch.where(size > 0, size, 1.0)
+
+
+def projector(kind: str, width: int, target: int) -> nn.Module:
+    """What takes vectors from one width to another.
+
+    Args:
+        kind: ``linear``; or ``mlp``, two layers with a leaky ReLU between, as wide as the mean of both (RLMRec's).
+        width: of what comes in.
+        target: of what goes out.
+    """
+    if kind == "linear":
+        return nn.Linear(width, target)
+    between = (width + target) // 2
+    return nn.Sequential(nn.Linear(width, between), nn.LeakyReLU(), nn.Linear(between, target))
+
+
 class TextContrast:
     r"""Adds the contrast of items with their descriptions to the loss of a graph model that stands behind it.
 
@@ -58,20 +90,11 @@ class TextContrast:
             vectors: float ``[n_items, H]``, by internal item id.
             described: bool ``[n_items]``, which items have a description of their own.
         """
-        # Mean states lie close together around a direction of their own, which tells nothing apart.
-        centred = vectors - vectors[described].mean(dim=0)
-        size = centred[described].square().mean().sqrt()
-        buffers = {"item_texts": centred / torch.where(size > 0, size, 1.0), "described": described}
+        buffers = {"item_texts": standardised(vectors, described), "described": described}
         for name, values in buffers.items():
             self.register_buffer(name, values, persistent=False)  # type: ignore[attr-defined]
-        self.text_projector = self._projector(vectors.shape[1]).to(self.device)
+        self.text_projector = projector(self._kind, vectors.shape[1], self._width).to(self.device)
         self.to(self.device)  # type: ignore[attr-defined]
-
-    def _projector(self, width: int) -> nn.Module:
-        if self._kind == "linear":
-            return nn.Linear(width, self._width)
-        between = (width + self._width) // 2
-        return nn.Sequential(nn.Linear(width, between), nn.LeakyReLU(), nn.Linear(between, self._width))
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The base's loss and the weighted contrast with the descriptions.

@@ -46,11 +46,17 @@ class DescribedMixin(TrainerMixin):
         config, dataset, before = self.config, train_data._dataset, rng_state()
         seen = dataset.train_histories.seen(dataset.item_num)
         sources = Sources(seen, item_text=read_item_text(config, dataset))
-        read_texts(config, dataset, store, sources, named_backbone(config))
-        assert sources.item_text is not None and sources.texts is not None
+        hand_over = self._read(dataset, store, sources)
         init_seed(config["seed"], config["reproducibility"])
-        self.model.take_item_texts(torch.from_numpy(sources.texts), torch.tensor(sources.item_text.named))
+        hand_over()
         self.optimizer = self._build_optimizer()  # type: ignore[attr-defined]
         set_rng_state(before)
         self.stages, self.item_text, self._upstream = sources.lines, sources.item_text, sources.marks
         return self._upstream
+
+    def _read(self, dataset: Any, store: StageStore, sources: Sources) -> Callable[[], None]:
+        """Run (or find) the stages; what is returned hands the model what they made."""
+        read_texts(self.config, dataset, store, sources, named_backbone(self.config))
+        assert sources.item_text is not None and sources.texts is not None
+        texts, named = torch.from_numpy(sources.texts), torch.tensor(sources.item_text.named)
+        return lambda: self.model.take_item_texts(texts, named)

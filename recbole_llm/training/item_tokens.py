@@ -276,7 +276,26 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     if sources.backbone is None:
         sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
         sources.lines += lines
-    backbone, mark, texts = sources.backbone, sources.backbone_mark, sources.item_text.texts
+    sources.texts = vectors_of(config, store, sources, sources.item_text.texts)
+
+
+def vectors_of(
+    config: Any, store: StageStore, sources: Sources, texts: list[str], name: str = "item_texts"
+) -> np.ndarray:
+    """What the sources' language model makes of texts: a stage, which is added to the sources.
+
+    Args:
+        config: the run's.
+        store: the stage cache.
+        sources: with the language model.
+        texts: of any kind.
+        name: the stage's.
+
+    Returns:
+        float32 ``[len(texts), H]``; zero for a text without tokens.
+    """
+    backbone, mark = sources.backbone, sources.backbone_mark
+    assert backbone is not None
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
     options = {key: value for key, value in backbone_options(config).items() if key != "device"}
@@ -288,11 +307,11 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         np.savez(folder / VECTORS, vectors=vectors)
         return {"tokens": backbone.tokens_read - before}
 
-    stage = store.run("item_texts", TEXTS_VERSION, inputs, make)
+    stage = store.run(name, TEXTS_VERSION, inputs, make)
     sources.lines.append(stage.as_dict())
-    with np.load(stage.folder / VECTORS, allow_pickle=False) as arrays:
-        sources.texts = arrays["vectors"]
     sources.marks.append(stage.fingerprint)
+    with np.load(stage.folder / VECTORS, allow_pickle=False) as arrays:
+        return np.asarray(arrays["vectors"])
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:

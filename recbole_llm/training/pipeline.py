@@ -322,4 +322,8 @@ def trainer_of(model_class: type, model_type: Any, name: str) -> type:
         from recbole_llm.training.described import DescribedMixin
 
         return trainer_class(model_type, name, DescribedMixin)
+    if hasattr(model_class, "take_profiles"):
+        from recbole_llm.training.profiled import ProfiledMixin
+
+        return trainer_class(model_type, name, ProfiledMixin)
     return trainer_class(model_type, name)

@@ -39,7 +39,7 @@ def read_task_texts(config: Any, dataset: Any, item_text: ItemText) -> TaskTexts
     if named & set(ITEM_TEXTS):
         _take_items(made, config, dataset, item_text)
     if QUERY in named:
-        found = _said(config, dataset, config["query_column"], "query task")
+        found = reviews_in_train(config, dataset, config["query_column"], "query task")
         if found is not None:
             made.texts["query"], made.query_places = found
     if "preference" in named:
@@ -67,7 +67,7 @@ def _take_preferences(made: TaskTexts, config: Any, dataset: Any) -> None:
         raise UserError(
             f"preference_column: neither the .inter nor the .user file of '{config['dataset']}' has '{column}'"
         )
-    found = _said(config, dataset, column or config["query_column"], "preference task")
+    found = reviews_in_train(config, dataset, column or config["query_column"], "preference task")
     if found is not None:
         made.texts["preference"], places = found
         made.preference_stops = places + 1
@@ -99,8 +99,17 @@ def _names(config: Any, file: Path) -> tuple[str, ...]:
     return open_atomic(file, config["field_separator"], config["encoding"] or "utf-8").names
 
 
-def _said(config: Any, dataset: Any, column: str, task: str) -> tuple[list[str], Tensor] | None:
+def reviews_in_train(
+    config: Any, dataset: Any, column: str, task: str, setting: str = "query_column"
+) -> tuple[list[str], Tensor] | None:
     """What users say in a column of the ``.inter`` file, of train rows only.
+
+    Args:
+        config: the run's.
+        dataset: the train data set.
+        column: of the file.
+        task: what it is for, in the log.
+        setting: the key that names the column.
 
     Returns:
         The texts that are not empty, and the place of each one's row among the train histories' items, int64; ``None``
@@ -109,7 +118,7 @@ def _said(config: Any, dataset: Any, column: str, task: str) -> tuple[list[str],
     file = _inter_file(config)
     split = getattr(dataset, "split", None)
     if split is None or not file.is_file() or column not in _names(config, file):
-        logger.info("%s: left out, as %s has no column '%s' (query_column)", task, file, column)
+        logger.info("%s: left out, as %s has no column '%s' (%s)", task, file, column, setting)
         return None
     columns = (config["USER_ID_FIELD"], config["ITEM_ID_FIELD"], column)
     rows = [row for _, row in read_rows(file, columns, config["field_separator"], config["encoding"] or "utf-8")]
