@@ -18,8 +18,10 @@ from recbole_llm.errors import UserError, did_you_mean
 # Models that our views, ranking and checkpoints do not serve: why, and the nearest that they do.
 REFUSED = {
     "DIEN": ("it needs a negative history beside the history", "DIN reads the history alone"),
+    "GRU4RecCPR": ("its ranking reads the item that is to be found", "GRU4Rec does not"),
     "RaCT": ("it trains in three phases with files between them", "MultiVAE is the model that it refines"),
     "S3Rec": ("it trains in two phases with a file between them", "SASRecF reads the same item features"),
+    "SASRecCPR": ("its ranking reads the item that is to be found", "SASRec does not"),
     "lightgbm": ("boosted trees learn ratings and rank no catalogue", "DeepFM reads the same features"),
     "xgboost": ("boosted trees learn ratings and rank no catalogue", "DeepFM reads the same features"),
 }
@@ -139,10 +141,4 @@ def check_sizes(model: Any, config: Any) -> None:
     if name == "NCL" and model.k > min(model.n_users, model.n_items):
         raise UserError(
             f"NCL makes num_clusters: {model.k} of {model.n_users} users and of {model.n_items} items; set a lower one"
-        )
-    largest = max(getattr(model, "reranker_CAN_NUM", (0,)))
-    if largest > getattr(model, "n_items", largest):
-        raise UserError(
-            f"{name} ranks the first reranker_CAN_NUM: {largest} items anew, and there are {model.n_items}; "
-            "set a lower one"
         )
