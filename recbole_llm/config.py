@@ -35,7 +35,8 @@ from recbole_llm.config_checks import (  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
-from recbole_llm.refusals import REFUSED, check_runs, with_columns  # noqa: E402
+from recbole_llm.limits import REFUSED  # noqa: E402
+from recbole_llm.refusals import check_runs, with_columns  # noqa: E402
 from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.

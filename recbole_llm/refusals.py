@@ -1,11 +1,7 @@
-"""RecBole's models that do not run here, or not on this data: said in one line, before any work.
-
-What stands here is held to it: a test runs each refused model past its refusal and fails where one would run.
-"""
+"""RecBole's models that do not run here, or not on this data: said in one line, before any work."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,33 +10,9 @@ from recbole.utils import ModelType
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.limits import PACKAGES, REFUSED, packages_missing
 
-# Models that our views, ranking and checkpoints do not serve: why, and the nearest that they do.
-REFUSED = {
-    "DIEN": ("it needs a negative history beside the history", "DIN reads the history alone"),
-    "GRU4RecCPR": ("its ranking reads the item that is to be found", "GRU4Rec does not"),
-    "RaCT": ("it trains in three phases with files between them", "MultiVAE is the model that it refines"),
-    "S3Rec": ("it trains in two phases with a file between them", "SASRecF reads the same item features"),
-    "SASRecCPR": ("its ranking reads the item that is to be found", "SASRec does not"),
-    "lightgbm": ("boosted trees learn ratings and rank no catalogue", "DeepFM reads the same features"),
-    "xgboost": ("boosted trees learn ratings and rank no catalogue", "DeepFM reads the same features"),
-}
-# Imported by RecBole where a model is built, and none of its requirements or ours.
-PACKAGES = {"KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter"}
 _WITHOUT = "RippleNet and KGCN learn from a graph without it"
-
-# What models read beyond interactions, by kind or name, for listings.
-NEEDS = {
-    "knowledge": ("knowledge graph",), "context": ("user and item columns",),
-    "GRU4RecKG": ("knowledge graph", "entity vectors"), "KSR": ("knowledge graph", "entity and relation vectors"),
-    "FDSA": ("item columns",), "GRU4RecF": ("item columns",), "SASRecF": ("item columns",),
-}  # fmt: skip
-
-
-def packages_missing(model: str) -> str:
-    """The package that a model needs and that is not installed; empty where nothing is missing."""
-    package = PACKAGES.get(model, "")
-    return package if package and importlib.util.find_spec(package) is None else ""
 
 
 def check_runs(model: str, policy: Any) -> None:

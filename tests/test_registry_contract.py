@@ -13,7 +13,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.config import Config
 from recbole_llm.evaluation.ranking import catalogue_scores
-from recbole_llm.refusals import REFUSED, packages_missing
+from recbole_llm.limits import REFUSED, packages_missing
 from recbole_llm.training.found import FoundStages, config_of
 from recbole_llm.training.pipeline import Fit, fit, fit_found, store_of
 

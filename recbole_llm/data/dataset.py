@@ -29,6 +29,7 @@ class SplitMixin(AtomicMixin):
     iid_field: str
     time_field: str
     inter_feat: Any
+    file_order: np.ndarray
 
     def _remove_duplication(self) -> None:
         if self.config["rm_dup_inter"] is not None and self.time_field in self.inter_feat:
