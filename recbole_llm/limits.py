@@ -29,6 +29,7 @@ NEEDS = {
 # Models that run, but not at every setting or on data of every size, for listings.
 AT_SOME_SETTINGS = {
     "DGCF": "draws as many users as items a step; refused where `train_batch_size` makes these more than there are",
+    "KTUP": "draws Gumbel noise while it ranks, so a user's scores depend on who is ranked beside him",
     "LDiffRec": "`n_cate` above 1 needs the package `kmeans_pytorch`, which nothing here installs",
     "NNCF": "`neigh_info_method: louvain` needs the package `community`, which nothing here installs",
     "NCL": "refused where `num_clusters` is above the users or the items",

@@ -18,6 +18,8 @@ from recbole_llm import registry
 # Eight of RecBole's own, of every kind that it has: pairs, points, whole catalogues, closed forms, prefixes, features,
 # a knowledge graph.
 EIGHT = ("BPR", "NeuMF", "EASE", "ItemKNN", "GRU4Rec", "FPMC", "FM", "CKE")
+# Models that draw noise while they rank.
+DRAW = ("KTUP",)
 UNSEEN = "9999"  # an item whose only row is some user's last one
 _ROWS = {"inter": ["user_id", "item_id", "timestamp"]}
 _GRAPH = {"kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}
