@@ -120,6 +120,7 @@ def _recommend(arguments: list[str]) -> int:
 
 
 def _models(arguments: list[str]) -> int:
+    from recbole_llm.limits import NEEDS, REFUSED
     from recbole_llm.registry import entries
 
     kind = _option(arguments, "kind")
@@ -131,8 +132,10 @@ def _models(arguments: list[str]) -> int:
     for entry in sorted(listed, key=lambda entry: (entry.kind, entry.name)):
         home = "recbole_llm" if entry.module.startswith("recbole_llm") else entry.module.partition(".")[0]
         home = "recbole+fast" if entry.fast_of else home
-        needs = f"; {', '.join(entry.needs)}" if entry.needs else ""
-        print(f"{entry.name:20} {entry.kind:11} {home:12} {' > '.join(entry.stages)}{needs}")
+        wanted = entry.needs or NEEDS.get(entry.name) or NEEDS.get(entry.kind, ())
+        needs = f"; {', '.join(wanted)}" if wanted else ""
+        told = f"does not run: {REFUSED[entry.name][0]}" if entry.name in REFUSED else " > ".join(entry.stages) + needs
+        print(f"{entry.name:20} {entry.kind:11} {home:12} {told}")
     return 0
 
 

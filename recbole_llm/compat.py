@@ -228,6 +228,12 @@ class AtomicMixin:
                     column[:] = [empty if isinstance(value, float) else value for value in feat[name]]
                     feat[name] = pd.Series(column, index=feat.index, dtype=object)
 
+    def _preload_weight_matrix(self) -> None:
+        """The vectors of dataset.py:575 in the precision of weights: ksr.py:153 multiplies the two."""
+        super()._preload_weight_matrix()  # type: ignore[misc]
+        weights = self._preloaded_weight  # type: ignore[attr-defined]
+        weights.update({name: matrix.astype(np.float32) for name, matrix in weights.items()})
+
     def _concat_remaped_tokens(self, remap_list: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Replaces dataset.py:1175-1194: ``Series.agg(np.concatenate)`` no longer sees the whole column in pandas 3."""
         tokens = []

@@ -35,6 +35,8 @@ from recbole_llm.config_checks import (  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
+from recbole_llm.limits import REFUSED  # noqa: E402
+from recbole_llm.refusals import check_runs, with_columns  # noqa: E402
 from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
@@ -48,13 +50,6 @@ PROTOCOL_KEYS = (
 # RecBole says only "(int)" of its sizes.
 _SIZES = ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "MAX_ITEM_LIST_LENGTH")
 _SIZE = Spec("int >= 1", "a size")
-
-# RecBole's own models that our views and checkpoints do not serve.
-_UNRANKABLE = {
-    "DIEN": "it needs a negative history beside the history",
-    "RaCT": "it trains in three phases with files between them",
-    "S3Rec": "it trains in two phases with a file between them",
-}
 
 # Settings that change no trained number: they stay out of a stage's fingerprint.
 NEUTRAL_KEYS = frozenset({
@@ -164,6 +159,7 @@ class Config(RecBoleConfig):
         if not isinstance(model, str):
             return model.__name__, model, dataset
         model = registry.variant_of(model, given)
+        check_runs(model, given.get("policy"))
         model_class = registry.class_of(model, given)
         if hasattr(model_class, "wraps"):
             self._take_base_keys()
@@ -268,6 +264,9 @@ class Config(RecBoleConfig):
         """Defaults that depend on the kind of model, as RecBole's quick_start_config files set them."""
         if self._setting("policy") == "recbole":
             self.internal_config_dict["fast_baselines"] = False
+        settings = self.internal_config_dict | self.external_config_dict
+        columns = with_columns(model_class, settings, self.internal_config_dict.get("load_col"))
+        self.internal_config_dict["load_col"] = columns
         if model_class.type == ModelType.SEQUENTIAL:
             # configurator.py:427 demands it; which items are masked is exclude_history's business here.
             self.internal_config_dict["repeatable"] = True
@@ -321,8 +320,6 @@ class Config(RecBoleConfig):
             raise UserError(
                 f"{self._withholds()} needs eval_unit: user; a ranking by row may have lost all that stood before it"
             )
-        elif model in _UNRANKABLE:
-            raise UserError(f"{model} does not run under policy: unified ({_UNRANKABLE[model]}); policy: recbole may")
         check_negatives(model, model_class, self.external_config_dict, self._setting("loss_type"))
         self._check_parts(model_class)
 
@@ -332,7 +329,7 @@ class Config(RecBoleConfig):
             kind: Any = registry.get_model(name)
             check_split(part, name, self.external_config_dict)
             if part in (*getattr(model_class, "teachers", ()), *getattr(model_class, "guides", ())):
-                kind = None if name in _UNRANKABLE else kind
+                kind = None if name in REFUSED else kind
                 check_teacher(part, name, kind, self._setting("cf_folds") or 1)
                 continue
             check_table(part, name, kind, part in getattr(model_class, "item_parts", ()))

@@ -57,9 +57,11 @@ def board(tmp_path: Path) -> dict[str, Any]:
         RowRuns("SASRec", failed=[{"seed": 1, "reason": "the loss is\nno number"}], settings={"model": "SASRec"})
     )
     table = table_of(rows, "toy", "by time", "", "ndcg@10", METRICS, "GLTA", None, 0.05)
-    printed = {"T": {"GLTA": {"ndcg@10": 0.6}}}
+    printed = {"T": {"GLTA": {"ndcg@10": 0.6}, "MF": {"ndcg@10": 0.2}, "Pop": {"ndcg@10": 0.1}}}
     table["paper"] = beside_paper(
-        {"source": "", "beside": {"toy": "T"}, "rows": {"GLTA": "GLTA"}, "figures": printed}, "toy", table
+        {"source": "", "beside": {"toy": "T"}, "rows": {"GLTA": "GLTA", "BPR": "MF", "Pop": "Pop"}, "figures": printed},
+        "toy",
+        table,
     )
     table["breakdowns"] = [
         {"name": "user activity", "unit": "users", "metric": "ndcg@10", "rows": {"BPR": [0.25, None]},
@@ -83,6 +85,7 @@ def test_markdown_is_bold_only_where_significant_and_says_all(board: dict[str, A
         "ffffffffffffffff (100 users, 9 items, 50 train", "policy unified", "20- (40)",
         "Best baseline: BPR, chosen by ndcg@10 on valid, never on test (BPR 1.3000, Pop 0.3000)",
         "| BPR | 0.2500 | - |", "commit `abc123`", "`recbole-llm leaderboard`", "| ndcg@10 | 0.6000 |",
+        "The order of the systems beside the paper's", "- ndcg@10, 3 systems: Spearman's rho +",
     ):  # fmt: skip
         assert words in text, words
     assert "commit" not in markdown(board | {"commit": None}), "used from an installed package, there is none"

@@ -17,36 +17,9 @@ from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.training.pipeline import fit, store_of
 
 QUICK = (
-    "BPR",
-    "LightGCN",
-    "NGCF",
-    "SGL",
-    "SASRec",
-    "GRU4Rec",
-    "BERT4Rec",
-    "BERT4RecWindows",
-    "SASRecAllPositions",
-    "SASRecCodes",
-    "FMLP",
-    "FMLPAllPositions",
-    "EASE",
-    "ItemKNN",
-    "DCCF",
-    "HCCF",
-    "LightGCNPlus",
-    "HCCFPlus",
-    "RLMRecCon",
-    "RLMRecGen",
-    "GLTA",
-    "AlignTokenRec",
-    "LCRec",
-    "TCA4Rec",
-    "TALLRec",
-    "BIGRec",
-    "MSL",
-    "LLaRA",
-    "CoLLM",
-)
+    *(entry.name for entry in registry.entries().values() if entry.module.startswith("recbole_llm.")),
+    "BPR", "GRU4Rec", "EASE", "ItemKNN",
+)  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "SASRec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
     "BERT4Rec": {"hidden_size": 16, "inner_size": 16, "MAX_ITEM_LIST_LENGTH": 10},
@@ -98,6 +71,7 @@ SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
 OUT_OF_REACH = {
     "NCL": "faiss on a GPU", "GRU4RecKG": "entity embeddings", "KSR": "entity embeddings", "S3Rec": "refused here",
     "LDiffRec": "a trained embedding file", "RaCT": "refused here", "DGCF": "batches larger than this data",
+    "SASRecCPR": "refused here", "GRU4RecCPR": "refused here",
     "FDSA": "item features", "SASRecF": "item features", "GRU4RecF": "item features", "NeuMF": "pre-trained parts",
     "ConvNCF": "pre-trained parts", "DIEN": "refused here",
 }  # fmt: skip

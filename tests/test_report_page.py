@@ -351,7 +351,9 @@ def test_another_table_has_the_papers_figures_and_no_empty_sections(driver: Chro
     assert cells(driver, "#paper-rows tbody tr:first-child td")[:2] == [
         f"{figures[key]:.4f}" for key in ("paper", "ours")
     ]
-    assert "P5: not built here" in driver.find_element(By.ID, "paper-more").text
+    more = driver.find_element(By.ID, "paper-more").text
+    assert "P5: not built here" in more
+    assert "5 systems: Spearman's rho −0.70, p = 0.233; Kendall's tau −0.60, p < 0.001" in more
     assert "BPR: valid_rows_in_test_input false" in driver.find_element(By.ID, "facts").text
     for section in ("depth", "groups", "training", "examples"):
         assert not driver.find_element(By.ID, section).is_displayed()

@@ -270,4 +270,5 @@ def test_a_papers_figures_stand_beside_ours() -> None:
     (gain,) = beside["gains"]
     assert gain["paper"] == pytest.approx(0.5) and gain["ours"] == pytest.approx(0.5)
     assert beside["missing"] == [{"name": "Y", "why": "not registered"}]
+    assert beside["orders"] == [], "two systems are always in one order or the other"
     assert beside_paper(PAPER, "another", {"rows": rows}) is None

@@ -10,6 +10,7 @@ from recbole_llm import compat
 compat.install()
 
 from recbole_llm.data.dataset import SplitMixin  # noqa: E402
+from recbole_llm.refusals import check_data  # noqa: E402
 
 
 def dataset_class(config: Any) -> type:
@@ -48,6 +49,7 @@ def create_dataset(config: Any) -> Any:
     Raises:
         UserError: no such data set, a broken file (line and column named), missing columns.
     """
+    check_data(config)
     with compat.recbole_says():
         return dataset_class(config)(config)
 

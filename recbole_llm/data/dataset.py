@@ -29,6 +29,7 @@ class SplitMixin(AtomicMixin):
     iid_field: str
     time_field: str
     inter_feat: Any
+    file_order: np.ndarray
 
     def _remove_duplication(self) -> None:
         if self.config["rm_dup_inter"] is not None and self.time_field in self.inter_feat:
@@ -39,6 +40,16 @@ class SplitMixin(AtomicMixin):
             )
             return
         super()._remove_duplication()  # type: ignore[misc]
+
+    def _data_filtering(self) -> None:
+        super()._data_filtering()  # type: ignore[misc]
+        # A knowledge graph drops the rows of items that it does not know after all others are numbered
+        # (kg_dataset.py:172): what is numbered by row follows.
+        kept = self.inter_feat.index.to_numpy()
+        if not len(kept):
+            raise UserError("no item with interactions is linked to an entity of the knowledge graph; look at .link")
+        self.file_order = self.file_order[kept]
+        self.inter_feat.reset_index(drop=True, inplace=True)
 
     def _reset_index(self) -> None:
         if self.inter_feat.empty:

@@ -124,6 +124,9 @@ def catalogue_scores(
         UserError: a score is NaN.
     """
     device = interaction[next(iter(interaction))].device
+    if not len(interaction):
+        # Not every model can be asked for nothing.
+        return torch.zeros(0, dataset.item_num if candidates is None else len(candidates), device=device)
     if hasattr(model, "full_sort_predict_excluding") and candidates is not None:
         empty = torch.zeros(0, dtype=torch.long, device=device)
         row, item = (empty, empty) if excluded is None else (part.to(device) for part in excluded)

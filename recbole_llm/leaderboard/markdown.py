@@ -14,6 +14,7 @@ from recbole_llm.leaderboard.words import (
     comparators,
     judged,
     left_out,
+    orders,
     own_bases,
     pairs,
     percent,
@@ -214,6 +215,10 @@ def _paper(table: Mapping[str, Any]) -> list[str]:
             for gain in paper["gains"]
         ]
         lines += ["", *_grid(["gain", "metric", "paper", "ours"], gains)]
+    said = orders(paper)
+    if said:
+        lines += ["", "The order of the systems beside the paper's, of several rows for one of its systems the first:"]
+        lines += ["", *(f"- {line}" for line in said)]
     if paper["missing"]:
         lines += ["", *(f"- not here: {_plain(row['name'])}, {_plain(row['why'])}" for row in paper["missing"])]
     return lines

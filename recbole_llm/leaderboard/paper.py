@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.leaderboard.order import orders
 
 _KEYS = ("source", "note", "beside", "rows", "gains", "missing", "figures")
 _KINDS: dict[str, type] = {"beside": dict, "rows": dict, "figures": dict, "missing": dict, "gains": list}
@@ -59,8 +60,9 @@ def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any
 
     Returns:
         ``source``, ``note``, ``rows`` (name to metrics with ``paper``, ``ours`` and ``deviation`` = ours / paper - 1),
-        ``gains`` of one row over another in the paper and here, and what is ``missing``; ``None`` where the paper has
-        nothing that this data set stands for.
+        ``gains`` of one row over another in the paper and here, what is ``missing``, and ``orders``, how far the rows'
+        order is the paper's (see :func:`recbole_llm.leaderboard.order.orders`; of several rows that stand for one of
+        the paper's, the first counts); ``None`` where the paper has nothing that this data set stands for.
     """
     if dataset not in paper["beside"]:
         return None
@@ -93,7 +95,24 @@ def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any
         "rows": rows,
         "missing": [{"name": name, "why": why} for name, why in paper.get("missing", {}).items()],
         "gains": gains,
+        "orders": orders(_paired(paper["rows"], figures, ours)),
     }
+
+
+def _paired(
+    rows: Mapping[str, str], figures: Mapping[str, Mapping[str, float]], ours: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[tuple[float, float]]]:
+    """By metric, the paper's figure and ours of each of its systems that has both."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    standing: dict[str, str] = {}
+    for name, theirs in rows.items():
+        standing.setdefault(theirs, name)
+    for theirs, name in standing.items():
+        for metric, value in figures.get(theirs, {}).items():
+            mine = ours.get(name, {}).get(metric)
+            if mine is not None:
+                found.setdefault(metric, []).append((value, mine))
+    return found
 
 
 def _apart(paper: float, ours: float | None) -> dict[str, float | None]:

@@ -95,6 +95,16 @@ def agreement(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def orders(paper: Mapping[str, Any]) -> list[str]:
+    """How far the systems stand in the paper's order, a line a metric; empty where too few of them are here."""
+    return [
+        f"{order['metric']}, {order['systems']} systems: Spearman's rho {order['spearman']:+.2f}, "
+        f"p {probability(order['spearman_p'])}; Kendall's tau {order['kendall']:+.2f}, "
+        f"p {probability(order['kendall_p'])}"
+        for order in paper["orders"]
+    ]
+
+
 def reasons(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line a run that failed or was refused."""
     lines = []

@@ -21,6 +21,7 @@ from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.split import TRAIN
 from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
+from recbole_llm.refusals import check_sizes
 from recbole_llm.training.state import RESUME_FILE, WEIGHTS
 from recbole_llm.training.store import Stage, StageStore
 from recbole_llm.training.trainer import trainer_class
@@ -199,6 +200,7 @@ def _fit_once(
     )
     with compat.recbole_says():
         model = model(config, train_data._dataset).to(config["device"])
+        check_sizes(model, config)
         trainer = make_trainer(config, model)
     upstream, stages = [], []
     staged = hasattr(model, "stages")
@@ -258,7 +260,6 @@ def _train(
             "valid": valid,
             "valid_curve": trainer.valid_curve,
             "tokens": trainer.tokens(),
-            "train_rows": len(train_data) * train_data.step,
         }
 
     trainer._train_data = train_data

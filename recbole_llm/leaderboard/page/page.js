@@ -301,8 +301,12 @@ function renderPaper() {
     paper.rows.map((row) => [row.name, ...metrics.flatMap((metric) => cells(row.metrics[metric]))]), "number");
   const gains = (paper.gains ?? []).map((gain) =>
     `${gain.name} over ${gain.over}, ${title(gain.metric)}: ${percent(gain.paper)} in the paper, ${percent(gain.ours)} here`);
+  const rank = (name, value, p) => `${name} ${signed(value, 2)}, ${probability(p)}`;
+  const orders = (paper.orders ?? []).map((one) => `${title(one.metric)}, ${one.systems} systems: `
+    + `${rank("Spearman's rho", one.spearman, one.spearman_p)}; ${rank("Kendall's tau", one.kendall, one.kendall_p)}`);
   const missing = (paper.missing ?? []).map((one) => `${one.name}: ${one.why}`);
-  fill($("paper-more"), headed("Gains", gains), headed("Not run here", missing));
+  fill($("paper-more"), headed("Gains", gains), headed("The order of the systems beside the paper's", orders),
+    headed("Not run here", missing));
 }
 
 // --- charts --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ const small = (...words) => make("span", { class: "small" }, ...words);
 // Figures; what is unknown is a dash.
 const unknown = (value) => value === null || value === undefined;
 function figure(value) { return unknown(value) ? "–" : value.toFixed(4); }
-function signed(value) { return unknown(value) ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4); }
+function signed(value, places = 4) {
+  return unknown(value) ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(places);
+}
 function percent(value) { return unknown(value) ? "–" : (value < 0 ? "−" : "+") + Math.abs(value * 100).toFixed(1) + " %"; }
 function probability(value) {
   if (unknown(value)) return "p –";

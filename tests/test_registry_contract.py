@@ -1,0 +1,95 @@
+"""The contract of every registered recommender, ours and RecBole's alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract import DRAW, EIGHT, UNSEEN, ours, recboles, settings_for, write_data
+from recbole.utils import init_seed
+
+from recbole_llm.config import Config
+from recbole_llm.evaluation.ranking import catalogue_scores
+from recbole_llm.limits import REFUSED, packages_missing
+from recbole_llm.training.found import FoundStages, config_of
+from recbole_llm.training.pipeline import Fit, fit, fit_found, store_of
+
+TOP = 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("contract"))
+
+
+def config_for(model: str, data: Path, saved: Path) -> Config:
+    settings = {
+        "data_path": str(data), "output_dir": str(saved), "epochs": 1, "eval_step": 0, "topk": [TOP],
+        "show_progress": False, "tensorboard": False, "gpu_id": "", "item_text": "{movie_title} {class}",
+    }  # fmt: skip
+    return Config(model, "small", config_dict=settings | settings_for(model))
+
+
+def scores_of(fitted: Fit, rows: slice = slice(None), seed: int = 0) -> torch.Tensor:
+    """Of some of the test rankings over the whole catalogue; what is drawn while ranking is drawn alike every time."""
+    loader = fitted.test_data
+    interaction, excluded, *_ = loader.collate_fn(loader.order[rows])
+    init_seed(seed, True)
+    fitted.model.eval()
+    with torch.no_grad():
+        return catalogue_scores(fitted.model, interaction, excluded, loader.candidates, loader._dataset).clone()
+
+
+def check(model: str, data: Path, tmp_path: Path) -> None:
+    config = config_for(model, data, tmp_path / "first")
+    first = fit(config, store_of(config))
+    scores = scores_of(first)
+    anew = config_for(model, data, tmp_path / "second")
+    again = fit(anew, store_of(anew))
+    assert torch.equal(scores_of(again), scores), "two fits from one seed are not equal"
+    assert again.fingerprint == first.fingerprint
+
+    saved = json.loads(json.dumps({"model": model, "dataset": "small", "config": config.as_dict()}))
+    read = config_of(saved)
+    assert read.stage_keys() == config.stage_keys(), "a Config does not survive being written and read"
+    loaded = fit_found(read, FoundStages(store_of(config).root))
+    assert torch.equal(scores_of(loaded), scores), "saved and loaded, it scores otherwise"
+
+    first.trainer.evaluate(first.test_data, load_best_model=False)
+    measured, split = first.trainer.measured, first.train_data._dataset.split
+    known = split.histories(0, 1)
+    assert measured.items.shape == (len(first.test_data.users), TOP)
+    for user, items in zip(measured.users.tolist(), measured.items.tolist(), strict=True):
+        assert len(set(items)) == TOP and split.candidates[items].all() and 0 not in items, "no valid top-K"
+        assert not np.isin(items, known.of(user)).any(), "a user's history is recommended to him"
+
+    assert scores_of(first, slice(0, 0)).shape == (0, scores.shape[1]), "an empty batch"
+    draws = not torch.equal(scores_of(first, seed=1), scores)
+    assert draws == (model in DRAW), "what draws while it ranks stands in DRAW, tests/contract.py"
+    for one in () if draws else (0, len(scores) - 1):
+        # Sums of another batch size may differ in their last bits.
+        torch.testing.assert_close(
+            scores_of(first, slice(one, one + 1)), scores[[one]], rtol=1e-3, atol=1e-4,
+            msg=lambda told: f"a user ranked alone is ranked otherwise: {told}",
+        )  # fmt: skip
+    unseen = first.dataset.token2id(first.dataset.iid_field, UNSEEN)
+    assert split.candidates[unseen] and not (known.items == unseen).any()
+    own = scores[:, unseen]
+    assert not own.isnan().any() and (own < torch.inf).all(), "an item with no interaction"
+
+
+@pytest.mark.parametrize("model", [*ours(), *EIGHT])
+def test_contract(model: str, data: Path, tmp_path: Path) -> None:
+    check(model, data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [name for name in recboles() if name not in (*EIGHT, *REFUSED)])
+def test_contract_of_the_rest(model: str, data: Path, tmp_path: Path) -> None:
+    missing = packages_missing(model)
+    if missing:
+        pytest.skip(f"PACKAGE MISSING: {model} needs {missing}")
+    check(model, data, tmp_path)
