@@ -38,6 +38,7 @@ QUICK = (
     "GLTA",
     "AlignTokenRec",
     "LCRec",
+    "LETTER",
     "TCA4Rec",
     "TALLRec",
     "BIGRec",
@@ -72,6 +73,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
+}  # fmt: skip
+SMALL["LETTER"] = SMALL["LCRec"] | {
+    "embedding_model.epochs": 1, "embedding_model.eval_step": 0, "embedding_model.hidden_size": 8,
+    "embedding_model.inner_size": 16, "embedding_model.MAX_ITEM_LIST_LENGTH": 10, "code_cf_weight": 0.1,
+    "code_diversity_weight": 0.1, "code_diversity_clusters": 3,
 }  # fmt: skip
 SMALL["LightGCNPlus"] = SMALL["HCCFPlus"] = {
     "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
@@ -248,6 +254,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "GLTA",
         "AlignTokenRec",
         "LCRec",
+        "LETTER",
         "TCA4Rec",
         "MSL",
         "LLaRA",
