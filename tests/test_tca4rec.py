@@ -29,6 +29,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.model.lcrec import LCRec
+from recbole_llm.model.letter import LETTER
 from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.objectives.soft_loss import FORMS
 from recbole_llm.schema import Loader, properties_dir
@@ -42,6 +43,8 @@ from recbole_llm.training.teacher import Teacher
 from recbole_llm.training.teacher_labels import cached_labels
 
 BASES = {"AlignTokenRec": (AlignTokenRec, {}), "LCRec": (LCRec, {"prompts": "lcrec", "tasks": [SEQUENTIAL]})}
+# Another temperature than 1 has to be that of the loss against soft labels too.
+BASES["LETTER"] = (LETTER, {"prompts": "lcrec", "tasks": [SEQUENTIAL], "loss_temperature": 0.7})
 TEACHERS = ("SASRec", "BERT4Rec", "GRU4Rec", "LightGCN", "DCCF", "BPR", "ItemKNN", "EASE", "Pop", "FM")
 
 
