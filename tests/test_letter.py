@@ -392,13 +392,16 @@ def test_tca4recs_own_temperature_divides_what_this_one_leaves(folder: Path) -> 
     assert abs(losses[0] - losses[3]) > 1e-3
 
 
-def test_a_finished_run_recommends_as_it_was_measured(tmp_path: Path) -> None:
-    own = {key: value for key, value in SMALL["LETTER"].items()} | {
+@pytest.mark.parametrize("model", ["LETTER", "TCA4Rec"])
+def test_a_finished_run_recommends_as_it_was_measured(model: str, tmp_path: Path) -> None:
+    own = SMALL["LETTER"] | {
         "output_dir": str(tmp_path), "show_progress": False, "tensorboard": False, "gpu_id": "", "epochs": 1,
     }  # fmt: skip
-    result = run("LETTER", "tiny", config_dict=own)
+    if model == "TCA4Rec":
+        own |= {"base_model": "LETTER", "cf_model": "EASE", "loss_temperature": 0.8}
+    result = run(model, "tiny", config_dict=own)
     names = [stage["name"] for stage in result["stages"]]
-    assert names[0] == "embedding_model" and names[-2:] == ["item_tokens", "fine_tuning"]
+    assert names[0] == "embedding_model" and "item_tokens" in names and names[-1] == "fine_tuning"
     assert result["parts"]["embedding_model"]["model"] == "SASRec"
     folder = Path(result["result_file"]).parent
     rankings = Rankings.read(folder / "rankings.npz")

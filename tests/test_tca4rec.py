@@ -483,7 +483,7 @@ def test_a_run_is_found_with_its_base() -> None:
     [
         (
             "base_model=SASRec",
-            ["base_model should generate items", "AlignTokenRec, LCRec, TALLRec", " do; SASRec does not"],
+            ["base_model should generate items", "AlignTokenRec, LCRec, LETTER", " do; SASRec does not"],
         ),
         ("base_model=GLTA", ["do; GLTA does not"]),
         ("base_model=TCA4Rec", ["base_model should generate items", "TCA4Rec is what wraps one"]),
