@@ -195,7 +195,7 @@ class Config(RecBoleConfig):
             # As `prepare --source` writes it, and may write it anew.
             self.internal_config_dict.update(load_yaml(beside))
         if tokens:
-            self._load_recipe(own / "item_tokens")
+            self._load_recipe(own / "item_tokens", registry.parts_of(model_class))
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
         if llm is not None:
             self._load_backbone_keys(str(llm))
@@ -236,15 +236,28 @@ class Config(RecBoleConfig):
                     self.external_config_dict["llm"] = values["llm"]
                 self.internal_config_dict.update(values)
 
-    def _load_recipe(self, folder: Path) -> None:
-        """The settings of the recipe for item tokens that is asked for, above their defaults."""
+    def _load_recipe(self, folder: Path, parts: tuple[str, ...]) -> None:
+        """The settings of the recipe for item tokens that is asked for, above their defaults.
+
+        Those of a part are left out where the recommender that is this part has no such setting.
+
+        Args:
+            folder: of the recipes.
+            parts: the model's.
+        """
         recipes = sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "overall")
         name = self._setting("item_tokens")
         if name not in recipes:
             raise UserError(
                 f"item_tokens: there is no recipe '{name}'{did_you_mean(str(name), recipes)} ({', '.join(recipes)})"
             )
-        self.internal_config_dict.update(copy.deepcopy(read_yaml(folder / f"{name}.yaml")))
+        recipe = copy.deepcopy(read_yaml(folder / f"{name}.yaml"))
+        self.internal_config_dict.update({key: value for key, value in recipe.items() if "." not in key})
+        for key in [key for key in recipe if "." in key]:
+            part, _, rest = key.partition(".")
+            named = self._setting(part)
+            if part in parts and rest in known_keys(named, registry.get_model(named)):
+                self.internal_config_dict[key] = recipe[key]
 
     def _load_tuned(self, model: str, dataset: str) -> None:
         """What the project's own search found for this model and data set, above all that is shipped otherwise.
@@ -449,7 +462,7 @@ class Config(RecBoleConfig):
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
-        # Only a tuned file has such keys among what is shipped.
+        # Only tuned files and recipes have such keys among what is shipped.
         inner |= {
             key.partition(".")[2]: value
             for key, value in (self.internal_config_dict | self.external_config_dict).items()

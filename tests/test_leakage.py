@@ -48,6 +48,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
     },
 }  # fmt: skip
+SMALL["LETTER"] = SMALL["LCRec"] | {
+    "embedding_model.epochs": 1, "embedding_model.eval_step": 0, "embedding_model.hidden_size": 8,
+    "embedding_model.inner_size": 16, "embedding_model.MAX_ITEM_LIST_LENGTH": 10, "code_cf_weight": 0.1,
+    "code_diversity_weight": 0.1, "code_diversity_clusters": 3,
+}  # fmt: skip
 SMALL["LightGCNPlus"] = SMALL["HCCFPlus"] = SMALL["RLMRecCon"] = SMALL["RLMRecGen"] = {
     "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
 }  # fmt: skip
@@ -225,6 +230,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "GLTA",
         "AlignTokenRec",
         "LCRec",
+        "LETTER",
         "TCA4Rec",
         "MSL",
         "LLaRA",

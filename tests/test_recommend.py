@@ -465,7 +465,7 @@ def test_a_damaged_stage_is_told_and_left(copied: Callable[..., Path]) -> None:
     assert weights.exists()
 
 
-@pytest.mark.parametrize("model", ["AlignTokenRec", "LCRec"])
+@pytest.mark.parametrize("model", ["AlignTokenRec", "LCRec", "LETTER"])
 def test_new_items_enter_a_run_that_went_on_from_another(
     model: str, run_of: Callable[..., Path], output: Path, tmp_path: Path
 ) -> None:

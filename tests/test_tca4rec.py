@@ -29,6 +29,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
 from recbole_llm.model.lcrec import LCRec
+from recbole_llm.model.letter import LETTER
 from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.objectives.soft_loss import FORMS
 from recbole_llm.schema import Loader, properties_dir
@@ -42,6 +43,8 @@ from recbole_llm.training.teacher import Teacher
 from recbole_llm.training.teacher_labels import cached_labels
 
 BASES = {"AlignTokenRec": (AlignTokenRec, {}), "LCRec": (LCRec, {"prompts": "lcrec", "tasks": [SEQUENTIAL]})}
+# Another temperature than 1 has to be that of the loss against soft labels too.
+BASES["LETTER"] = (LETTER, {"prompts": "lcrec", "tasks": [SEQUENTIAL], "loss_temperature": 0.7})
 TEACHERS = ("SASRec", "BERT4Rec", "GRU4Rec", "LightGCN", "DCCF", "BPR", "ItemKNN", "EASE", "Pop", "FM")
 
 
@@ -480,7 +483,7 @@ def test_a_run_is_found_with_its_base() -> None:
     [
         (
             "base_model=SASRec",
-            ["base_model should generate items", "AlignTokenRec, LCRec, TALLRec", " do; SASRec does not"],
+            ["base_model should generate items", "AlignTokenRec, LCRec, LETTER", " do; SASRec does not"],
         ),
         ("base_model=GLTA", ["do; GLTA does not"]),
         ("base_model=TCA4Rec", ["base_model should generate items", "TCA4Rec is what wraps one"]),

@@ -7,7 +7,8 @@ mirrored MLP decodes the sum of the chosen codes::
     loss = |x - decode(sum q_l)|^2 + w * sum_l (|sg(r_l) - q_l|^2 + c |r_l - sg(q_l)|^2) + t * sum_l |q_l - P(text)|^2
 
 sg stops the gradient, and the decoder's gradient goes straight through the codes to z. The last term, with a learned
-linear P, is the alignment with texts that "Semantic Convergence" adds to codebooks.
+linear P, is the alignment with texts that "Semantic Convergence" adds to codebooks. LETTER's two terms are in
+:mod:`~recbole_llm.itemid.letter`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.codebook import ResidualCodebook, distances
+from recbole_llm.itemid.letter import collaborative_loss, diversity_losses
 from recbole_llm.itemid.sinkhorn import EPSILON, ITERATIONS, balanced
 
 WEIGHTS = "rqvae.safetensors"
@@ -91,10 +93,15 @@ class RQVAESettings:
             feels the first level's alone, as in LC-Rec's code, whose residuals let no gradient through.
         kmeans_points: items that the codes start from by k-means; 0 all.
         kmeans_iterations: of that k-means.
+        kmeans_even: each code starts from about as many items; the iterations are then that k-means' own.
         sinkhorn_levels: in training, so many last levels choose codes by balanced assignment.
         sinkhorn_epsilon: its temperature.
         sinkhorn_iterations: its rounds.
         text_weight: t above; 0 needs no texts.
+        cf_weight: of LETTER's pull of latents to embeddings of a collaborative model; 0 needs none.
+        diversity_weight: of LETTER's pull of codes to others of their cluster, within w above; 0 clusters nothing.
+        diversity_clusters: of each level's codes.
+        diversity_every: epochs between two clusterings.
         check_every: epochs between two looks at all items, which find the best weights and a collapse.
         checkpoint: weights are best by the ``reconstruction`` error, the whole ``loss``, or the ``collision`` rate
             (then the loss) of all items. The latter two are often best before much is learned: the loss rises as
@@ -123,10 +130,15 @@ class RQVAESettings:
     commit_all_levels: bool = False
     kmeans_points: int = 1024
     kmeans_iterations: int = 100
+    kmeans_even: bool = False
     sinkhorn_levels: int = 1
     sinkhorn_epsilon: float = EPSILON
     sinkhorn_iterations: int = ITERATIONS
     text_weight: float = 0.0
+    cf_weight: float = 0.0
+    diversity_weight: float = 0.0
+    diversity_clusters: int = 10
+    diversity_every: int = 1
     check_every: int = 50
     checkpoint: str = "reconstruction"
     reseed_dead: bool = False
@@ -139,6 +151,8 @@ class RQVAESettings:
                 raise UserError(f"RQ-VAE: {name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
         for names, low, high in (
             (("latent_size", "levels", "codes", "batch_size", "check_every"), 1, math.inf),
+            (("diversity_clusters", "diversity_every"), 1, math.inf),
+            (("cf_weight", "diversity_weight"), 0, math.inf),
             (("epochs", "steps", "warm_up", "max_norm", "weight_decay", "text_weight", "kmeans_points"), 0, math.inf),
             (("quantisation_weight", "commitment", "learning_rate"), 0, math.inf),
             (("dropout", "least_usage"), 0, 1),
@@ -150,6 +164,8 @@ class RQVAESettings:
                     raise UserError(f"RQ-VAE: {name} is {getattr(self, name)}; it should be {limit}")
         if 0 < self.kmeans_points < self.codes:
             raise UserError(f"RQ-VAE: kmeans_points is {self.kmeans_points}, too few to start {self.codes} codes from")
+        if self.diversity_weight and self.codes < 2:
+            raise UserError("RQ-VAE: diversity_weight is above 0, and a level of one code has no other to come near")
 
 
 @dataclass(frozen=True)
@@ -280,32 +296,51 @@ class RQVAE(nn.Module):
             torch.stack(vectors, dim=1),
         )
 
-    def losses(self, points: Tensor, texts: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(
+        self,
+        points: Tensor,
+        texts: Tensor | None = None,
+        behaviour: Tensor | None = None,
+        clusters: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The loss of a batch and its parts.
 
         Args:
             points: float ``[B, d_in]``.
             texts: float ``[B, text_size]``, where ``text_weight`` asks for them.
+            behaviour: float ``[B, d]``, where ``cf_weight`` asks for them; rows of NaN for items that have none.
+            clusters: int64 ``[N, C]``, each code's cluster, where ``diversity_weight`` asks for them. Which code
+                another is drawn to is then random.
 
         Returns:
-            Scalars ``reconstruction``, ``codebook``, ``commitment``, ``text`` (before weights; 0 without texts) and
-            ``loss``, which is the one to minimise; and the codes, int64 ``[B, N]``.
+            Scalars ``reconstruction``, ``codebook``, ``commitment``, ``text`` (before weights; 0 without texts),
+            ``diversity`` and ``cf`` (likewise; where there is what they are of) and ``loss``, which is the one to
+            minimise; and the codes, int64 ``[B, N]``.
         """
         settings = self.settings
         made = self.quantise(self.encoder(points))
         reconstruction = self.squared_error(self.decoder(made.latent), points)
         quantisation = made.codebook_loss + settings.commitment * made.commitment_loss
+        more = {}
+        if clusters is not None:
+            by_level = diversity_losses(made.vectors, made.codes, self.levels, clusters)
+            more["diversity"] = self._over_levels(by_level)
+            quantisation = quantisation + settings.diversity_weight * more["diversity"]
         loss = reconstruction + settings.quantisation_weight * quantisation
         text = torch.zeros_like(loss)
         if self.text_projector is not None and texts is not None:
             aim = self._aims(texts)
             text = self._over_levels([self.squared_error(vector, aim) for vector in made.vectors.unbind(1)])
             loss = loss + settings.text_weight * text
+        if behaviour is not None:
+            more["cf"] = collaborative_loss(made.latent, behaviour)
+            loss = loss + settings.cf_weight * more["cf"]
         parts = {
             "reconstruction": reconstruction,
             "codebook": made.codebook_loss,
             "commitment": made.commitment_loss,
             "text": text,
+            **more,
             "loss": loss,
         }
         return parts, made.codes

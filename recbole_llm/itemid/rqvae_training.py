@@ -17,7 +17,9 @@ from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.itemid.alignment import Resume
 from recbole_llm.itemid.codebook import residual_kmeans
 from recbole_llm.itemid.collapse import check_collapse
+from recbole_llm.itemid.even_kmeans import even_residual_kmeans
 from recbole_llm.itemid.kmeans import check_count, check_points
+from recbole_llm.itemid.letter import cluster_codes
 from recbole_llm.itemid.rqvae import RQVAE, RQVAESettings
 from recbole_llm.progress import Steps
 
@@ -53,6 +55,7 @@ def train_rqvae(
     *,
     seed: int,
     texts: np.ndarray | Tensor | None = None,
+    behaviour: np.ndarray | Tensor | None = None,
     device: str | torch.device = "cpu",
     resume: Resume | None = None,
     show_progress: bool = True,
@@ -67,6 +70,8 @@ def train_rqvae(
         settings: sizes, loss and budget.
         seed: of the first weights, of the codes' start, and of the order of the items.
         texts: float ``[n, H]``, what the codes are aligned with; needed if ``text_weight`` is above 0.
+        behaviour: float ``[n, d]``, the items' embeddings in a collaborative model, of the codes' width; needed if
+            ``cf_weight`` is above 0. Rows of NaN for items that it knows nothing of.
         device: where to train.
         resume: where to keep what is needed to go on, and to find what an attempt that was cut off kept.
         show_progress: whether to tell how far along it is.
@@ -88,7 +93,8 @@ def train_rqvae(
         raise UserError("RQ-VAE: text_weight is above 0, and there are no text embeddings to align the codes with")
     if aims is not None and len(aims) != len(x):
         raise UserError(f"RQ-VAE: {len(aims)} text embeddings for {len(x)} points: they are not of the same items")
-    mark = _mark(x, aims, settings, seed)
+    done = _behaviour(behaviour, len(x), settings)
+    mark = _mark((x, aims, done), settings, seed)
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -96,7 +102,15 @@ def train_rqvae(
         if aims is not None:
             model.text_mean.copy_(aims.mean(0))
             model.text_scale.copy_((aims - aims.mean(0)).square().mean().sqrt().clamp_min(1e-12))
-        training = _Training(model, x.to(device), None if aims is None else aims.to(device), seed, mark, resume)
+        training = _Training(
+            model,
+            x.to(device),
+            None if aims is None else aims.to(device),
+            None if done is None else done.to(device),
+            seed,
+            mark,
+            resume,
+        )
         training.run(show_progress)
     model.figures["seconds"] = time.perf_counter() - start
     return model
@@ -106,9 +120,16 @@ class _Training:
     """One training: what changes from step to step."""
 
     def __init__(
-        self, model: RQVAE, x: Tensor, texts: Tensor | None, seed: int, mark: str, resume: Resume | None
+        self,
+        model: RQVAE,
+        x: Tensor,
+        texts: Tensor | None,
+        behaviour: Tensor | None,
+        seed: int,
+        mark: str,
+        resume: Resume | None,
     ) -> None:
-        self.model, self.settings, self.x, self.texts = model, model.settings, x, texts
+        self.model, self.settings, self.x, self.texts, self.behaviour = model, model.settings, x, texts, behaviour
         self.seed, self.mark, self.resume = seed, mark, resume
         self.batches = math.ceil(len(x) / self.settings.batch_size)
         self.epochs = math.ceil(self.settings.steps / self.batches) if self.settings.steps else self.settings.epochs
@@ -120,6 +141,7 @@ class _Training:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _rate(rise, steps, self.settings.schedule))
         self.epoch = 0
         self.best: dict[str, Any] = {}
+        self.clusters: Tensor | None = None
 
     def run(self, show_progress: bool) -> None:
         """Train to the end, and leave the best weights in the model."""
@@ -151,9 +173,12 @@ class _Training:
         torch.manual_seed(drawn)
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(drawn)).to(self.x.device)
         self.model.train()
+        if self.settings.diversity_weight and self.epoch % self.settings.diversity_every == 0:
+            self.clusters = cluster_codes(self.model.levels, self.settings.diversity_clusters, self.seed, self.clusters)
         total = torch.zeros((), device=self.x.device)
         for rows in order.tensor_split(self.batches):
-            parts, _ = self.model.losses(self.x[rows], None if self.texts is None else self.texts[rows])
+            texts, behaviour = (None if table is None else table[rows] for table in (self.texts, self.behaviour))
+            parts, _ = self.model.losses(self.x[rows], texts, behaviour, self.clusters)
             self.optimizer.zero_grad()
             parts["loss"].backward()
             if self.settings.max_norm:
@@ -169,7 +194,7 @@ class _Training:
 
     def _look(self) -> Look:
         """See all items, keep the best weights, and stop a collapse."""
-        found = look(self.model, self.x, self.texts)
+        found = look(self.model, self.x, self.texts, self.behaviour)
         settings = self.settings
         by_collision = settings.checkpoint == "collision"
         key = [found.collision_rate, found.parts["loss"]] if by_collision else [found.parts[settings.checkpoint]]
@@ -191,6 +216,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
+            "clusters": self.clusters,
         }
 
     def _take_up(self) -> bool:
@@ -205,10 +231,11 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.best = state["epoch"], state["best"]
+        self.clusters = state["clusters"]
         return True
 
     def _tell(self) -> None:
-        found = look(self.model, self.x, self.texts)
+        found = look(self.model, self.x, self.texts, self.behaviour)
         spread = (self.x - self.x.mean(0)).square().sum().item()
         missed = (self.x - self.model.reconstruct(self.x)).square().sum().item()
         self.model.figures = {
@@ -237,25 +264,35 @@ def start_codes(model: RQVAE, x: Tensor, seed: int) -> None:
     # In training mode as in the first batch: an untrained batch norm knows no means yet.
     model.train()
     latent = model.encoder(x[chosen.to(x.device)]).cpu().numpy()
+    if settings.kmeans_even:
+        made = even_residual_kmeans(latent, settings.levels, settings.codes, seed)
+        model.levels.copy_(torch.from_numpy(made))
+        return
     sizes = [settings.codes] * settings.levels
     model.levels.copy_(residual_kmeans(latent, sizes, "l2", "signed", seed, settings.kmeans_iterations).levels)
 
 
 @torch.no_grad()
-def look(model: RQVAE, x: Tensor, texts: Tensor | None) -> Look:
+def look(model: RQVAE, x: Tensor, texts: Tensor | None, behaviour: Tensor | None = None) -> Look:
     """See all items, each with its nearest codes.
+
+    The diversity of codes, which is drawn at random, is no part of these losses.
 
     Args:
         model: the autoencoder.
         x: float ``[n, d_in]``.
         texts: float ``[n, H]``.
+        behaviour: float ``[n, d]``. The more items a batch has, the greater is the loss that they are of: batches are
+            then those of training.
     """
     model.eval()
+    batch = LOOK_BATCH if behaviour is None else model.settings.batch_size
     totals: dict[str, Tensor] = {}
     chosen = []
-    for first in range(0, len(x), LOOK_BATCH):
-        rows = slice(first, first + LOOK_BATCH)
-        parts, codes = model.losses(x[rows], None if texts is None else texts[rows])
+    for first in range(0, len(x), batch):
+        rows = slice(first, first + batch)
+        told, done = (None if table is None else table[rows] for table in (texts, behaviour))
+        parts, codes = model.losses(x[rows], told, done)
         for name, value in parts.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value * len(codes)
         chosen.append(codes)
@@ -312,10 +349,28 @@ def _checked(table: np.ndarray | Tensor, what: str) -> Tensor:
     return made
 
 
-def _mark(x: Tensor, texts: Tensor | None, settings: RQVAESettings, seed: int) -> str:
-    """What a state has to belong to."""
-    digest = hashlib.sha256(repr((settings, seed, tuple(x.shape))).encode())
-    for table in (x, texts):
+def _behaviour(table: np.ndarray | Tensor | None, items: int, settings: RQVAESettings) -> Tensor | None:
+    """Embeddings of a collaborative model for ``cf_weight``, float32 on the CPU; ``None`` where it is 0."""
+    if not settings.cf_weight:
+        return None
+    if table is None:
+        raise UserError("RQ-VAE: cf_weight is above 0, and there are no embeddings of a collaborative model")
+    made = torch.as_tensor(table).detach().to("cpu", torch.float32).contiguous()
+    if made.dim() != 2 or made.shape[1] != settings.latent_size:
+        raise UserError(
+            f"RQ-VAE: cf_weight multiplies codes of {settings.latent_size} numbers with embeddings of "
+            f"{tuple(made.shape)[1:]}: both should be as wide"
+        )
+    if len(made) != items:
+        raise UserError(f"RQ-VAE: {len(made)} embeddings for {items} points: they are not of the same items")
+    return made
+
+
+def _mark(tables: tuple[Tensor | None, ...], settings: RQVAESettings, seed: int) -> str:
+    """What a state has to belong to; the first of the tables is the points."""
+    shapes = [None if table is None else tuple(table.shape) for table in tables]
+    digest = hashlib.sha256(repr((settings, seed, shapes)).encode())
+    for table in tables:
         if table is not None:
             digest.update(table.numpy().data)
     return digest.hexdigest()

@@ -107,6 +107,9 @@ def check_settings(config: Any, projected: bool) -> None:
         raise UserError(f"code_layers should be a list of widths, each at least 1, but is {config['code_layers']}")
     if config["code_method"] in _KINDS:
         _settings(config)
+    for key in ("code_cf_weight", "code_diversity_weight"):
+        if config[key] and config["code_method"] != "rqvae":
+            raise UserError(f"{key} above 0 is of code_method: rqvae, and not of {config['code_method']}: set it to 0")
     if config["code_method"] == "rqvae" and (config["code_distance"], config["code_residual"]) != ("l2", "signed"):
         raise UserError(
             "code_method: rqvae has code_distance: l2 and code_residual: signed; say so, or take item_tokens=ed"
@@ -118,7 +121,13 @@ def check_settings(config: Any, projected: bool) -> None:
         )
 
 
-def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, resume: ResumeFile) -> Quantiser:
+def train_quantiser(
+    config: Any,
+    points: np.ndarray,
+    texts: np.ndarray | None,
+    resume: ResumeFile,
+    behaviour: np.ndarray | None = None,
+) -> Quantiser:
     """Train what ``code_method`` names.
 
     Args:
@@ -126,6 +135,7 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
         points: float32 ``[n, d]``, of the items to learn from.
         texts: float32 ``[n, H]`` of the same items.
         resume: where to keep what is needed to go on.
+        behaviour: float32 ``[n, d]`` of the same items, for ``code_cf_weight``.
 
     Raises:
         UserError: fewer items than codes, or values that are no numbers.
@@ -141,8 +151,9 @@ def train_quantiser(config: Any, points: np.ndarray, texts: np.ndarray | None, r
             below = tuple(width for width in settings.hidden_sizes if width < points.shape[1])
             settings = replace(settings, hidden_sizes=below)
         model = train_rqvae(
-            points, settings, seed=seed, texts=texts, device=device, resume=resume, show_progress=shown
-        ).cpu()
+            points, settings, seed=seed, texts=texts, behaviour=behaviour, device=device, resume=resume,
+            show_progress=shown,
+        ).cpu()  # fmt: skip
         return Quantiser(model.codebook, model)
     made = train_alignment(
         points, texts, _settings(config), seed=seed, device=device, resume=resume, show_progress=shown

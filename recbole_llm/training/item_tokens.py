@@ -57,6 +57,8 @@ class Sources:
     Attributes:
         points: float32 ``[n_items, d]``, what is quantised; ``None`` for raw ids.
         texts: float32 ``[n_items, H]``, the items' texts in the language model; ``None`` where they have no part.
+        behaviour: float32 ``[n_items, d]``, item embeddings of ``embedding_model`` that codes are drawn to; NaN for
+            items that training has not seen; ``None`` where they have no part.
         seen: bool ``[n_items]``, items with a train interaction.
         marks: fingerprints of what the two were made by.
         lines: of ``result.json``, for the stages that were run.
@@ -69,6 +71,7 @@ class Sources:
     seen: np.ndarray
     points: np.ndarray | None = None
     texts: np.ndarray | None = None
+    behaviour: np.ndarray | None = None
     marks: list[str] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)
@@ -236,12 +239,15 @@ def gather(
     if _needs_texts(config, len(unseen)):
         sources.item_text = _texts_of(config, dataset)
         named = named or named_backbone(config)
-    if behaviour:
+    if behaviour or config["code_cf_weight"]:
         fit = fit_part("embedding_model")
         sources.parts["embedding_model"] = fit
         sources.lines += [{**line, "name": "embedding_model"} for line in fit.stages]
-        sources.points = item_embeddings(fit.model, config["embedding_model"], config["embedding_layer"])
+        embeddings = item_embeddings(fit.model, config["embedding_model"], config["embedding_layer"])
         sources.marks += [fit.fingerprint, config["embedding_layer"]]
+        sources.points = embeddings if behaviour else None
+        if config["code_cf_weight"]:
+            sources.behaviour = _aims(config, embeddings, seen)
     if sources.item_text is not None:
         read_texts(config, dataset, store, sources, named)
     if not behaviour:
@@ -249,6 +255,18 @@ def gather(
     elif len(unseen) and config["unseen_items"] == "text":
         _place_unseen(sources, unseen)
     return sources
+
+
+def _aims(config: Any, embeddings: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The embeddings that ``code_cf_weight`` draws codes to; of an item without train rows they say nothing."""
+    width, wanted = embeddings.shape[1], config["code_dim"]
+    if width != wanted:
+        raise UserError(
+            f"code_cf_weight multiplies codes (code_dim {wanted}) with the item embeddings of "
+            f"{config['embedding_model']} ({width}): set embedding_model.hidden_size or .embedding_size to {wanted}, "
+            f"or code_dim to {width}"
+        )
+    return np.where(seen[:, None], embeddings, np.float32(np.nan))
 
 
 def _place_unseen(sources: Sources, unseen: np.ndarray) -> None:
@@ -339,8 +357,9 @@ def _make(config: Any, sources: Sources, raw_ids: list[str], folder: Path) -> di
     points, texts, seen = sources.points, sources.texts, sources.seen
     rows = np.flatnonzero(seen if config["code_input"] == "behaviour" else np.arange(len(seen)) > 0)
     quantiser = train_quantiser(
-        config, points[rows], None if texts is None else texts[rows], ResumeFile(folder / RESUME_FILE)
-    )
+        config, points[rows], None if texts is None else texts[rows], ResumeFile(folder / RESUME_FILE),
+        None if sources.behaviour is None else sources.behaviour[rows],
+    )  # fmt: skip
     latent = quantiser.latent(points[1:])
     if config["unseen_items"] == "projection" and config["code_input"] == "behaviour" and not seen[1:].all():
         assert texts is not None
