@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 GUIDES = (
     "README.md", "CONTRIBUTING.md", "docs/install.md", "docs/item-tokens.md", "docs/generative.md",
-    "docs/titles.md", "docs/serving.md", "dataset/README.md",
+    "docs/titles.md", "docs/rlmrec.md", "docs/serving.md", "dataset/README.md",
 )  # fmt: skip
 BIN = Path(sys.executable).parent
 
@@ -30,7 +30,7 @@ KINDS = {
     ),
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (
-        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes|AlignTokenRec|LCRec|MSL|LLaRA|TCA4Rec) .*",
+        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes|AlignTokenRec|LCRec|MSL|LLaRA|TCA4Rec|RLMRecCon|RLMRecGen) .*",
         r"\.venv/bin/python run_recbole_llm\.py --model=GLTA .*",
     ),
     # Runs, and the file that it names is there.
