@@ -57,9 +57,7 @@ def of_digits(numbers: Sequence[str], raw_ids: Sequence[str] | None = None) -> I
     return ItemTokens.named([[int(digit) for digit in number] for number in numbers], DIGITS, raw_ids)
 
 
-def of_paths(
-    paths: Sequence[Sequence[str]], order: np.ndarray, raw_ids: Sequence[str] | None = None
-) -> ItemTokens:
+def of_paths(paths: Sequence[Sequence[str]], order: np.ndarray, raw_ids: Sequence[str] | None = None) -> ItemTokens:
     """One token a step of an item's path, and one that numbers the items at the end of the same path.
 
     Numbers are other tokens than steps, so that no item's tokens are the beginning of another's.

@@ -150,9 +150,7 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         prompts[INFERENCE] = [wording._replace(answer="") for wording in wordings]
         self.prompts_asked = len(prompts[INFERENCE])
         fills = {
-            place: own
-            if isinstance(own, TokenTable)
-            else TokenTable.of(self._encode(own), config["text_tokens"])
+            place: own if isinstance(own, TokenTable) else TokenTable.of(self._encode(own), config["text_tokens"])
             for place, own in texts.items()
         }
         self._write_for = partial(
