@@ -26,7 +26,7 @@ METHODS = ("random", "sequential", "collaborative", "semantic")
 PREFIX = "id_"
 LEAKING = "leaking_ids"
 # The step of items that no train row, or no category, places anywhere.
-UNSEEN, NO_CATEGORY = "unseen", "none"
+UNSEEN, NO_CATEGORY = "unseen", "no_category"
 
 
 def has_ids(config: Any) -> bool:
