@@ -214,6 +214,23 @@ def test_it_runs_with_other_ids(recipe: str, tmp_path: Path) -> None:
     assert 0 <= result["test"]["ndcg@10"] <= 1 and "leaking_ids" not in result["evaluation"]
 
 
+def test_ids_in_the_language_models_own_tokens(tmp_path: Path) -> None:
+    made = fitted(tmp_path, item_tokens="random", id_spelling="pieces")
+    model = made.model
+    assert not any("code_tokens" in name for name in model.state_dict())
+    _, (batch, rows) = sampled(made, SEQUENTIAL)
+    row = int(rows[0])
+    plain = (batch.ids[row] & TOKEN)[: int(batch.places[batch.rows == row].max()) + 1]
+    # All of it is plain text, items too, which are words of their own nevertheless.
+    assert int(plain.max()) < model.backbone.embed_tokens.num_embeddings
+    shown = int(batch.ids[row].max() >> 24)
+    asked = plain[: int(batch.places[(batch.rows == row) & batch.answers].min()) + 1]
+    blanks = sum(piece.startswith("Ġ") for piece in model.backbone.tokenizer.convert_ids_to_tokens(asked.tolist()))
+    assert shown > blanks + 1
+    with pytest.raises(UserError, match="nothing trains"):
+        fitted(tmp_path, item_tokens="random", id_spelling="pieces", adapter="none")
+
+
 # --- the leak --------------------------------------------------------------------------------------------------------
 OWNERS, LENGTH = 40, 7
 LEAKING = {"item_tokens": "sequential", "id_rows": "all", "leaking_ids": True}

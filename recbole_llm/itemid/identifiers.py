@@ -7,9 +7,10 @@ order in which items are numbered is always given from outside: internal ids fol
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from recbole_llm.itemid.item_tokens import ItemTokens
 
@@ -55,6 +56,27 @@ def of_digits(numbers: Sequence[str], raw_ids: Sequence[str] | None = None) -> I
         raw_ids: by internal id, to tell the pool of items by.
     """
     return ItemTokens.named([[int(digit) for digit in number] for number in numbers], DIGITS, raw_ids)
+
+
+def of_pieces(
+    numbers: Sequence[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    pieces: Callable[[list[int]], list[str]],
+    raw_ids: Sequence[str] | None = None,
+) -> ItemTokens:
+    """The language model's own tokens of the numbers.
+
+    Args:
+        numbers: of :func:`spelled`.
+        encode: many texts to their token ids, without special tokens.
+        pieces: token ids to what they are called.
+        raw_ids: by internal id, to tell the pool of items by.
+    """
+    spelling = encode(list(numbers))
+    used = sorted({token for row in spelling for token in row})
+    place = {token: own for own, token in enumerate(used)}
+    sequences = [[place[token] for token in row] for row in spelling]
+    return ItemTokens.named(sequences, pieces(used), raw_ids, torch.tensor(used, dtype=torch.int64))
 
 
 def of_paths(paths: Sequence[Sequence[str]], order: np.ndarray, raw_ids: Sequence[str] | None = None) -> ItemTokens:

@@ -64,7 +64,8 @@ class ItemTokens:
         tokens: of all items one after the other, int64 [offsets[-1]].
         size: of the vocabulary.
         level_sizes: codes of each level; empty where the tokens are not codes.
-        lm_ids: the language model's id of each token of the vocabulary, ascending, int64 [size]; titles only.
+        lm_ids: the language model's id of each token of the vocabulary, ascending, int64 [size]; titles, and ids that
+            are spelled in its own tokens.
         names: what each token of the vocabulary is called; ids only.
         pool: from :func:`pool_of`, the items they were made for; ``None`` where that was not said.
     """
@@ -149,8 +150,9 @@ class ItemTokens:
 
     @classmethod
     def named(
-        cls, sequences: Sequence[Sequence[int]], names: Sequence[str], raw_ids: Sequence[str] | None = None
-    ) -> ItemTokens:
+        cls, sequences: Sequence[Sequence[int]], names: Sequence[str], raw_ids: Sequence[str] | None = None,
+        lm_ids: torch.Tensor | None = None,
+    ) -> ItemTokens:  # fmt: skip
         """Tokens of ids, of any lengths, in a vocabulary of their own.
 
         Args:
@@ -158,6 +160,7 @@ class ItemTokens:
                 is empty.
             names: what the tokens of the vocabulary are called.
             raw_ids: by internal id, to tell the pool of items by.
+            lm_ids: the language model's id of each of them, ascending, where they are its own.
 
         Raises:
             ValueError: the padding item has tokens, or a token is none of the vocabulary.
@@ -169,7 +172,8 @@ class ItemTokens:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(names):
             raise ValueError(f"tokens {int(tokens.min())} to {int(tokens.max())} are not among {len(names)}")
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-        return cls("ids", offsets, tokens, len(names), pool=_pool(raw_ids, len(lengths)), names=tuple(names))
+        pool = _pool(raw_ids, len(lengths))
+        return cls("ids", offsets, tokens, len(names), lm_ids=lm_ids, pool=pool, names=tuple(names))
 
     @classmethod
     def raw(cls, n_items: int, raw_ids: Sequence[str] | None = None) -> ItemTokens:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.atomic import open_atomic
+from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import is_empty, read_columns
 from recbole_llm.data.split import TEST, TRAIN, VALID, Histories
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, spelled
+from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, of_pieces, spelled
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.spectral import cluster_paths, co_occurrence
 
@@ -25,6 +26,8 @@ from recbole_llm.itemid.spectral import cluster_paths, co_occurrence
 METHODS = ("random", "sequential", "collaborative", "semantic")
 PREFIX = "id_"
 LEAKING = "leaking_ids"
+# Those that are numbers, to be spelled.
+_NUMBERS = ("random", "sequential")
 # The step of items that no train row, or no category, places anywhere.
 UNSEEN, NO_CATEGORY = "unseen", "no_category"
 
@@ -39,6 +42,11 @@ def leaks(config: Any) -> bool:
     return LEAKING in config and bool(config[LEAKING])
 
 
+def in_pieces(config: Any) -> bool:
+    """Whether ids are spelled in the language model's own tokens."""
+    return has_ids(config) and config["code_method"] in _NUMBERS and config["id_spelling"] == "pieces"
+
+
 def check_ids(config: Any) -> None:
     """Refuse ids that cannot be, or that leak and were not asked for as such.
 
@@ -48,11 +56,17 @@ def check_ids(config: Any) -> None:
     Raises:
         UserError: what is wrong.
     """
+    if has_ids(config):
+        _check_rows(config)
+        _check_method(config)
+    elif config[LEAKING] and config["code_tokens"] is None:
+        raise UserError(
+            f"{LEAKING}: true means nothing with code_method: {config['code_method']}, which reads train rows alone"
+        )
+
+
+def _check_rows(config: Any) -> None:
     method, rows = config["code_method"], config["id_rows"]
-    if not has_ids(config):
-        if config[LEAKING] and config["code_tokens"] is None:
-            raise UserError(f"{LEAKING}: true means nothing with code_method: {method}, which reads train rows alone")
-        return
     if rows == "all" and method != "sequential":
         raise UserError(f"id_rows: all is for sequential ids; those of code_method: {method} have no use for it")
     if rows == "all" and not config[LEAKING]:
@@ -63,6 +77,19 @@ def check_ids(config: Any) -> None:
         )
     if rows == "train" and config[LEAKING]:
         raise UserError(f"{LEAKING}: true means nothing with id_rows: train, whose ids do not leak; leave it out")
+
+
+def _check_method(config: Any) -> None:
+    method = config["code_method"]
+    if in_pieces(config):
+        if "adapter" in config and config["adapter"] == "none":
+            raise UserError(
+                "id_spelling: pieces adds no tokens, so with adapter: none nothing trains; set adapter: full"
+            )
+    elif config["id_spelling"] == "pieces":
+        raise UserError(f"id_spelling: pieces is for numbers; ids of code_method: {method} are clusters or categories")
+    if method not in _NUMBERS and "constraint" in config and config["constraint"] == "level":
+        raise UserError(f"constraint: level needs ids of one length, and those of code_method: {method} have several")
     if method == "collaborative" and not 2 <= config["id_clusters"] <= config["id_leaf_items"]:
         raise UserError(
             f"id_clusters {config['id_clusters']} should be 2 at least and not above id_leaf_items "
@@ -83,12 +110,13 @@ def _check_categories(config: Any) -> None:
         )
 
 
-def inputs_of(config: Any, dataset: Any) -> dict[str, Any]:
+def inputs_of(config: Any, dataset: Any, backbone: Backbone | None = None) -> dict[str, Any]:
     """What the ids hang on beside the items and the train rows, for a fingerprint.
 
     Args:
         config: the run's.
         dataset: the train data set.
+        backbone: the language model, where ids are spelled in its tokens.
     """
     keys = {key: config[key] for key in config.stage_keys() if key.startswith(PREFIX)}
     made: dict[str, Any] = {"method": config["code_method"], "seed": config["seed"], **keys}
@@ -98,16 +126,19 @@ def inputs_of(config: Any, dataset: Any) -> dict[str, Any]:
             made["walk"] = _walk(config, dataset).tolist()
     if config["code_method"] == "semantic":
         made["categories"] = _categories(config, dataset.field2id_token[dataset.iid_field].tolist())
+    if backbone is not None:
+        made["tokenizer"] = backbone.tokenizer_fingerprint()
     return made
 
 
-def make_ids(config: Any, dataset: Any, raw_ids: list[str]) -> ItemTokens:
+def make_ids(config: Any, dataset: Any, raw_ids: list[str], backbone: Backbone | None = None) -> ItemTokens:
     """Tokens of every item's id.
 
     Args:
         config: the run's.
         dataset: the train data set.
         raw_ids: by internal id.
+        backbone: the language model, where ids are spelled in its tokens.
 
     Raises:
         UserError: the data lacks the times or categories that are asked for.
@@ -116,13 +147,17 @@ def make_ids(config: Any, dataset: Any, raw_ids: list[str]) -> ItemTokens:
     # Of names alone: internal ids are in the order of the data file, test rows and all.
     order = order[order > 0]
     method = config["code_method"]
-    if method == "random":
-        return of_digits(spelled(np.random.default_rng(config["seed"]).permutation(order)), raw_ids)
-    if method == "sequential":
-        return of_digits(spelled(met_first(_walk(config, dataset), order)), raw_ids)
     if method == "semantic":
         return of_paths(_categories(config, raw_ids), order, raw_ids)
-    return of_paths(_clustered(config, dataset, order), order, raw_ids)
+    if method == "collaborative":
+        return of_paths(_clustered(config, dataset, order), order, raw_ids)
+    if method == "random":
+        numbers = spelled(np.random.default_rng(config["seed"]).permutation(order))
+    else:
+        numbers = spelled(met_first(_walk(config, dataset), order))
+    if backbone is None:
+        return of_digits(numbers, raw_ids)
+    return of_pieces(numbers, backbone.encode_batch, backbone.tokenizer.convert_ids_to_tokens, raw_ids)
 
 
 # --- sequential ------------------------------------------------------------------------------------------------------

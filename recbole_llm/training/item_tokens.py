@@ -29,7 +29,7 @@ from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
-from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, inputs_of, leaks, make_ids
+from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, in_pieces, inputs_of, leaks, make_ids
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
@@ -122,7 +122,10 @@ def tokenize_items(
         }
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
     elif has_ids(config):
-        keys = inputs_of(config, dataset)
+        if in_pieces(config):
+            sources.item_text = read_item_text(config, dataset)
+            _take_backbone(config, dataset, store, sources, named)
+        keys = inputs_of(config, dataset, sources.backbone)
     else:
         keys = {"code_tokens": given.fingerprint() if given else None, "known": known}
     inputs = {
@@ -139,7 +142,7 @@ def tokenize_items(
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
         if has_ids(config):
-            tokens, method = make_ids(config, dataset, raw_ids), config["code_method"]
+            tokens, method = make_ids(config, dataset, raw_ids, sources.backbone), config["code_method"]
         else:
             tokens, method = given or ItemTokens.raw(len(raw_ids), raw_ids), "given" if given else "raw"
         write_tokens(tokens, raw_ids, folder)
@@ -291,11 +294,9 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         sources: with the texts.
         named: see :func:`~recbole_llm.training.language.take_backbone`.
     """
+    backbone = _take_backbone(config, dataset, store, sources, named)
     assert sources.item_text is not None
-    if sources.backbone is None:
-        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
-        sources.lines += lines
-    backbone, mark, texts = sources.backbone, sources.backbone_mark, sources.item_text.texts
+    mark, texts = sources.backbone_mark, sources.item_text.texts
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
     options = {key: value for key, value in backbone_options(config).items() if key != "device"}
@@ -312,6 +313,15 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
     with np.load(stage.folder / VECTORS, allow_pickle=False) as arrays:
         sources.texts = arrays["vectors"]
     sources.marks.append(stage.fingerprint)
+
+
+def _take_backbone(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> Backbone:
+    """The sources' language model, put there where none was."""
+    assert sources.item_text is not None
+    if sources.backbone is None:
+        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+        sources.lines += lines
+    return sources.backbone
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:
