@@ -134,8 +134,8 @@ class Continued:
         if self.codes is None:
             if self.tokens.pool != pool_of(raw_ids):
                 raise UserError(
-                    f"continue_from: the items of {self.run} have ids for tokens and no codes, and these are other items or "
-                    "numbered otherwise; a new item has no token there, so train anew"
+                    f"continue_from: the items of {self.run} have ids for tokens and no codes, and these are other "
+                    "items or numbered otherwise; a new item has no token there, so train anew"
                 )
             return
         known = self._known(dataset)
