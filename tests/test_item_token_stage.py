@@ -36,6 +36,9 @@ from recbole_llm.training.store import Stage, StageStore
 
 PROPERTIES = ROOT / "recbole_llm" / "properties" if (ROOT / "recbole_llm/properties").is_dir() else ROOT / "properties"
 RECIPES = sorted(file.stem for file in (PROPERTIES / "item_tokens").glob("*.yaml") if file.stem != "overall")
+IDS = {"random", "sequential", "collaborative", "semantic"}
+# What a recipe needs to be told of the data.
+TOLD: dict[str, dict[str, Any]] = {"semantic": {"id_categories": "genre", "id_category_separator": " "}}
 # Of these policies no two items have the same tokens.
 APART = ("nearest", "extra_token")
 
@@ -82,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_gives_every_item_tokens(recipe: str, base: tuple[dict[str, Any], Tokenized]) -> None:
     # A seed that the other tests have not, so that nothing is there yet.
-    settings = base[0] | {"item_tokens": recipe, "code_kmeans_points": 0, "seed": 5}
+    settings = base[0] | {"item_tokens": recipe, "code_kmeans_points": 0, "seed": 5} | TOLD.get(recipe, {})
     if recipe == "letter":
         # Codes are as wide as its collaborative model, and that calls its width otherwise.
         settings["embedding_model.hidden_size"] = settings.pop("embedding_model.embedding_size")
@@ -92,8 +95,8 @@ def test_a_recipe_gives_every_item_tokens(recipe: str, base: tuple[dict[str, Any
     assert not made.stage.cached and tokens.n_items == len(raw_ids) == 81
     assert tokens.lengths[0] == 0 and (tokens.lengths[1:] > 0).all()
     policy = Config("SASRecCodes", "tiny", config_dict=settings)["code_collisions"]
-    if recipe == "raw":
-        assert tokens.kind == "raw" and not (made.stage.folder / INDEX).exists()
+    if recipe == "raw" or recipe in IDS:
+        assert tokens.kind == ("raw" if recipe == "raw" else "ids") and not (made.stage.folder / INDEX).exists()
     else:
         assert tokens.kind == "codes" and tokens.level_sizes[:3] == (8, 8, 8)
         again = read_index(made.stage.folder / INDEX, raw_ids, tokens.level_sizes)

@@ -43,6 +43,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "code_levels": 4, "code_size": 8, "code_epochs": 3, "code_layers": [16], "code_dim": 8, "history_length": 5,
         "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "text_tokens": 16, "beams": 20,
     },
+    "P5": {
+        "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+        "id_clusters": 4, "id_leaf_items": 20, "history_length": 5, "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2,
+        "beams": 20,
+    },
     "GLTA": {
         "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
         "alignment_epochs": 1, "graph_model.epochs": 1, "graph_model.eval_step": 0,
@@ -231,6 +236,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "AlignTokenRec",
         "LCRec",
         "LETTER",
+        "P5",
         "TCA4Rec",
         "MSL",
         "LLaRA",

@@ -30,7 +30,8 @@ KINDS = {
     ),
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (
-        r"\S+/bin/recbole-llm run --model=(GLTA|SASRec|SASRecCodes|AlignTokenRec|LCRec|MSL|LLaRA|TCA4Rec|RLMRecCon|RLMRecGen) .*",
+        r"\S+/bin/recbole-llm run"
+        r" --model=(GLTA|SASRec|SASRecCodes|AlignTokenRec|LCRec|P5|TIGER|LETTER|MSL|LLaRA|TCA4Rec|RLMRecCon|RLMRecGen) .*",
         r"\.venv/bin/python run_recbole_llm\.py --model=GLTA .*",
     ),
     # Runs, and the file that it names is there.

@@ -321,16 +321,18 @@ class InstructionWriter:
         learned = ends[histories.rows] - (through - lengths) <= counts[histories.rows]
         return shown.values[learned].repeat_interleave(lengths[learned])
 
-    def ask(self, histories: Ragged, which: int = 0) -> Ragged:
+    def ask(self, histories: Ragged, which: int = 0, sources: Tensor | None = None) -> Ragged:
         """The prompts of inference: token ids, one row a history.
 
         Args:
             histories: items, oldest first.
             which: of the templates of inference.
+            sources: int64 ``[B]``, the row of the texts, for templates with one; ``None``, the first.
         """
         templates = torch.full((len(histories),), self._first[INFERENCE] + which)
         nothing = torch.zeros_like(templates)
-        asked, _ = self._fitted(self._runs(templates, histories, nothing, nothing), templates, answered=False)
+        runs = self._runs(templates, histories, nothing if sources is None else sources, nothing)
+        asked, _ = self._fitted(runs, templates, answered=False)
         return Ragged(asked.values & (LABEL - 1), asked.offsets)
 
     def _fitted(

@@ -1,4 +1,4 @@
-"""Every item as a sequence of tokens, and back: semantic codes, title tokens with an end token, raw ids.
+"""Every item as a sequence of tokens, and back: semantic codes, title tokens with an end token, raw ids, other ids.
 
 Tokens are numbered in a small vocabulary of the scheme's own, 0..size - 1. Item ids are internal ones: item 0 is
 padding and never has tokens, and other items may be without them too.
@@ -56,15 +56,17 @@ def code_strings(sizes: Sequence[int]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class ItemTokens:
-    """The token sequence of every item. Made by :meth:`from_codes`, :meth:`from_sequences` and :meth:`raw`.
+    """The token sequence of every item. Made by :meth:`from_codes`, :meth:`from_sequences`, :meth:`named`, :meth:`raw`.
 
     Attributes:
-        kind: ``codes``, ``titles`` or ``raw``.
+        kind: ``codes``, ``titles``, ``ids`` or ``raw``.
         offsets: where an item's tokens begin, int64 [n_items + 1].
         tokens: of all items one after the other, int64 [offsets[-1]].
         size: of the vocabulary.
         level_sizes: codes of each level; empty where the tokens are not codes.
-        lm_ids: the language model's id of each token of the vocabulary, ascending, int64 [size]; titles only.
+        lm_ids: the language model's id of each token of the vocabulary, ascending, int64 [size]; titles, and ids that
+            are spelled in its own tokens.
+        names: what each token of the vocabulary is called; ids only.
         pool: from :func:`pool_of`, the items they were made for; ``None`` where that was not said.
     """
 
@@ -75,6 +77,7 @@ class ItemTokens:
     level_sizes: tuple[int, ...] = ()
     lm_ids: torch.Tensor | None = None
     pool: str | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
     def from_codes(
@@ -146,6 +149,33 @@ class ItemTokens:
         )  # fmt: skip
 
     @classmethod
+    def named(
+        cls, sequences: Sequence[Sequence[int]], names: Sequence[str], raw_ids: Sequence[str] | None = None,
+        lm_ids: torch.Tensor | None = None,
+    ) -> ItemTokens:  # fmt: skip
+        """Tokens of ids, of any lengths, in a vocabulary of their own.
+
+        Args:
+            sequences: tokens of each item, none of them the beginning of another; the padding item's comes first and
+                is empty.
+            names: what the tokens of the vocabulary are called.
+            raw_ids: by internal id, to tell the pool of items by.
+            lm_ids: the language model's id of each of them, ascending, where they are its own.
+
+        Raises:
+            ValueError: the padding item has tokens, or a token is none of the vocabulary.
+        """
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        tokens = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64)
+        if len(lengths) and lengths[0]:
+            raise ValueError("item 0 is padding and cannot have tokens")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(names):
+            raise ValueError(f"tokens {int(tokens.min())} to {int(tokens.max())} are not among {len(names)}")
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        pool = _pool(raw_ids, len(lengths))
+        return cls("ids", offsets, tokens, len(names), lm_ids=lm_ids, pool=pool, names=tuple(names))
+
+    @classmethod
     def raw(cls, n_items: int, raw_ids: Sequence[str] | None = None) -> ItemTokens:
         """One token an item, that of item i being i - 1.
 
@@ -176,6 +206,8 @@ class ItemTokens:
         """What each token is called; ``None`` for titles, whose tokens are the language model's."""
         if self.kind == "codes":
             return code_strings(self.level_sizes)
+        if self.kind == "ids":
+            return self.names
         return tuple(f"<i_{item}>" for item in range(1, self.n_items)) if self.kind == "raw" else None
 
     def strings(self, item: int) -> list[str]:
@@ -290,7 +322,8 @@ class ItemTokens:
 
     def fingerprint(self) -> str:
         """SHA-256 of what every item's tokens are, whatever way they were made; the pool is not part of it."""
-        mark = hashlib.sha256(json.dumps([self.kind, self.n_items, self.size, *self.level_sizes]).encode())
+        card = [self.kind, self.n_items, self.size, *self.level_sizes, *self.names]
+        mark = hashlib.sha256(json.dumps(card).encode())
         for tensor in (self.offsets, self.tokens, self.lm_ids):
             mark.update(b"-" if tensor is None else tensor.cpu().numpy().astype("<i8").tobytes())
         return mark.hexdigest()
@@ -312,6 +345,7 @@ class ItemTokens:
         card = {
             "schema": SCHEMA, "kind": self.kind, "size": self.size, "level_sizes": list(self.level_sizes),
             "items": self.n_items, "pool": self.pool, "fingerprint": self.fingerprint(),
+            **({"names": list(self.names)} if self.names else {}),
         }  # fmt: skip
         write_whole(Path(folder) / ARRAYS, lambda path: save_file(tensors, path))
         write_whole(Path(folder) / CARD, lambda path: path.write_text(json.dumps(card, indent=1) + "\n", "utf-8"))
@@ -336,7 +370,7 @@ class ItemTokens:
             tensors = load_file(folder / ARRAYS)
             found = cls(
                 card["kind"], tensors["offsets"], tensors["tokens"], card["size"], tuple(card["level_sizes"]),
-                tensors.get("lm_ids"), card["pool"],
+                tensors.get("lm_ids"), card["pool"], tuple(card.get("names", ())),
             )  # fmt: skip
             whole = card["schema"] == SCHEMA and found.fingerprint() == card["fingerprint"]
         except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.evaluation.results import read_run, result_file
 
 # What, beside the split, must be the same for two rows to mean the same thing.
-JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking", "title_match")
+JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "leaking_ids")
 NEEDED = ("model", "seed", "split", "evaluation", "valid", "test", "stages", "parameters", "throughput")
 # A file's own rounding; more than that between the users' values and the metrics means that one was altered.
 AGREE = 1e-9
@@ -107,7 +107,8 @@ class Run:
         judged = {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
         # A beam search chooses among the whole catalogue too; what it misses is its own loss.
         ranking = "full" if judged["ranking"] == "beam" else judged["ranking"]
-        return judged | {"ranking": ranking, "title_match": bool(judged["title_match"])}
+        # What a run says nothing of it is without.
+        return judged | {"ranking": ranking} | {key: bool(judged[key]) for key in ("title_match", "leaking_ids")}
 
 
 def _at_k(file: Path, result: Mapping[str, Any], users: np.ndarray) -> dict[str, np.ndarray]:

@@ -135,7 +135,7 @@ def judged(table: Mapping[str, Any]) -> str:
         counts += f", {dropped} repeats of earlier items dropped"
     policy = ", ".join(
         f"{key} {str(evaluation[key]).lower()}"
-        for key in ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "test_users")
+        for key in ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "leaking_ids", "test_users")
         if key in evaluation
     )
     return f"Split {split['fingerprint'][:16]} ({counts}); candidates: {policy}."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from recbole_llm.backbone.code_tokens import extend
 from recbole_llm.backbone.codebook_rows import hidden_widths
+from recbole_llm.backbone.live_head import live_head
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.decoding.beam_search import BeamSearch, Found
 from recbole_llm.decoding.level_search import LevelSearch
@@ -51,6 +52,12 @@ class AlignTokenRec(GenerativeRecommender):
         _check_idle(config, [task.name for task in self.tasks])
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
+        if item_tokens.lm_ids is not None:
+            # Ids in the language model's own tokens: none joins them.
+            head, own = live_head(head_model, self.backbone.embed_tokens.weight)
+            self.__dict__["head"], self.head_weight = head, own if self.config["adapter"] == "full" else None
+            self._lm_ids = item_tokens.lm_ids
+            return
         first = self.backbone.embed_tokens.num_embeddings
         self.code_tokens, own, self.__dict__["head"] = extend(
             self.backbone, head_model, item_tokens.size, codebook, hidden_widths(self.config)

@@ -150,15 +150,13 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         prompts[INFERENCE] = [wording._replace(answer="") for wording in wordings]
         self.prompts_asked = len(prompts[INFERENCE])
         fills = {
-            place: own
-            if isinstance(own, TokenTable)
-            else TokenTable.of(backbone.encode_batch(own), config["text_tokens"])
+            place: own if isinstance(own, TokenTable) else TokenTable.of(self._encode(own), config["text_tokens"])
             for place, own in texts.items()
         }
         self._write_for = partial(
             InstructionWriter,
             prompts,
-            backbone.encode_batch,
+            self._encode,
             bos_id=backbone.bos_id,
             eos_id=backbone.eos_id,
             separator=self.templates.separator,
@@ -168,6 +166,10 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
             **({"title_tokens": config["history_title_tokens"]} if "title" in texts else {}),
         )
         self._make_writer()
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """What texts that prompts hold are read as."""
+        return self.backbone.encode_batch(texts)
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         """Set ``head``, ``head_weight`` (what of the head trains) and ``_lm_ids`` for the items' vocabulary."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Places of templates that hold items; all others hold texts.
 HISTORY, ITEM, TARGET, TITLES = "history", "item", "target", "titles"
-# The vector of the user, of models that have one.
+# The vector of the user, or his id, of models that have one.
 USER = "user"
 ITEM_PLACES = (HISTORY, ITEM, TARGET, TITLES)
 

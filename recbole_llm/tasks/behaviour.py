@@ -1,4 +1,4 @@
-"""Tasks about what users had: the next item, and an item that they would not want."""
+"""Tasks about what users had: the next item, an item of theirs, and one that they would not want."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.tasks.base import HISTORY, USER, Samples, Task, register
 
-SEQUENTIAL, NEGATIVE = "sequential", "negative"
+SEQUENTIAL, STRAIGHTFORWARD, NEGATIVE = "sequential", "straightforward", "negative"
 
 
 @register
@@ -30,6 +30,22 @@ class Sequential(Task):
         """Every chosen prefix."""
         starts, stops = self.loader.starts[chosen], self.loader.stops[chosen]
         return Samples(starts, stops, torch.zeros_like(stops), self.loader.items[stops])
+
+
+@register
+class Straightforward(Task):
+    """A user and one of his train items, the one that the chosen prefix goes on with; P5's direct recommendation."""
+
+    name = STRAIGHTFORWARD
+    places = (USER,)
+
+    def __len__(self) -> int:
+        return self.loader.prefixes
+
+    def draw(self, chosen: Tensor) -> Samples:
+        """Every chosen prefix's next item; the history that is shown is empty."""
+        stops = self.loader.stops[chosen]
+        return Samples(stops, stops, torch.zeros_like(stops), self.loader.items[stops])
 
 
 @register

@@ -22,6 +22,8 @@ from recbole_llm.itemid.item_tokens import ItemTokens, pool_of
 from recbole_llm.itemid.new_items import from_neighbours, from_text
 from recbole_llm.training.codebooks import CODEBOOK, Quantiser
 from recbole_llm.training.embeddings import text_embeddings
+from recbole_llm.training.identifiers import LEAKING
+from recbole_llm.training.identifiers import PREFIX as ID_PREFIX
 from recbole_llm.training.item_tokens import (
     INDEX,
     PREFIX,
@@ -44,8 +46,8 @@ logger = logging.getLogger("recbole_llm")
 CONTINUED_VERSION = 1
 
 # Beside those that begin so: what has to be as it was, or the weights and tokens are of something else.
-_PREFIXES = (PREFIX, "llm", "lora_")
-_SAME = ("adapter", "embedding_model", "embedding_layer", "text_embedding", "text_embedding_tokens")
+_PREFIXES = (PREFIX, ID_PREFIX, "llm", "lora_")
+_SAME = (LEAKING, "adapter", "embedding_model", "embedding_layer", "text_embedding", "text_embedding_tokens")
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class Continued:
         if self.codes is None:
             if self.tokens.pool != pool_of(raw_ids):
                 raise UserError(
-                    f"continue_from: the items of {self.run} have raw ids for tokens, and these are other items or "
-                    "numbered otherwise; a new item has no token there, so train anew"
+                    f"continue_from: the items of {self.run} have ids for tokens and no codes, and these are other "
+                    "items or numbered otherwise; a new item has no token there, so train anew"
                 )
             return
         known = self._known(dataset)
@@ -204,7 +206,7 @@ class Continued:
         backbone, mark, lines = self.backbone(config, store, named)
         raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
         line = _line(self.result, "item_tokens", self.run)
-        origin = origin_of(dataset)
+        origin = origin_of(config, dataset)
         inputs = {
             "continued": line["fingerprint"], "pool": pool_of(raw_ids), "rows": origin, "backbone": mark,
             "texts": fingerprint_of(texts), "unseen_items": config["unseen_items"],

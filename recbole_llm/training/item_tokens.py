@@ -29,6 +29,7 @@ from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
+from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, in_pieces, inputs_of, leaks, make_ids
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
@@ -91,7 +92,8 @@ class Tokenized:
 
 def has_codebook(config: Any) -> bool:
     """Whether a codebook is made; one level of tokens is raw ids (the paper's table 5, first row)."""
-    return config["code_tokens"] is None and config["code_method"] != "raw" and config["code_levels"] > 1
+    without = config["code_tokens"] is not None or config["code_method"] in ("raw", *METHODS)
+    return not without and config["code_levels"] > 1
 
 
 def tokenize_items(
@@ -107,10 +109,12 @@ def tokenize_items(
         named: the language model that ``llm`` names, where it is loaded already.
 
     Raises:
-        UserError: see :func:`gather`, or the codebook collapsed.
+        UserError: see :func:`gather` and :func:`~recbole_llm.training.identifiers.check_ids`, or the codebook
+            collapsed.
     """
+    check_ids(config)
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
-    origin = origin_of(dataset)
+    origin = origin_of(config, dataset)
     given = known = None
     if config["code_tokens"] is not None:
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
@@ -120,6 +124,11 @@ def tokenize_items(
             key: value for key, value in config.stage_keys().items() if key.startswith(PREFIX) and key not in READING
         }
         keys |= {"unseen_items": config["unseen_items"], "seed": config["seed"]}
+    elif has_ids(config):
+        if in_pieces(config):
+            sources.item_text = read_item_text(config, dataset)
+            _take_backbone(config, dataset, store, sources, named)
+        keys = inputs_of(config, dataset, sources.backbone)
     else:
         keys = {"code_tokens": given.fingerprint() if given else None, "known": known}
     inputs = {
@@ -135,9 +144,12 @@ def tokenize_items(
             write_origin(origin, folder)
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
-        tokens = given or ItemTokens.raw(len(raw_ids), raw_ids)
+        if has_ids(config):
+            tokens, method = make_ids(config, dataset, raw_ids, sources.backbone), config["code_method"]
+        else:
+            tokens, method = given or ItemTokens.raw(len(raw_ids), raw_ids), "given" if given else "raw"
         write_tokens(tokens, raw_ids, folder)
-        return {"method": "given" if given else "raw", "vocabulary": tokens.size}
+        return {"method": method, "vocabulary": tokens.size}
 
     stage = store.run("item_tokens", TOKENS_VERSION, inputs, make)
     return Tokenized(ItemTokens.load(stage.folder, raw_ids), stage, sources)
@@ -147,7 +159,8 @@ def _given(path: Path, raw_ids: list[str], origin: dict[str, Any]) -> tuple[Item
     """Tokens that are there already, and whether they are known to be made from this run's train rows.
 
     Raises:
-        UserError: no tokens are there, or they are of other items, or made from other rows, which may be test rows.
+        UserError: no tokens are there, or they are of other items, or made from other rows, which may be test rows, or
+            of test rows and that was not asked for.
     """
     tokens = ItemTokens.load(path, raw_ids) if path.is_dir() else read_index(path, raw_ids)
     file = path / ORIGIN
@@ -160,6 +173,13 @@ def _given(path: Path, raw_ids: list[str], origin: dict[str, Any]) -> tuple[Item
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{file} is damaged; make the item tokens again") from None
+    if found.get(LEAKING) and not origin.get(LEAKING):
+        raise UserError(
+            f"the item tokens in {path} are numbered by test rows too (id_rows: all), so they tell what is asked for; "
+            "make others, or set leaking_ids: true to measure the leak"
+        )
+    if origin.get(LEAKING) and not found.get(LEAKING):
+        raise UserError(f"{LEAKING}: true, and the item tokens in {path} do not leak; leave it out")
     if found != origin:
         raise UserError(
             f"the item tokens in {path} were made from other train rows than this run's (another split, or train + "
@@ -184,13 +204,15 @@ def write_tokens(tokens: ItemTokens, raw_ids: list[str], folder: Path, points: n
         np.savez(folder / POINTS, points=points)
 
 
-def origin_of(dataset: Any) -> dict[str, Any]:
+def origin_of(config: Any, dataset: Any) -> dict[str, Any]:
     """Which rows tokens are made from, as a run that takes them checks it.
 
     Args:
+        config: the run's.
         dataset: the train data set.
     """
-    return {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+    origin = {"split": dataset.split.fingerprint, "train": dataset.split.count(TRAIN)}
+    return origin | {LEAKING: True} if leaks(config) else origin
 
 
 def write_origin(origin: Mapping[str, Any], folder: Path) -> None:
@@ -290,10 +312,8 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         sources: with the texts.
         named: see :func:`~recbole_llm.training.language.take_backbone`.
     """
+    _take_backbone(config, dataset, store, sources, named)
     assert sources.item_text is not None
-    if sources.backbone is None:
-        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
-        sources.lines += lines
     sources.texts = vectors_of(config, store, sources, sources.item_text.texts)
 
 
@@ -330,6 +350,15 @@ def vectors_of(
     sources.marks.append(stage.fingerprint)
     with np.load(stage.folder / VECTORS, allow_pickle=False) as arrays:
         return np.asarray(arrays["vectors"])
+
+
+def _take_backbone(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> Backbone:
+    """The sources' language model, put there where none was."""
+    assert sources.item_text is not None
+    if sources.backbone is None:
+        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+        sources.lines += lines
+    return sources.backbone
 
 
 def _needs_texts(config: Any, unseen: int) -> bool:

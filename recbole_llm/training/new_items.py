@@ -67,7 +67,7 @@ def read_new_items(config: Any, dataset: Any, item_file: Path, inter_file: Path 
             new item has none.
     """
     if not has_codebook(config):
-        raise UserError("a new item has no token among raw ids, nor among tokens that were given; make a codebook")
+        raise UserError("a new item has no token among raw ids or numbers, nor among given tokens; make a codebook")
     if config["code_shuffle"]:
         raise UserError("code_shuffle is a control, whose codes say nothing of an item: none are there for a new one")
     check_settings(config, projected=config["unseen_items"] == "projection")

@@ -28,6 +28,7 @@ from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.evaluation.consistency import consistency
 from recbole_llm.evaluation.ranking import Measured
 from recbole_llm.evaluation.rankings import Rankings
+from recbole_llm.training.identifiers import LEAKING, leaks
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.pipeline import Fit, fit, store_of
 
@@ -290,6 +291,8 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         "topk": config["topk"],
         # Items of equal titles are one.
         **({"title_match": True} if getattr(fitted.model, "counts_as", None) is not None else {}),
+        # Items are named by ids that tell of test rows, as was asked for.
+        **({LEAKING: True} if _leaks(fitted) else {}),
         # Of a search that may say what no item is: how much of it was.
         **({} if invalid is None else {"invalid_share": invalid}),
         "test_users": test_users,
@@ -298,6 +301,11 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         "refit_on_valid": bool(config["refit_on_valid"]),
         "merge_valid": bool(config["merge_valid"]),
     }
+
+
+def _leaks(fitted: Fit) -> bool:
+    """Whether a run, or a recommender that it was made with, reads ids that leak."""
+    return leaks(fitted.config) or any(_leaks(part) for part in fitted.parts.values())
 
 
 def _parameters(model: Any, counted: bool) -> dict[str, int]:
