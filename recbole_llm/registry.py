@@ -57,6 +57,11 @@ _OURS = (
         "LCRec", "recbole_llm.model.lcrec", "language", ("backbone", "item_texts", "item_tokens", "fine_tuning"),
         ("time", "item text"), base="AlignTokenRec",
     ),
+    Entry(
+        "TIGER", "recbole_llm.model.tiger", "language",
+        ("text_backbone", "item_texts", "item_tokens", "backbone", "fine_tuning"),
+        ("time", "item text"), base="AlignTokenRec",
+    ),
     Entry("TALLRec", "recbole_llm.model.tallrec", "language", _OF_TITLES, ("time", "item text")),
     Entry("BIGRec", "recbole_llm.model.bigrec", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
     Entry("MSL", "recbole_llm.model.msl", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),

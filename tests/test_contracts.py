@@ -25,10 +25,10 @@ from recbole_llm.training.runs import run
 
 MODELS = (
     "BPR", "LightGCN", "SASRec", "BERT4Rec", "BERT4RecWindows", "SASRecAllPositions", "SASRecCodes", "FMLP",
-    "FMLPAllPositions", "EASE", "DCCF", "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TCA4Rec",
-    "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
+    "FMLPAllPositions", "EASE", "DCCF", "HCCF", "LightGCNPlus", "HCCFPlus", "GLTA", "AlignTokenRec", "LCRec", "TIGER",
+    "TCA4Rec", "TALLRec", "BIGRec", "MSL", "LLaRA", "CoLLM",
 )  # fmt: skip
-SEARCHES = ("AlignTokenRec", "LCRec", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
+SEARCHES = ("AlignTokenRec", "LCRec", "TIGER", "TCA4Rec", "TALLRec", "MSL", "LLaRA", "CoLLM")
 SHOWN = {
     "schema", "model", "dataset", "seed", "split", "evaluation", "valid", "test", "per_user", "stages", "parameters",
     "throughput", "device", "versions", "config",

@@ -148,6 +148,11 @@ class Continued:
             raise UserError(
                 f"continue_from: {new} items have no tokens in {self.run}, and with {key} no codebook gives them any"
             )
+        if config["text_llm"]:
+            raise UserError(
+                f"continue_from: {new} items have no tokens in {self.run}, and text_llm: {config['text_llm']}, which "
+                "read the texts of the others, is not kept; train anew"
+            )
         if config["code_input"] == "behaviour" and load_points(made) is None:
             raise UserError(
                 f"continue_from: {new} items have no tokens in {self.run}, which keeps no item embeddings to place "

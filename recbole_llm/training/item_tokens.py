@@ -29,7 +29,7 @@ from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
-from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import backbone_options, named_backbone, named_reader, read_item_text, take_reader
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
@@ -62,8 +62,9 @@ class Sources:
         lines: of ``result.json``, for the stages that were run.
         parts: fits of recommenders, by config key.
         item_text: the texts themselves.
-        backbone: the language model, where texts have a part.
-        backbone_mark: its fingerprint.
+        reader: the language model that reads the texts, where they have a part.
+        reader_mark: its fingerprint.
+        backbone, backbone_mark: the same where it is the one that generates.
     """
 
     seen: np.ndarray
@@ -73,6 +74,8 @@ class Sources:
     lines: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)
     item_text: ItemText | None = None
+    reader: Backbone | None = None
+    reader_mark: str = ""
     backbone: Backbone | None = None
     backbone_mark: str = ""
 
@@ -235,7 +238,7 @@ def gather(
     check_settings(config, projected=len(unseen) > 0 and config["unseen_items"] == "projection")
     if _needs_texts(config, len(unseen)):
         sources.item_text = _texts_of(config, dataset)
-        named = named or named_backbone(config)
+        named = named_reader(config) if config["text_llm"] else named or named_backbone(config)
     if behaviour:
         fit = fit_part("embedding_model")
         sources.parts["embedding_model"] = fit
@@ -270,13 +273,15 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         dataset: the train data set.
         store: the stage cache.
         sources: with the texts.
-        named: see :func:`~recbole_llm.training.language.take_backbone`.
+        named: what :func:`~recbole_llm.training.language.named_reader` gave.
     """
     assert sources.item_text is not None
-    if sources.backbone is None:
-        sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)
+    if sources.reader is None:
+        sources.reader, sources.reader_mark, lines = take_reader(config, dataset, sources.item_text, store, named)
         sources.lines += lines
-    backbone, mark, texts = sources.backbone, sources.backbone_mark, sources.item_text.texts
+        if not config["text_llm"]:
+            sources.backbone, sources.backbone_mark = sources.reader, sources.reader_mark
+    backbone, mark, texts = sources.reader, sources.reader_mark, sources.item_text.texts
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
     options = {key: value for key, value in backbone_options(config).items() if key != "device"}
