@@ -59,7 +59,7 @@ _OURS = (
     ),
     Entry(
         "TIGER", "recbole_llm.model.tiger", "language",
-        ("text_backbone", "item_texts", "item_tokens", "backbone", "fine_tuning"),
+        ("text_backbone", "item_texts", "backbone", "item_tokens", "fine_tuning"),
         ("time", "item text"), base="AlignTokenRec",
     ),
     Entry("TALLRec", "recbole_llm.model.tallrec", "language", _OF_TITLES, ("time", "item text")),

@@ -84,8 +84,11 @@ class TIGER(AlignTokenRec):
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """See the base class."""
         if self.tells_user:
+            # Of somebody of whom only a history is known nothing tells the id.
             known = self.USER_ID in interaction
-            self._asked = interaction[self.USER_ID].cpu() if known else torch.zeros(len(interaction), dtype=torch.long)
+            self._asked = (
+                interaction[self.USER_ID].cpu() if known else torch.zeros(len(interaction[self.ITEM_SEQ_LEN])).long()
+            )
         return super().full_sort_predict_excluding(interaction, rows, items, candidates)
 
     def _ask(self, history: Ragged, part: Tensor) -> Ragged:
