@@ -155,6 +155,20 @@ def test_the_level_wise_search_has_the_same_scores(model: Any) -> None:
         torch.testing.assert_close(scores[items > 0].double(), wanted[items[items > 0]], atol=1e-4, rtol=1e-5)
 
 
+def test_half_precision_finds_items(folders_of: dict[str, Path]) -> None:
+    for kind, folder in folders_of.items():
+        options = {**OPTIONS, "dtype": "bfloat16"}
+        backbone = load_backbone(folder, **options, with_head=True, causal_only=False)
+        first = backbone.embed_tokens.num_embeddings - sum(SIZES)
+        item_tokens = random_codes(20)
+        search = BeamSearch(
+            backbone.decoder, Head.of(backbone.causal), item_tokens, beams=5, lm_ids=first + torch.arange(sum(SIZES))
+        )
+        found = search(PROMPTS)
+        assert found.scores.isfinite().all(), kind
+        assert all(row.unique().numel() == 5 for row in found.items)
+
+
 # --- what is learned -------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.model.tiger import TIGER
 from recbole_llm.serving.recommender import Recommender
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
+from recbole_llm.training.fine_tuning import FineTuningTrainer
 from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run
 
@@ -213,6 +214,24 @@ def test_a_run_is_found_again_and_serves(saved: Path) -> None:
     first, again = recommender.recommend([user], 10)[0], recommender.recommend([user], 10)[0]
     assert first == again and len({item for item, _, _ in first}) == 10
     assert len(recommender.recommend_history(["i3", "i5"], 10)) == 10
+
+
+def test_the_optimizer_has_the_papers_step_sizes() -> None:
+    """Section 4: 0.01 for the first 10,000 steps, then by the inverse square root; of the size of the weights."""
+    trainer: Any = object.__new__(FineTuningTrainer)
+    trainer.config = Config("TIGER", "tiny", command_line=[])
+    moved = []
+    for step in (0, 9_999, 39_999):
+        weight = torch.nn.Parameter(torch.full((8,), 2.0))
+        optimizer = trainer._build_optimizer(params=[{"params": [weight], "lr": trainer.config["learning_rate"]}])
+        weight.grad = torch.ones(8)
+        optimizer.step()
+        with torch.no_grad():
+            weight.fill_(2.0)
+        optimizer.state[weight]["step"].fill_(step)
+        optimizer.step()
+        moved.append(float(2.0 - weight[0].detach()))
+    assert moved == pytest.approx([0.01 * 2, 0.01 * 2, 0.005 * 2], rel=1e-4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ logger = logging.getLogger("recbole_llm")
 CONTINUED_VERSION = 1
 
 # Beside those that begin so: what has to be as it was, or the weights and tokens are of something else.
-_PREFIXES = (PREFIX, "llm", "lora_")
-_SAME = ("adapter", "embedding_model", "embedding_layer", "text_embedding", "text_embedding_tokens")
+_PREFIXES = (PREFIX, "llm", "t5_", "lora_")
+_SAME = ("adapter", "embedding_model", "embedding_layer", "text_llm", "text_embedding", "text_embedding_tokens")
 
 
 @dataclass(frozen=True)

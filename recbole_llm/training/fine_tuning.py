@@ -54,7 +54,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     _every_prompt = True
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
-        """One pass over the weights a step: tables of a whole vocabulary train here."""
+        """One pass over the weights a step: tables of a whole vocabulary train here.
+
+        ``adafactor`` is T5's optimizer (Shazeer & Stern, ICML 2018, arXiv 1804.04235): step sizes are relative to a
+        weight's own, and fall as 1 / sqrt(step) once that is below the learning rate.
+        """
         if self.config["learner"] == "adafactor" and "params" in kwargs:
             return torch.optim.Adafactor(
                 kwargs["params"], lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
