@@ -255,6 +255,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "GLTA",
         "AlignTokenRec",
         "LCRec",
+        "TIGER",
         "TCA4Rec",
         "MSL",
         "LLaRA",

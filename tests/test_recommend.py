@@ -47,7 +47,6 @@ STRANGERS = (
     "SASRecAllPositions",
     "SASRecCodes",
     "AlignTokenRec",
-    "TIGER",
     "MSL",
     "BIGRec",
 )

@@ -65,8 +65,7 @@ def samples(**settings: Any) -> Any:
 
 def user_token(made: TIGER, user: int) -> int:
     """By the hash of the raw id, spelled out."""
-    name = "[PAD]" if user == 0 else f"u{user}"
-    return 2 + made.item_tokens.size + zlib.crc32(name.encode()) % TOKENS_OF_USERS
+    return 2 + made.item_tokens.size + zlib.crc32(f"u{user}".encode()) % TOKENS_OF_USERS
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -100,11 +99,6 @@ def test_what_is_asked_is_what_was_trained(folder: Path) -> None:
         items = interaction["item_id_list"][row, : int(interaction["item_length"][row])][-length:].tolist()
         shown = [2 + token for item in items for token in tokens().of(item)]
         assert asked[row] == [user_token(made, user), *shown, made.backbone.eos_id]
-    # Somebody whose id nobody knows is asked about as the padding user.
-    stranger = {key: values for key, values in interaction.items() if key != "user_id"}
-    asked.clear()
-    made.full_sort_predict(stranger)
-    assert {prompt[0] for prompt in asked} == {user_token(made, 0)}
 
 
 def test_without_tokens_of_users_a_prompt_is_the_items_alone(folder: Path) -> None:
@@ -213,6 +207,10 @@ def test_a_run_is_found_again_and_serves(saved: Path) -> None:
     user = recommender.users[0]
     first, again = recommender.recommend([user], 10)[0], recommender.recommend([user], 10)[0]
     assert first == again and len({item for item, _, _ in first}) == 10
+    with pytest.raises(UserError, match="TIGER knows users by what it has learned of each"):
+        recommender.recommend_history(["i3", "i5"], 10)
+    without = run("TIGER", "tiny", config_dict=settings_of("TIGER", saved, user_tokens=0, eval_step=0))
+    recommender = Recommender.of_run(Path(without["result_file"]).parent)
     assert len(recommender.recommend_history(["i3", "i5"], 10)) == 10
 
 

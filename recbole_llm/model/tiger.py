@@ -30,7 +30,7 @@ class TIGER(AlignTokenRec):
     """TIGER (arXiv 2305.05065) as a RecBole recommender.
 
     A user's token is that of a bucket that his id falls into by a hash (section 4), so that users whom training has not
-    seen have one too; a history of nobody known has the bucket of the padding user.
+    seen have one too. With ``user_tokens: 0`` a history alone says all.
 
     Args:
         config: the run's configuration.
@@ -84,11 +84,7 @@ class TIGER(AlignTokenRec):
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """See the base class."""
         if self.tells_user:
-            # Of somebody of whom only a history is known nothing tells the id.
-            known = self.USER_ID in interaction
-            self._asked = (
-                interaction[self.USER_ID].cpu() if known else torch.zeros(len(interaction[self.ITEM_SEQ_LEN])).long()
-            )
+            self._asked = interaction[self.USER_ID].cpu()
         return super().full_sort_predict_excluding(interaction, rows, items, candidates)
 
     def _ask(self, history: Ragged, part: Tensor) -> Ragged:
