@@ -67,6 +67,11 @@ _OURS = (
         "P5", "recbole_llm.model.p5", "language", ("backbone", "item_tokens", "fine_tuning"), ("time", "item text"),
         base="AlignTokenRec",
     ),
+    Entry(
+        "TIGER", "recbole_llm.model.tiger", "language",
+        ("text_backbone", "item_texts", "backbone", "item_tokens", "fine_tuning"),
+        ("time", "item text"), base="AlignTokenRec",
+    ),
     Entry("TALLRec", "recbole_llm.model.tallrec", "language", _OF_TITLES, ("time", "item text")),
     Entry("BIGRec", "recbole_llm.model.bigrec", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),
     Entry("MSL", "recbole_llm.model.msl", "language", _OF_TITLES, ("time", "item text"), base="TALLRec"),

@@ -73,6 +73,12 @@ SMALL["LLaRA"] = {
     "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 1, "beams": 20, "title_tokens": 8, "long_titles": "truncate",
 }  # fmt: skip
 SMALL["CoLLM"] = SMALL["LLaRA"] | {"text_epochs": 1}
+SMALL["TIGER"] = {
+    "llm_train_steps": 2, "llm_hidden_size": 16, "llm_heads": 2, "llm_layers": 1, "llm_vocab_size": 400,
+    "t5_layers": 1, "t5_hidden_size": 16, "t5_inner_size": 32, "t5_heads": 2, "t5_head_size": 8, "user_tokens": 20,
+    "code_size": 8, "code_epochs": 3, "code_layers": [16], "code_dim": 8, "history_length": 5,
+    "MAX_ITEM_LIST_LENGTH": 5, "prefixes_per_user": 2, "beams": 20,
+}  # fmt: skip
 SMALL["TCA4Rec"] = SMALL["AlignTokenRec"] | {
     "alpha": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16, "cf_model.inner_size": 16,
     "cf_model.MAX_ITEM_LIST_LENGTH": 10,
@@ -237,6 +243,7 @@ def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
         "LCRec",
         "LETTER",
         "P5",
+        "TIGER",
         "TCA4Rec",
         "MSL",
         "LLaRA",

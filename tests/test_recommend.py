@@ -35,10 +35,10 @@ from recbole_llm.training.store import StageStore
 
 MODELS = (
     "BPR", "LightGCN", "Pop", "EASE", "ItemKNN", "DCCF", "FM", "SASRec", "FPMC", "BERT4Rec", "SASRecAllPositions",
-    "SASRecCodes", "GLTA", "HCCFPlus", "AlignTokenRec", "MSL", "BIGRec",
+    "SASRecCodes", "GLTA", "HCCFPlus", "AlignTokenRec", "TIGER", "MSL", "BIGRec",
 )  # fmt: skip
 # Without scores over the whole catalogue: what a search does not find has none of its own; FM scores pairs.
-SEARCHES, PAIRS = ("AlignTokenRec", "MSL"), ("FM",)
+SEARCHES, PAIRS = ("AlignTokenRec", "TIGER", "MSL"), ("FM",)
 STRANGERS = (
     "EASE",
     "ItemKNN",

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, T5Model
 from transformers.pytorch_utils import Conv1D
 
+from recbole_llm.backbone.embedded_t5 import NAME as EMBEDDED_T5
+from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings
+from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.errors import UserError, did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -31,9 +34,10 @@ class Adapter(nn.Module):
         decoder: whose weights with ``requires_grad`` these are. It stays in evaluation mode whatever the mode of the
             recommender is, so that no dropout of its own comes up; only LoRA's follows :meth:`train`.
         learning_rate: of these weights.
+        own_dropout: its own dropout follows :meth:`train` too.
     """
 
-    def __init__(self, decoder: nn.Module, learning_rate: float) -> None:
+    def __init__(self, decoder: nn.Module, learning_rate: float, own_dropout: bool = False) -> None:
         super().__init__()
         self.learning_rate = learning_rate
         for name, weight in decoder.named_parameters():
@@ -43,9 +47,12 @@ class Adapter(nn.Module):
         # In a tuple, so that they are no submodules.
         self._dropouts = tuple(_lora_dropouts(decoder))
         self.train()
+        if own_dropout:
+            # Only from the next change of mode on: what is made of a model before its training reads it as it is.
+            self._dropouts = (decoder,)
 
     def train(self, mode: bool = True) -> Adapter:
-        """Training mode: LoRA's dropout is on."""
+        """Training mode: dropout is on, LoRA's or the model's own."""
         super().train(mode)
         for dropout in self._dropouts:
             dropout.train(mode)
@@ -89,7 +96,7 @@ def check_targets(config: Any, decoder: nn.Module | None) -> None:
 
     Args:
         config: with ``adapter`` and the ``lora_...`` settings.
-        decoder: the language model, or ``None`` for the embedded one, which is made later.
+        decoder: the language model, or ``None`` for an embedded one, which is made later.
 
     Raises:
         UserError: a name in ``lora_target_modules`` that no linear layer has, or that PEFT refuses.
@@ -99,7 +106,11 @@ def check_targets(config: Any, decoder: nn.Module | None) -> None:
     if decoder is None:
         sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         with torch.device("meta"):
-            empty: nn.Module = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+            empty: nn.Module = (
+                T5Model(EmbeddedT5Settings.from_config(config).model_config(8))
+                if config["llm"] == EMBEDDED_T5
+                else LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+            )
     else:
         empty = _empty(decoder)
     try:
@@ -112,7 +123,8 @@ def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
     """Make weights of a decoder trainable; LoRA's are drawn by torch's own generator.
 
     Args:
-        decoder: a frozen Hugging Face base model in evaluation mode; LoRA is put into it in place.
+        decoder: a frozen Hugging Face base model in evaluation mode; LoRA is put into it in place. One with an encoder
+            trains with the dropout of its configuration where all of it trains, as such models are made (T5).
         config: with ``adapter``, ``adapter_learning_rate`` and the ``lora_...`` settings.
 
     Returns:
@@ -128,7 +140,8 @@ def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
     else:
         _put_lora(decoder, config)
     decoder.eval()
-    return Adapter(decoder, config["adapter_learning_rate"])
+    own_dropout = config["adapter"] == "full" and encodes(decoder)
+    return Adapter(decoder, config["adapter_learning_rate"], own_dropout)
 
 
 def _put_lora(decoder: nn.Module, config: Any) -> None:

@@ -1,4 +1,7 @@
-"""A frozen language model as the rest of the package sees it: a decoder, its embeddings, and plain-text encoding."""
+"""A frozen language model as the rest of the package sees it: a decoder, its embeddings, and plain-text encoding.
+
+A language model with an encoder is its base model here, encoder and decoder (:mod:`.encoder_decoder`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.errors import UserError
 
 
@@ -73,7 +77,7 @@ class PlainEncoder:
 
 
 class Backbone:
-    """A frozen causal language model.
+    """A frozen language model.
 
     Attributes:
         name: the hub id or folder it came from.
@@ -85,7 +89,8 @@ class Backbone:
         eos_id: id of the token that ends a text.
         pad_id: id to fill up batches with; the one of EOS for models that have none of their own.
         causal: the whole model around the decoder, with its vocabulary head, where that was asked for.
-        tokens_read: positions, padding included, that the decoder was given so far: what a stage's cost goes by.
+        encodes: whether an encoder reads prompts and the decoder writes answers.
+        tokens_read: positions, padding included, that the model was given so far: what a stage's cost goes by.
 
     Args:
         decoder: a Hugging Face base model.
@@ -118,7 +123,10 @@ class Backbone:
         self.pad_id: int = eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._encoder = PlainEncoder(tokenizer)
         self.tokens_read = 0
-        self.decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.encodes = encodes(decoder)
+        # What reads: of two halves each is asked by itself.
+        for part in (model.get_encoder(), model.get_decoder()) if self.encodes else (decoder,):
+            part.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("inputs_embeds", kwargs.get("input_ids"))

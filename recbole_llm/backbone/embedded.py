@@ -178,22 +178,34 @@ def train_embedded(
     }
 
 
-def _train_tokenizer(corpus: Sequence[str], settings: EmbeddedSettings) -> Tokenizer:
+def byte_tokenizer(corpus: Sequence[str], vocab_size: int, specials: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer that knows the words of a corpus and can spell any text.
+
+    Args:
+        corpus: documents.
+        vocab_size: tokens at most.
+        specials: the special tokens; their ids are the first.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
+    # What a title spells is text, here as in use.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _train_tokenizer(corpus: Sequence[str], settings: EmbeddedSettings) -> Tokenizer:
+    tokenizer = byte_tokenizer(corpus, settings.vocab_size, SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
     )
-    # What a title spells is text, here as in use.
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Load a Hugging Face causal language model, from a folder or the hub, as a :class:`Backbone`."""
+"""Load a Hugging Face language model, from a folder or the hub, as a :class:`Backbone`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPTQConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from recbole_llm.backbone.base import Backbone
+from recbole_llm.backbone.encoder_decoder import KNOWN, base_of
 from recbole_llm.errors import UserError, did_you_mean, nearest
 from recbole_llm.schema import properties_dir
 
@@ -49,8 +58,9 @@ def load_backbone(
     device: str = "cpu",
     random_init: int | None = None,
     with_head: bool = False,
+    causal_only: bool = True,
 ) -> Backbone:
-    """Load a causal language model, frozen.
+    """Load a language model, frozen.
 
     Args:
         name_or_folder: a folder as ``save_pretrained`` writes it, or else a hub id; what the hub's local cache holds is
@@ -63,16 +73,17 @@ def load_backbone(
         random_init: leave the weights behind and initialise the architecture anew from this seed: the control that
             tells what the weights have learned.
         with_head: keep its vocabulary head, as :attr:`Backbone.causal`.
+        causal_only: refuse one with an encoder (T5).
 
     Raises:
-        UserError: no such model, one that cannot be read, is no causal language model or has weights missing; an
-            unknown option; or a package or GPU that an option needs is missing.
+        UserError: no such model, one that cannot be read, is no causal language model (or none that can write) or has
+            weights missing; an unknown option; or a package or GPU that an option needs is missing.
     """
     if random_init is not None and quantization != "none":
         raise UserError("llm_random_init: true has no weights to quantise; set llm_quantization: none")
     check_options(dtype, attention, quantization, device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "random_init": random_init}
-    options |= {"with_head": with_head}
+    options |= {"with_head": with_head, "causal_only": causal_only}
     name = str(name_or_folder)
     source = Path(name).expanduser()
     if source.is_dir():
@@ -99,7 +110,7 @@ def load_with_head(name_or_folder: str | Path, **options: Any) -> Any:
         options: its options; ``random_init`` plays no part, as fresh weights have nothing to say.
 
     Returns:
-        The Hugging Face causal language model, in evaluation mode, without gradients.
+        The Hugging Face language model, in evaluation mode, without gradients.
     """
     return load_backbone(name_or_folder, **(options | {"random_init": None}), with_head=True).causal
 
@@ -144,14 +155,14 @@ def check_options(dtype: str, attention: str, quantization: str, device: str) ->
 
 def _load(source: str, dtype: str, attention: str, quantization: str, device: str, options: dict[str, Any]) -> Backbone:
     random_init, with_head = options.pop("random_init"), options.pop("with_head")
+    causal_only = options.pop("causal_only")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if random_init is None and stored != (quantization if quantization == "gptq" else None):
             weights = stored or "not quantised"
             raise UserError(f"llm '{source}': its weights are {weights}, llm_quantization is {quantization}")
-        if config.is_encoder_decoder or not _is_causal_type(config):
-            raise UserError(f"llm '{source}': a {config.model_type} is no causal language model")
+        _check_kind(source, config, causal_only, quantization)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if quantization != "none":
             made = _quantization_config(quantization, DTYPES[dtype], config)
@@ -172,10 +183,24 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
     if quantization == "none":
         model = model.to(device)
     causal = model.eval().requires_grad_(False) if with_head else None
-    backbone = Backbone(model if causal is None else causal.base_model, tokenizer, source, causal)
-    if not backbone.is_causal():
+    backbone = Backbone(model if causal is None else base_of(causal), tokenizer, source, causal)
+    if not backbone.encodes and not backbone.is_causal():
         raise UserError(f"llm '{source}': a {config.model_type} that looks ahead is no causal language model")
     return backbone
+
+
+def _check_kind(source: str, config: Any, causal_only: bool, quantization: str) -> None:
+    """Refuse what can write no answer, or not in the way that is asked for."""
+    kind = config.model_type
+    if not config.is_encoder_decoder:
+        if not _is_causal_type(config):
+            raise UserError(f"llm '{source}': a {kind} is no causal language model")
+    elif causal_only:
+        raise UserError(f"llm '{source}': a {kind} is no causal language model, as is needed here: it has an encoder")
+    elif kind not in KNOWN:
+        raise UserError(f"llm '{source}': of language models with an encoder {' and '.join(KNOWN)} run, not a {kind}")
+    elif quantization == "gptq":
+        raise UserError(f"llm_quantization: gptq is for causal language models; a {kind} takes int8, nf4 or none")
 
 
 def _is_causal_type(config: Any) -> bool:
@@ -193,7 +218,8 @@ def _model(
     source: str, quantization: str, options: dict[str, Any], random_init: int | None, with_head: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The decoder, or the whole model with its vocabulary head, and what transformers reports of the loading."""
-    kind = AutoModelForCausalLM if with_head else AutoModel
+    whole_kind = AutoModelForSeq2SeqLM if options["config"].is_encoder_decoder else AutoModelForCausalLM
+    kind = whole_kind if with_head else AutoModel
     if random_init is not None:
         config, dtype = options.pop("config"), options.pop("dtype")
         options.pop("local_files_only", None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_llm.backbone.base import Backbone
+from recbole_llm.backbone.encoder_decoder import text_states
 from recbole_llm.progress import progress
 from recbole_llm.ridge import ridge
 
@@ -40,10 +41,10 @@ def text_features(backbone: Backbone, texts: Sequence[str], limit: int) -> Tenso
     for first in progress(range(0, len(order), BATCH), "reading descriptions"):
         batch = order[first : first + BATCH]
         width = len(rows[batch[-1]])
-        # Filled up on the right: under a causal mask no token of a text sees the filling.
         ids = torch.tensor([rows[row] + [backbone.pad_id] * (width - len(rows[row])) for row in batch])
         own = torch.tensor([[len(opening) <= place < len(rows[row]) for place in range(width)] for row in batch])
-        states = backbone.decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.float().cpu()
+        lengths = torch.tensor([len(rows[row]) for row in batch])
+        states = text_states(backbone.decoder, ids.to(device), lengths).float().cpu()
         features[batch] = (states * own.unsqueeze(-1)).sum(1) / own.sum(1, keepdim=True)
     return features
 

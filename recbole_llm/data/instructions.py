@@ -88,6 +88,7 @@ class InstructionWriter:
         title_tokens: each title of a history is cut to so many tokens.
         answers: tokens of every item as it answers, its end token with them; ``None``, as ``items``, and the language
             model's end token behind the answer.
+        prompt_end: closes every prompt, where an encoder reads it; ``None``, the answer follows at once.
 
     Attributes:
         too_long: how many prompts were left out or made shorter (:meth:`leave_room`), by task; to be cleared by its
@@ -108,6 +109,7 @@ class InstructionWriter:
         title_separator: str = "; ",
         title_tokens: int = 16,
         answers: Ragged | None = None,
+        prompt_end: int | None = None,
     ) -> None:
         self._first: dict[str, int] = {}
         self._count: dict[str, int] = {}
@@ -133,7 +135,7 @@ class InstructionWriter:
         titles = Ragged.from_lengths(items.values[:0], torch.zeros_like(items.lengths))
         if any(TITLES in wording.places for wording in flat):
             titles = texts["title"].cut(title_tokens).take(torch.arange(len(texts["title"])))
-        pieces = self._pieces_of(flat, encode, bos_id, eos_id, own_end)
+        pieces = self._pieces_of(flat, encode, bos_id, eos_id, own_end, prompt_end)
         tables: dict[str, Ragged | TokenTable] = {
             "pieces": Ragged.from_lists([[], *(piece for row in pieces for piece in row)]),
             "opening": items,
@@ -200,7 +202,7 @@ class InstructionWriter:
     @staticmethod
     def _pieces_of(
         flat: Sequence[Wording], encode: Callable[[list[str]], list[list[int]]], bos_id: int | None, eos_id: int,
-        ended: bool,
+        ended: bool, prompt_end: int | None,
     ) -> list[list[list[int]]]:  # fmt: skip
         """The fixed text of each template between its places; what belongs to the answer is labelled.
 
@@ -214,6 +216,8 @@ class InstructionWriter:
             answer = [[token + LABEL for token in next(encoded)] for _ in told]
             if bos_id is not None:
                 question[0].insert(0, bos_id)
+            if prompt_end is not None:
+                question[-1].append(prompt_end)
             if wording.answer and not (ended and wording.answer.endswith(f"{{{TARGET}}}")):
                 answer[-1].append(eos_id + LABEL)
             found.append([*question[:-1], question[-1] + answer[0], *answer[1:]])

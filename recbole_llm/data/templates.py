@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir, read_yaml
-from recbole_llm.tasks.base import HISTORY, ITEM_PLACES, TITLES, USER, Task, known_tasks
+from recbole_llm.tasks.base import HISTORY, ITEM_PLACES, TARGET, TITLES, USER, Task, known_tasks
+from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 PLACE = re.compile(r"\{(\w+)\}")
 # What an item of a history is shown as, of models that show more of it than its tokens.
@@ -77,16 +78,39 @@ def templates_of(config: Any, tasks: Sequence[type[Task]] | None = None) -> Temp
     """The templates that a run asks for.
 
     Args:
-        config: ``prompts``; and of models that have them ``domain``, which stands for ``{domain}`` in a template, and
+        config: ``prompts``, ``None`` for prompts without words; and of models that have them ``user_tokens``, which of
+            prompts without words puts the user first, ``domain``, which stands for ``{domain}`` in a template, and
             ``official_prompt``, which takes the file's counterpart that ends in ``-official``.
         tasks: see :func:`read_templates`.
 
     Raises:
         UserError: see :func:`read_templates`.
     """
+    if config["prompts"] is None:
+        return _without_words(list(known_tasks().values()) if tasks is None else tasks, bool(config["user_tokens"]))
     official = "official_prompt" in config and config["official_prompt"]
     name = f"{config['prompts']}-official" if official else config["prompts"]
     return read_templates(name, tasks, {DOMAIN: config[DOMAIN]} if DOMAIN in config else {})
+
+
+def _without_words(tasks: Sequence[type[Task]], user: bool) -> Templates:
+    """Prompts that are the history and nothing else, or the user and the history.
+
+    Raises:
+        UserError: another task than the sequential one is asked for, which would look the same.
+    """
+    others = [task.name for task in tasks if task.name != SEQUENTIAL]
+    if others:
+        raise UserError(
+            f"prompts: ~ has no words that tell the task {others[0]} from {SEQUENTIAL}; set tasks: [{SEQUENTIAL}], or "
+            "name a file of prompts"
+        )
+    asked = f"{{{USER}}}{{{HISTORY}}}" if user else f"{{{HISTORY}}}"
+    found: dict[str, tuple[Wording, ...]] = {
+        INFERENCE: (Wording(asked, ""),),
+        SEQUENTIAL: (Wording(asked, f"{{{TARGET}}}"),),
+    }
+    return Templates(f"{{{INSTRUCTION}}}", "", "", found)
 
 
 def read_templates(

@@ -1,18 +1,21 @@
 """Beam search for items: the best sequences of tokens that a language model gives a prompt, among those of items only.
 
-Every prompt is read once and shared by its beams (``shared_cache.py``), legal tokens come from the trie of all items,
-and only the head's rows that count are multiplied (``head.py``). No loop runs over batch, beam or item.
+Every prompt is read once and shared by its beams (``shared_cache.py``; ``encoded_prompts.py`` where an encoder reads),
+legal tokens come from the trie of all items, and only the head's rows that count are multiplied (``head.py``). No loop
+runs over batch, beam or item.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from recbole_llm.backbone.encoder_decoder import encodes
+from recbole_llm.decoding.encoded_prompts import EncodedPrompts
 from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.head import Head, TokenSet
 from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
@@ -71,7 +74,7 @@ class BeamSearch(nn.Module):
     Weights of the head and places of tensors are those of the moment it is made: make a new one after training.
 
     Args:
-        decoder: a Hugging Face base model, in evaluation mode.
+        decoder: a Hugging Face base model, in evaluation mode; with an encoder, the whole of it.
         head: its vocabulary head.
         item_tokens: the tokens of every item.
         beams: prefixes kept.
@@ -119,8 +122,10 @@ class BeamSearch(nn.Module):
         self._ends = [bool(here.any()) for here in by_depth]
         starts, ends = self.trie.ranges(self.trie.leaf_nodes)
         self._most_equal = int((ends - starts).max())
-        self.shares_prompts = shares(decoder)
+        self._reads: Callable[..., Reader] = EncodedPrompts if encodes(decoder) else SharedPrompts
+        self.shares_prompts = encodes(decoder) or shares(decoder)
         if not self.shares_prompts:
+            self._reads = WholePrompts
             logger.info("a %s cannot share its prompts among beams: each beam reads its own", type(decoder).__name__)
 
     def _level(self, item_tokens: ItemTokens, depth: int) -> tuple[TokenSet, Tensor]:
@@ -213,8 +218,7 @@ class BeamSearch(nn.Module):
     def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
         """Read the prompts, with room for so many tokens of beams each."""
         ids, lengths = self._lay_out(prompts)
-        read = SharedPrompts if self.shares_prompts else WholePrompts
-        return read(self.decoder, ids, lengths, beams)
+        return self._reads(self.decoder, ids, lengths, beams)
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None

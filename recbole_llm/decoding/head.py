@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.errors import UserError
 
 # Logits made at a time. On a CPU they fit into its second cache, where adding them up is nearly free.
@@ -75,7 +76,7 @@ class Head:
 
     @classmethod
     def of(cls, model: Any, dtype: torch.dtype | None = None) -> Head:
-        """The head of a Hugging Face causal language model, tied or not.
+        """The head of a Hugging Face language model, tied or not.
 
         Args:
             model: with its vocabulary head.
@@ -90,6 +91,9 @@ class Head:
         weight, bias = _weights(output, config.hidden_size)
         scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
+        if getattr(config, "scale_decoder_outputs", False):
+            # T5's, where input and output share a table.
+            scale *= config.hidden_size**-0.5
         softcap = getattr(config, "final_logit_softcapping", None)
         made = cls(weight, bias, scale=scale, softcap=softcap, dtype=dtype)
         made._check(model)
@@ -99,9 +103,14 @@ class Head:
     def _check(self, model: Any) -> None:
         count = min(8, len(self.weight))
         given = torch.arange(count, device=self.weight.device).unsqueeze(0)
-        states = decoder_of(model)(input_ids=given).last_hidden_state[0]
+        read: dict[str, Any] = {"input_ids": given}
+        asked = dict(read)
+        if encodes(model):
+            own = model.get_encoder()(input_ids=given).last_hidden_state
+            read, asked = read | {"encoder_hidden_states": own}, {"encoder_outputs": (own,), "decoder_input_ids": given}
+        states = decoder_of(model)(**read).last_hidden_state[0]
         tokens = self.tokens(torch.linspace(0, len(self.weight) - 1, min(64, len(self.weight))).long())
-        wanted = model(input_ids=given).logits[0][:, tokens.ids].float()
+        wanted = model(**asked).logits[0][:, tokens.ids].float()
         error = (self.logits(states, tokens) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
         if not error <= TOLERANCE[self.weight.element_size()]:
             raise UserError(f"the logits of a {model.config.model_type} are not those of its head alone")
@@ -207,7 +216,7 @@ def _weights(output: Any, hidden: int) -> tuple[Tensor, Tensor | None]:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The decoder of a Hugging Face causal language model: what yields its last hidden states, without the head.
+    """The decoder of a Hugging Face language model: what yields its last hidden states, without the head.
 
     Args:
         model: with its vocabulary head.

@@ -36,7 +36,7 @@ class Reader(Protocol):
         """
 
 
-class _Roomy(DynamicLayer):
+class Roomy(DynamicLayer):
     """Keys and values with room behind them, so that taking in new ones copies nothing that is there."""
 
     def __init__(self, room: int) -> None:
@@ -73,6 +73,40 @@ def windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
+class Paths:
+    """Which of the tokens that the beams of prompts have had each beam has had: paths in a tree a prompt.
+
+    Args:
+        rows: prompts.
+        device: of the tensors.
+
+    Attributes:
+        seen: bool [B, K, tokens read], a column for each token of any beam.
+        steps: of each token read, in which step that was, from 0.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.seen = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
+        self.steps: list[int] = []
+
+    def grow(self, parents: Tensor) -> int:
+        """Let each beam go on by a token of its own.
+
+        Args:
+            parents: the beam of the step before that each goes on from, int64 [B, K].
+
+        Returns:
+            The number of the step.
+        """
+        beams = parents.shape[1]
+        seen = self.seen.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.seen.shape[-1]))
+        own = torch.eye(beams, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
+        self.seen = torch.cat((seen, own), dim=-1)
+        at = self.steps[-1] + 1 if self.steps else 0
+        self.steps += [at] * beams
+        return at
+
+
 class SharedPrompts:
     """Prompts whose beams share keys and values; see :class:`Reader`.
 
@@ -89,23 +123,18 @@ class SharedPrompts:
         text = config.get_text_config()
         self._windows = windows(text)
         self._cache = DynamicCache()
-        self._cache.layers.extend(_Roomy(room) for _ in range(text.num_hidden_layers))
+        self._cache.layers.extend(Roomy(room) for _ in range(text.num_hidden_layers))
         # No position sees what follows it, so the filling needs no mask while the prompts are read.
         states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
         self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
         self._places = torch.arange(ids.shape[1], device=ids.device)
-        # Which of the beams' tokens each beam has had, [B, K, tokens read], and how far behind the prompt each was.
-        self._path = torch.zeros(len(ids), 1, 0, dtype=torch.bool, device=ids.device)
-        self._steps: list[int] = []
+        # A token's step is also how far behind the prompt it stands.
+        self._paths = Paths(len(ids), ids.device)
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """See :class:`Reader`."""
         beams = tokens.shape[1]
-        path = self._path.gather(1, parents.unsqueeze(-1).expand(-1, -1, self._path.shape[-1]))
-        own = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
-        self._path = torch.cat((path, own), dim=-1)
-        at = self._steps[-1] + 1 if self._steps else 0
-        self._steps += [at] * beams
+        at = self._paths.grow(parents)
         self.state = self._decoder(
             input_ids=tokens,
             position_ids=(self._lengths.unsqueeze(1) + at).expand(-1, beams),
@@ -121,10 +150,10 @@ class SharedPrompts:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, at: int, window: int | None) -> Tensor:
-        seen, path = self._places < self._lengths.unsqueeze(1), self._path
+        seen, path = self._places < self._lengths.unsqueeze(1), self._paths.seen
         if window is not None:
             seen = seen & (self._places > (self._lengths + at - window).unsqueeze(1))
-            path = path & (torch.tensor(self._steps, device=path.device) > at - window)
+            path = path & (torch.tensor(self._paths.steps, device=path.device) > at - window)
         mask = torch.cat((seen.unsqueeze(1).expand(-1, path.shape[1], -1), path), dim=-1).unsqueeze(1)
         dtype = self.state.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""AlignTokenRec: a causal language model that reads histories as item tokens and generates the next item's.
+"""AlignTokenRec: a language model that reads histories as item tokens and generates the next item's.
 
 Items become tokens first (``properties/item_tokens``: alignment tokenization of a collaborative model's embeddings).
 The tokens join the language model's vocabulary, untrained, and it is fine-tuned on instructions of several tasks. Items
@@ -45,6 +45,8 @@ class AlignTokenRec(GenerativeRecommender):
 
     parts: tuple[str, ...] = ("embedding_model", *GenerativeRecommender.guides)
     item_parts = ("embedding_model",)
+    # New tokens behind those of items, that stand in prompts.
+    further_tokens = 0
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -60,7 +62,7 @@ class AlignTokenRec(GenerativeRecommender):
             return
         first = self.backbone.embed_tokens.num_embeddings
         self.code_tokens, own, self.__dict__["head"] = extend(
-            self.backbone, head_model, item_tokens.size, codebook, hidden_widths(self.config)
+            self.backbone, head_model, item_tokens.size + self.further_tokens, codebook, hidden_widths(self.config)
         )
         self.head_weight = own if self.config["adapter"] == "full" else None
         self._lm_ids = first + torch.arange(item_tokens.size)

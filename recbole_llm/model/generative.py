@@ -1,9 +1,10 @@
-"""What recommenders share that generate an item's tokens with a causal language model, whatever the tokens are.
+"""What recommenders share that generate an item's tokens with a language model, whatever the tokens are.
 
 Histories are read, and the next item is written, as tokens; which, a subclass says: new ones of its own
 (:class:`~recbole_llm.model.aligntokenrec.AlignTokenRec`), or those of titles
 (:class:`~recbole_llm.model.titles.TitleRecommender`). Here are the prompts of tasks, training on them, and the beam
-search among the tokens of items alone, by which items are ranked.
+search among the tokens of items alone, by which items are ranked. A causal language model goes on behind the prompt; of
+one with an encoder (T5) that reads the prompt, and the decoder writes the answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_llm.backbone.adapter import Adapter, adapt, check_adapter
+from recbole_llm.backbone.encoder_decoder import AnswerReader
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, check_history_length
@@ -80,6 +82,8 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     tells_user = False
     # Batches that the training will have; its trainer tells.
     batches_planned = 0
+    # Whether the language model has to be a causal one.
+    causal_only = False
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -105,6 +109,15 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._moments = torch.arange(len(self._train_items))
         self._search: tuple[Tensor, BeamSearch] | None = None
+
+    def check_language_model(self, encodes: bool) -> None:
+        """Say or refuse before any work what a language model of this kind makes of the settings.
+
+        Args:
+            encodes: whether an encoder reads the prompts.
+        """
+        if encodes and self.config["train_positions"] == "all":
+            logger.info("train_positions: all learns answers alone here, as an encoder reads the whole history")
 
     def prepare(
         self,
@@ -139,7 +152,7 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         self._take_tokens(item_tokens, head_model, codebook)
         self.take_item_tokens(item_tokens)
         self.to(self.device)
-        self._reader = PackedReader(backbone.decoder)
+        self._reader = AnswerReader(backbone.decoder) if backbone.encodes else PackedReader(backbone.decoder)
         prompts = {
             task.name: self.templates.instructions(task.name, list(texts), only_first=config["prompt_set"] == "first")
             for task in self.tasks
@@ -161,7 +174,9 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
             eos_id=backbone.eos_id,
             separator=self.templates.separator,
             texts=fills,
-            label_history=config["train_positions"] == "all",
+            # An encoder reads the history whole, so nothing of it is told.
+            label_history=config["train_positions"] == "all" and not backbone.encodes,
+            prompt_end=backbone.eos_id if backbone.encodes else None,
             title_separator=self.templates.title_separator,
             **({"title_tokens": config["history_title_tokens"]} if "title" in texts else {}),
         )

@@ -83,6 +83,15 @@ class CollaborativeLabels:
             *(key for key, off in _OFF.items() if config[key] == off),
         )
 
+    def check_language_model(self, encodes: bool) -> None:
+        """See the base; refuses ``soft_history`` where no item of a history is told."""
+        if encodes and self.config["soft_history"]:
+            raise UserError(
+                "soft_history mixes labels of the items shown, and a language model with an encoder has none; set "
+                "soft_history: false"
+            )
+        super().check_language_model(encodes)  # type: ignore[misc]
+
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
         super().take_item_tokens(tokens)  # type: ignore[misc]

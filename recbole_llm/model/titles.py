@@ -31,6 +31,8 @@ class TitleRecommender(GenerativeRecommender):
     """
 
     item_kind = "titles"
+    # Titles are what a causal language model goes on with.
+    causal_only = True
 
     def __init__(self, config: Any, dataset: Any) -> None:
         others = [task.name for task in active_tasks(config) if task.name != SEQUENTIAL]

@@ -46,8 +46,10 @@ logger = logging.getLogger("recbole_llm")
 CONTINUED_VERSION = 1
 
 # Beside those that begin so: what has to be as it was, or the weights and tokens are of something else.
-_PREFIXES = (PREFIX, ID_PREFIX, "llm", "lora_")
-_SAME = (LEAKING, "adapter", "embedding_model", "embedding_layer", "text_embedding", "text_embedding_tokens")
+_PREFIXES = (PREFIX, ID_PREFIX, "llm", "t5_", "lora_")
+_SAME = (
+    LEAKING, "adapter", "embedding_model", "embedding_layer", "text_llm", "text_embedding", "text_embedding_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Continued:
             key = "code_tokens" if config["code_tokens"] is not None else "code_shuffle"
             raise UserError(
                 f"continue_from: {new} items have no tokens in {self.run}, and with {key} no codebook gives them any"
+            )
+        if config["text_llm"]:
+            raise UserError(
+                f"continue_from: {new} items have no tokens in {self.run}, and text_llm: {config['text_llm']}, which "
+                "read the texts of the others, is not kept; train anew"
             )
         if config["code_input"] == "behaviour" and load_points(made) is None:
             raise UserError(

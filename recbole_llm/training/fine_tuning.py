@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
+from recbole_llm.backbone.embedded_t5 import NAME as EMBEDDED_T5
 from recbole_llm.data.split import TRAIN, VALID, WITHHELD
 from recbole_llm.data.task_loader import TaskLoader
 from recbole_llm.data.ties import tie_order
@@ -53,7 +54,15 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
     _every_prompt = True
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
-        """One pass over the weights a step: tables of a whole vocabulary train here."""
+        """One pass over the weights a step: tables of a whole vocabulary train here.
+
+        ``adafactor`` is T5's optimizer (Shazeer & Stern, ICML 2018, arXiv 1804.04235): step sizes are relative to a
+        weight's own, and fall as 1 / sqrt(step) once that is below the learning rate.
+        """
+        if self.config["learner"] == "adafactor" and "params" in kwargs:
+            return torch.optim.Adafactor(
+                kwargs["params"], lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
+            )
         made = super()._build_optimizer(**kwargs)
         if isinstance(made, torch.optim.Adam):
             for group in (made.defaults, *made.param_groups):
@@ -96,6 +105,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         _check_samples(config, train_data)
         named = named_backbone(config)
         check_targets(config, named.decoder if named else None)
+        self.model.check_language_model(named.encodes if named else config["llm"] == EMBEDDED_T5)
         before = Continued.read(config, dataset)
         if before is None:
             made = self._tokenize(dataset, store, fit_part, named)

@@ -30,7 +30,14 @@ from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
 from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, in_pieces, inputs_of, leaks, make_ids
-from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
+from recbole_llm.training.language import (
+    backbone_options,
+    named_backbone,
+    named_reader,
+    read_item_text,
+    take_backbone,
+    take_reader,
+)  # fmt: skip
 from recbole_llm.training.state import RESUME_FILE, ResumeFile
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
@@ -65,8 +72,9 @@ class Sources:
         lines: of ``result.json``, for the stages that were run.
         parts: fits of recommenders, by config key.
         item_text: the texts themselves.
-        backbone: the language model, where texts have a part.
-        backbone_mark: its fingerprint.
+        reader: the language model that reads the texts, where they have a part.
+        reader_mark: its fingerprint.
+        backbone, backbone_mark: the same where it is the one that generates.
     """
 
     seen: np.ndarray
@@ -77,6 +85,8 @@ class Sources:
     lines: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[str, Any] = field(default_factory=dict)
     item_text: ItemText | None = None
+    reader: Backbone | None = None
+    reader_mark: str = ""
     backbone: Backbone | None = None
     backbone_mark: str = ""
 
@@ -260,7 +270,7 @@ def gather(
     check_settings(config, projected=len(unseen) > 0 and config["unseen_items"] == "projection")
     if _needs_texts(config, len(unseen)):
         sources.item_text = _texts_of(config, dataset)
-        named = named or named_backbone(config)
+        named = named_reader(config) if config["text_llm"] else named or named_backbone(config)
     if behaviour or config["code_cf_weight"]:
         fit = fit_part("embedding_model")
         sources.parts["embedding_model"] = fit
@@ -310,29 +320,33 @@ def read_texts(config: Any, dataset: Any, store: StageStore, sources: Sources, n
         dataset: the train data set.
         store: the stage cache.
         sources: with the texts.
-        named: see :func:`~recbole_llm.training.language.take_backbone`.
+        named: what :func:`~recbole_llm.training.language.named_reader` gave.
     """
-    _take_backbone(config, dataset, store, sources, named)
     assert sources.item_text is not None
+    if sources.reader is None:
+        sources.reader, sources.reader_mark, lines = take_reader(config, dataset, sources.item_text, store, named)
+        sources.lines += lines
+        if not config["text_llm"]:
+            sources.backbone, sources.backbone_mark = sources.reader, sources.reader_mark
     sources.texts = vectors_of(config, store, sources, sources.item_text.texts)
 
 
 def vectors_of(
     config: Any, store: StageStore, sources: Sources, texts: list[str], name: str = "item_texts"
 ) -> np.ndarray:
-    """What the sources' language model makes of texts: a stage, which is added to the sources.
+    """What the language model that reads texts makes of some: a stage, which is added to the sources.
 
     Args:
         config: the run's.
         store: the stage cache.
-        sources: with the language model.
+        sources: with that language model.
         texts: of any kind.
         name: the stage's.
 
     Returns:
         float32 ``[len(texts), H]``; zero for a text without tokens.
     """
-    backbone, mark = sources.backbone, sources.backbone_mark
+    backbone, mark = sources.reader, sources.reader_mark
     assert backbone is not None
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
     # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
@@ -353,7 +367,7 @@ def vectors_of(
 
 
 def _take_backbone(config: Any, dataset: Any, store: StageStore, sources: Sources, named: Backbone | None) -> Backbone:
-    """The sources' language model, put there where none was."""
+    """The language model that generates, put into the sources where none was."""
     assert sources.item_text is not None
     if sources.backbone is None:
         sources.backbone, sources.backbone_mark, lines = take_backbone(config, dataset, sources.item_text, store, named)

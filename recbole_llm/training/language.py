@@ -10,6 +10,8 @@ import numpy as np
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
+from recbole_llm.backbone.embedded_t5 import NAME as EMBEDDED_T5
+from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings, make_embedded_t5
 from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
 from recbole_llm.data.item_text import ItemText, load_item_text
@@ -82,21 +84,30 @@ def backbone_options(config: Any) -> dict[str, Any]:
 def load_model(config: Any, name: str | Path) -> Backbone:
     """A language model as a run wants it; with its vocabulary head for a recommender that generates items."""
     generates = getattr(getattr(config, "model_class", None), "ranking", None) == "beam"
-    return load_backbone(name, **backbone_options(config), with_head=generates)
+    return load_backbone(name, **backbone_options(config), with_head=generates, causal_only=_causal_only(config))
+
+
+def _causal_only(config: Any) -> bool:
+    """Whether a run's recommender takes no language model with an encoder: one that does not say so takes none."""
+    return bool(getattr(getattr(config, "model_class", None), "causal_only", True))
 
 
 def named_backbone(config: Any) -> Backbone | None:
-    """The language model that ``llm`` names, loaded; ``None`` for the embedded one, which is trained first.
+    """The language model that ``llm`` names, loaded; ``None`` for an embedded one, which is made first.
 
     Asked for before anything trains, so that a wrong name or option costs nobody a wait.
 
     Raises:
-        UserError: there is no such model, or it cannot be loaded as asked.
+        UserError: there is no such model, or it cannot be loaded as asked, or the recommender cannot take it.
     """
     options = backbone_options(config)
-    if config["llm"] != "embedded":
+    if config["llm"] not in ("embedded", EMBEDDED_T5):
         return load_model(config, config["llm"])
     check_options(options["dtype"], options["attention"], options["quantization"], options["device"])
+    if config["llm"] == EMBEDDED_T5:
+        if _causal_only(config):
+            raise UserError(f"{config['model']} needs a causal language model, and llm: {EMBEDDED_T5} has an encoder")
+        EmbeddedT5Settings.from_config(config)
     return None
 
 
@@ -108,7 +119,7 @@ def take_backbone(
     Args:
         config: of the run.
         dataset: the train data set.
-        item_text: what the embedded one is trained on.
+        item_text: what an embedded one is made of.
         store: the stage cache.
         named: what :func:`named_backbone` gave.
 
@@ -117,19 +128,44 @@ def take_backbone(
     """
     if named is not None:
         return named, fingerprint_of([named.fingerprint(), backbone_options(config)]), []
-    stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
+    if config["llm"] == EMBEDDED_T5:
+        stage = _embedded_t5_stage(config, dataset, item_text, store)
+    else:
+        stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
     backbone = load_model(config, stage.folder / "model")
     return backbone, stage.fingerprint, [stage.as_dict("backbone")]
+
+
+def named_reader(config: Any) -> Backbone | None:
+    """The language model that reads items' texts, ``text_llm`` or else ``llm``; see :func:`named_backbone`."""
+    if not config["text_llm"]:
+        return named_backbone(config)
+    if config["text_llm"] == "embedded":
+        return None
+    return load_backbone(config["text_llm"], **backbone_options(config), causal_only=False)
+
+
+def take_reader(
+    config: Any, dataset: Any, item_text: ItemText, store: StageStore, named: Backbone | None
+) -> tuple[Backbone, str, list[dict[str, Any]]]:
+    """The language model that reads items' texts.
+
+    Args:
+        config, dataset, item_text, store: as for :func:`take_backbone`, which says what is returned.
+        named: what :func:`named_reader` gave.
+    """
+    if not config["text_llm"] or named is not None:
+        return take_backbone(config, dataset, item_text, store, named)
+    stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
+    backbone = load_backbone(stage.folder / "model", **backbone_options(config))
+    return backbone, stage.fingerprint, [stage.as_dict("text_backbone")]
 
 
 def embedded_stage(
     config: Any, dataset: Any, item_text: ItemText, settings: EmbeddedSettings, store: StageStore
 ) -> Stage:
     """Train (or find) the embedded LM on the texts of items that stand in train, and the run's prompt templates."""
-    seen = np.unique(dataset.train_histories.items)
-    # Words that the tokenizer has not met cost a token for every few letters, in every prompt.
-    templates = templates_of(config).whole() if config["prompts"] else prompts.TEMPLATES
-    corpus = build_corpus([item_text.texts[item] for item in seen.tolist()], templates, config["seed"])
+    corpus = _corpus(config, dataset, item_text)
     inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"]}
 
     def make(folder: Path) -> dict[str, Any]:
@@ -139,3 +175,24 @@ def embedded_stage(
         return train_embedded(corpus, settings, seed=config["seed"], folder=folder / "model", resume=resume)
 
     return store.run("backbone", BACKBONE_VERSION, inputs, make)
+
+
+def _embedded_t5_stage(config: Any, dataset: Any, item_text: ItemText, store: StageStore) -> Stage:
+    """Make (or find) the embedded T5; it has no words where the run's prompts have none."""
+    settings = EmbeddedT5Settings.from_config(config)
+    corpus = _corpus(config, dataset, item_text) if config["prompts"] else []
+    inputs = {"settings": vars(settings), "corpus": fingerprint_of(corpus), "seed": config["seed"], "kind": EMBEDDED_T5}
+
+    def make(folder: Path) -> dict[str, Any]:
+        remove(folder / "model")
+        return make_embedded_t5(corpus, settings, config["seed"], folder / "model")
+
+    return store.run("backbone", BACKBONE_VERSION, inputs, make)
+
+
+def _corpus(config: Any, dataset: Any, item_text: ItemText) -> list[str]:
+    """What an embedded language model learns its words from."""
+    seen = np.unique(dataset.train_histories.items)
+    # Words that the tokenizer has not met cost a token for every few letters, in every prompt.
+    templates = templates_of(config).whole() if config["prompts"] else prompts.TEMPLATES
+    return build_corpus([item_text.texts[item] for item in seen.tolist()], templates, config["seed"])

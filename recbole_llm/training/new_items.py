@@ -19,7 +19,7 @@ from recbole_llm.itemid.new_items import from_neighbours, from_text
 from recbole_llm.training.codebooks import Quantiser, check_settings
 from recbole_llm.training.embeddings import text_embeddings
 from recbole_llm.training.item_tokens import Tokenized, has_codebook, read_texts
-from recbole_llm.training.language import named_backbone, read_item_text
+from recbole_llm.training.language import named_reader, read_item_text
 from recbole_llm.training.store import StageStore
 
 
@@ -158,12 +158,12 @@ def _points(
     rest = np.flatnonzero(~arrivals.placed)
     if len(rest) and sources.item_text is None:
         sources.item_text = read_item_text(config, dataset)
-        read_texts(config, dataset, store, sources, None if sources.backbone else named_backbone(config))
+        read_texts(config, dataset, store, sources, None if sources.reader else named_reader(config))
     texts = np.zeros((len(arrivals.raw_ids), 0), dtype=np.float32)
     if len(rest):
-        assert sources.backbone is not None
+        assert sources.reader is not None
         kind, limit = config["text_embedding"], config["text_embedding_tokens"]
-        texts = text_embeddings(sources.backbone, arrivals.texts, kind, limit)
+        texts = text_embeddings(sources.reader, arrivals.texts, kind, limit)
     if config["code_input"] == "text":
         return texts, texts
     assert sources.points is not None

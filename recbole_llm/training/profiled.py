@@ -23,10 +23,10 @@ class ProfiledMixin(DescribedMixin):
     def _read(self, dataset: Any, store: StageStore, sources: Sources) -> Callable[[], None]:
         config, item_text = self.config, sources.item_text
         assert item_text is not None
-        sources.backbone, sources.backbone_mark, sources.lines = take_backbone(
+        sources.reader, sources.reader_mark, sources.lines = take_backbone(
             config, dataset, item_text, store, named_backbone(config)
         )
-        made = make_profiles(config, dataset, item_text, store, sources.backbone, sources.backbone_mark)
+        made = make_profiles(config, dataset, item_text, store, sources.reader, sources.reader_mark)
         sources.lines += [stage.as_dict() for stage in made.stages]
         items = torch.from_numpy(vectors_of(config, store, sources, made.items))
         users = torch.from_numpy(vectors_of(config, store, sources, made.users, "user_texts"))

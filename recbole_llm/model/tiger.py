@@ -1,0 +1,94 @@
+"""TIGER: an encoder-decoder reads a user's history as semantic ids and writes the next item's.
+
+Items become tokens by an RQ-VAE of their texts' embeddings, and a further token numbers those with equal codes
+(``properties/item_tokens/tiger.yaml``). The encoder reads one token of the user and the items' tokens, and no word; a
+T5 that nothing trained beforehand learns next items from that.
+
+Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023, arXiv 2305.05065, section 3 and 4.
+There is no official code. What the paper leaves open, and what differs, stands in ``properties/model/TIGER.yaml``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_llm.data.instructions import TokenBatch
+from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.token_table import TokenTable
+from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.model.aligntokenrec import AlignTokenRec
+from recbole_llm.tasks.base import USER
+
+
+class TIGER(AlignTokenRec):
+    """TIGER (arXiv 2305.05065) as a RecBole recommender.
+
+    A user's token is that of a bucket that his id falls into by a hash (section 4), so that users whom training has not
+    seen have one too. With ``user_tokens: 0`` a history alone says all.
+
+    Args:
+        config: the run's configuration.
+        dataset: RecBole-like, with ``train_histories``.
+    """
+
+    # Numbers of the users who are asked about, by row of the batch that is ranked.
+    _asked: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        if not self.further_tokens:
+            return
+        offsets = torch.from_numpy(dataset.train_histories.offsets)
+        # Of each train interaction, like the items.
+        self._owners = torch.repeat_interleave(offsets.diff())
+        names = dataset.field2id_token[self.USER_ID].tolist()
+        self._buckets = torch.tensor([zlib.crc32(str(name).encode()) % self.further_tokens for name in names])
+
+    @property
+    def further_tokens(self) -> int:  # type: ignore[override]
+        """Tokens of users."""
+        return int(self.config["user_tokens"])
+
+    @property
+    def tells_user(self) -> bool:  # type: ignore[override]
+        """Whether prompts hold a token of the user."""
+        return self.further_tokens > 0
+
+    def prepare(
+        self, *, item_tokens: ItemTokens, backbone: Any, texts: Mapping[str, Sequence[str] | TokenTable], **made: Any
+    ) -> None:
+        """See :meth:`~recbole_llm.model.generative.GenerativeRecommender.prepare`."""
+        self._first_user = backbone.embed_tokens.num_embeddings + item_tokens.size
+        if self.tells_user:
+            # The first for all: each prompt gets its own once it is written.
+            texts = {**texts, USER: TokenTable.of([[self._first_user]])}
+        super().prepare(item_tokens=item_tokens, backbone=backbone, texts=texts, **made)
+
+    def _told_users(self, ids: Tensor, users: Tensor) -> Tensor:
+        """Prompts with the tokens of users, int64 that goes with ``ids``, in the place of the first."""
+        return torch.where(ids == self._first_user, self._first_user + self._buckets[users], ids)
+
+    def training_batch(self, interaction: Any) -> TokenBatch:
+        """Prompts and answers of the train loader's samples, with their users."""
+        batch = super().training_batch(interaction)
+        if not self.tells_user:
+            return batch
+        return replace(batch, ids=self._told_users(batch.ids, self._owners[batch.moments].unsqueeze(1)))
+
+    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+        """See the base class."""
+        if self.tells_user:
+            self._asked = interaction[self.USER_ID].cpu()
+        return super().full_sort_predict_excluding(interaction, rows, items, candidates)
+
+    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
+        asked = super()._ask(history, part)
+        if not self.tells_user:
+            return asked
+        return Ragged(self._told_users(asked.values, self._asked[part][asked.rows]), asked.offsets)
