@@ -36,8 +36,12 @@ class Reader(Protocol):
         """
 
 
-class _Roomy(DynamicLayer):
-    """Keys and values with room behind them, so that taking in new ones copies nothing that is there."""
+class Roomy(DynamicLayer):
+    """Keys and values with room behind them, so that taking in new ones copies nothing that is there.
+
+    Args:
+        room: positions behind those taken in first.
+    """
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -58,6 +62,17 @@ class _Roomy(DynamicLayer):
         self.keys[:, :, start : self._used] = key_states
         self.values[:, :, start : self._used] = value_states
         return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+
+    def keep(self, start: int, places: Tensor) -> None:
+        """Forget what was taken in from a position on, but for some, which move up.
+
+        Args:
+            start: position.
+            places: counted from ``start``, int64 [n].
+        """
+        self._used = start + len(places)
+        for held in (self.keys, self.values):
+            held[:, :, start : self._used] = held[:, :, start + places]
 
     def get_seq_length(self) -> int:
         """Positions taken in."""
@@ -89,7 +104,7 @@ class SharedPrompts:
         text = config.get_text_config()
         self._windows = windows(text)
         self._cache = DynamicCache()
-        self._cache.layers.extend(_Roomy(room) for _ in range(text.num_hidden_layers))
+        self._cache.layers.extend(Roomy(room) for _ in range(text.num_hidden_layers))
         # No position sees what follows it, so the filling needs no mask while the prompts are read.
         states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
         self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
