@@ -126,29 +126,25 @@ def main() -> None:
     best = pruned(batch)
     whole = ranking(batch)
     top = whole.topk(search.beams, dim=1).values
-    detail = {
+    same = bool((best.scores - top).abs().max() < 1e-4)
+    detail: dict[str, Any] = {
         "items": items,
         "tokens a user": {
             "ours": ranking.reads + PROMPT, "reference": items * (PROMPT + LEVELS - 1),
             "shared prompt": items * (LEVELS - 1) + PROMPT,
         },
         "reference's rows at once": reference.rows,
-        "against a shared prompt": {"ratio": round(median(ratios_of(own, shared)), 3), "seconds": round(median(shared), 3)},
+        "against a shared prompt": {
+            "ratio": round(median(ratios_of(own, shared)), 3), "seconds": round(median(shared), 3),
+        },
         "seconds by nodes at once": by_nodes,
         "seconds a user, 4 users at once": round(once(lambda: ranking(batch)) / 4, 3),
         "20 best, pruned": {
-            "equal": bool((best.scores - top).abs().max() < 1e-4), "seconds a user": round(once(lambda: pruned(batch)) / 4, 3),
+            "equal": same, "seconds a user": round(once(lambda: pruned(batch)) / 4, 3),
             "share of nodes": round(pruned.visited_share, 4),
         },
     }  # fmt: skip
-    report(
-        "exact_ranking",
-        ours,
-        theirs,
-        equal=error < 1e-4 and detail["20 best, pruned"]["equal"],
-        max_error=error,
-        detail=detail,
-    )  # type: ignore[index]
+    report("exact_ranking", ours, theirs, equal=error < 1e-4 and same, max_error=error, detail=detail)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from test_beam_search import (
     random_codes,
     searcher,
 )
+from test_leakage import SMALL
 from tiny_folders import KINDS
 
 from recbole_llm.data.ties import tie_order
@@ -33,6 +34,7 @@ from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.itemid.item_tokens import ItemTokens
+from recbole_llm.training.runs import run
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -176,3 +178,27 @@ def test_no_more_is_held_than_a_piece(llama: Any, monkeypatch: pytest.MonkeyPatc
     assert len(set(rooms)) == 1
     assert rooms[0] < len(SIZES) + 6
     assert len(CODE_IDS) == sum(SIZES)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AlignTokenRec", "TALLRec"])
+def test_a_run_ranks_the_whole_catalogue(settings_of: Any, name: str) -> None:
+    """Of one training: the first of a full and a pruned ranking are equal, and measures go beyond the beams."""
+    own = settings_of(item_text="{movie_title} {class}", **SMALL[name]) | {"epochs": 1, "beams": 10, "topk": [10]}
+    results = {how: run(name, "small", config_dict=own | {"ranking": how}) for how in ("beam", "full", "pruned")}
+    assert {how: result["evaluation"]["ranking"] for how, result in results.items()} == {how: how for how in results}
+    assert results["full"]["test"] == pytest.approx(results["pruned"]["test"])
+    assert 0 < results["pruned"]["evaluation"]["visited_share"] <= 1
+    assert not {"visited_share"} & (results["full"]["evaluation"].keys() | results["beam"]["evaluation"].keys())
+    deep = run(name, "small", config_dict=own | {"ranking": "full", "topk": [10, 800], "metrics": ["NDCG", "GAUC"]})
+    assert deep["test"]["ndcg@10"] == pytest.approx(results["full"]["test"]["ndcg@10"])
+    assert deep["test"]["ndcg@800"] > deep["test"]["ndcg@10"]
+    assert 0 < deep["test"]["gauc"] < 1
+
+
+def test_a_level_search_scores_no_catalogue(settings_of: Any) -> None:
+    own = settings_of(item_text="{movie_title}", **SMALL["AlignTokenRec"])
+    with pytest.raises(UserError, match="with constraint: level set ranking: beam"):
+        run("AlignTokenRec", "small", config_dict=own | {"ranking": "full", "constraint": "level"})
