@@ -255,6 +255,7 @@ def test_models_that_need_a_causal_one_refuse_it(model: str, tmp_path: Path, fol
     [
         ({"tasks": [SEQUENTIAL, NEGATIVE]}, "prompts: ~ has no words that tell the task negative from sequential"),
         ({"prompts": "aligntokenrec"}, "prompts: TIGER tells of the user in every template"),
+        ({"ranking": "full"}, "ranking: full needs a causal language model, and this one has an encoder"),
         ({"text_llm": "nowhere/at all"}, "llm 'nowhere/at all': no such folder"),
         ({"adapter": "lora", "lora_target_modules": ["q_proj"]}, "no linear layer of a T5Model ends in 'q_proj'"),
     ],

@@ -110,10 +110,10 @@ class BeamSearch(nn.Module):
         self.trie = Trie(item_tokens, tie_order).to(device)
         if not len(self.trie.order):
             raise UserError("no item has tokens; there is nothing to search for")
-        self._lm_ids = lm_ids.to(device)
+        self.lm_ids = lm_ids.to(device)
         order = torch.arange(item_tokens.n_items) if tie_order is None else tie_order.cpu()
-        self._rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
-        self._levels = [self._level(item_tokens, depth) for depth in range(len(self.trie.widths) - 1)]
+        self.rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
+        self.levels = [self._level(item_tokens, depth) for depth in range(len(self.trie.widths) - 1)]
         # Known of the trie alone, so that no step has to ask the device: how many prefixes of each depth go on at most,
         # whether items end there, and the most items that end at one node.
         leaves = self.trie.is_leaf(torch.arange(len(self.trie), device=device))
@@ -138,7 +138,7 @@ class BeamSearch(nn.Module):
             tokens = self.trie.tokens[low:high].unique()
         columns = torch.zeros(self.trie.size, dtype=torch.int64, device=self.trie.device)
         columns[tokens] = torch.arange(len(tokens), device=self.trie.device)
-        return self.head.tokens(self._lm_ids[tokens]), columns
+        return self.head.tokens(self.lm_ids[tokens]), columns
 
     def check(self, k: int, exclude: Exclusion | None = None) -> None:
         """Refuse what cannot be answered; :meth:`forward` does so before it reads anything.
@@ -159,17 +159,28 @@ class BeamSearch(nn.Module):
         if items < self.beams:
             raise UserError(f"{self.beams} beams are more than the {items} items that can be recommended{where}")
 
-    def _lay_out(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def lay_out(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as a table.
+
+        Args:
+            prompts: token ids of each row.
+
+        Returns:
+            int64 [B, P], filled up on the right, and the lengths, int64 [B].
+
+        Raises:
+            UserError: there are no prompts, one is empty, or one leaves no room for an item.
+        """
         lengths = [len(prompt) for prompt in prompts]
         if not prompts or not min(lengths):
             raise UserError("a prompt has no tokens" if prompts else "there are no prompts")
         config: Any = self.decoder.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        longest = max(lengths) + len(self._levels) - 1
+        longest = max(lengths) + len(self.levels) - 1
         if most and longest > most:
             row = lengths.index(max(lengths))
             raise UserError(
-                f"the prompt of row {row} has {max(lengths)} tokens and an item up to {len(self._levels)}; "
+                f"the prompt of row {row} has {max(lengths)} tokens and an item up to {len(self.levels)}; "
                 f"the language model reads {most}"
             )
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
@@ -201,7 +212,7 @@ class BeamSearch(nn.Module):
         reader = self._read(prompts, sum(self._widths[1:]))
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
-        for depth in range(len(self._levels)):
+        for depth in range(len(self.levels)):
             tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked, guide)
             ended = self._end(grown, ended, depth + 1)
             if not self._widths[depth + 1]:
@@ -211,41 +222,61 @@ class BeamSearch(nn.Module):
             if (guide is None or self._most_equal == 1) and self._is_decided(beams, ended, k):
                 break
             chosen_tokens = tokens.flatten(1).gather(1, chosen).clamp(min=0)
-            reader.step(self._lm_ids[chosen_tokens], chosen // tokens.shape[-1])
+            reader.step(self.lm_ids[chosen_tokens], chosen // tokens.shape[-1])
         assert ended is not None  # the deepest nodes are leaves
         return self._items(ended, k, exclude, leaked, guide)
 
     def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
         """Read the prompts, with room for so many tokens of beams each."""
-        ids, lengths = self._lay_out(prompts)
+        ids, lengths = self.lay_out(prompts)
         return self._reads(self.decoder, ids, lengths, beams)
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None
     ) -> tuple[Tensor, _Beams]:
         """Every legal token of every beam: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
-        level, columns = self._levels[depth]
-        tokens, children = self.trie.legal_padded(beams.nodes, depth)
+        added, children, (tokens, lost) = self.added(states, beams.nodes, depth, guide, leaked)
         there = children >= 0
-        logits = self.head.logits(states, level)
-        grown = logits.gather(-1, columns[tokens.clamp(min=0)]).masked_fill_(~there, -torch.inf)
-        # Of a beam that is none every token is illegal, and its sum -inf; the score is masked below.
-        base = (grown if self.normaliser == "legal" else logits).logsumexp(-1)
-        kept = beams.kept
-        if leaked or self.normaliser == "vocabulary":
-            rest = self.head.log_sum_of_rest(states, level, logits.amax(-1))
-            whole = torch.logaddexp(logits.logsumexp(-1) if self.normaliser == "legal" else base, rest)
-            kept = kept + (base - whole)
-            base = whole if self.normaliser == "vocabulary" else base
         if exclude is not None:
             there = exclude.left(children) > 0
             children = torch.where(there, children, -1)
+        scores = (beams.scores.unsqueeze(-1) + added).masked_fill_(~there, -torch.inf)
+        kept = (beams.kept + lost).unsqueeze(-1).expand_as(scores)
+        return tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
+
+    def added(
+        self, states: Tensor, nodes: Tensor, depth: int, guide: Guide | None = None, leaked: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | float]]:
+        """What the legal tokens of nodes add to a score.
+
+        Args:
+            states: the decoder's at the nodes, [B, K, hidden].
+            nodes: of the trie, int64 [B, K]; -1 is none.
+            depth: theirs.
+            guide: see :meth:`forward`.
+            leaked: whether to tell the mass that leaked.
+
+        Returns:
+            Log-probabilities float32 [B, K, W], -inf where there is no child; the children int64 [B, K, W], -1 for
+            none; their tokens int64 [B, K, W], and the logarithm of the mass that does not leak [B, K], 0 where it is
+            not asked for.
+        """
+        level, columns = self.levels[depth]
+        tokens, children = self.trie.legal_padded(nodes, depth)
+        logits = self.head.logits(states, level)
+        grown = logits.gather(-1, columns[tokens.clamp(min=0)]).masked_fill_(children < 0, -torch.inf)
+        # Of a node that is none every token is illegal, and its sum -inf, which means nothing.
+        base = (grown if self.normaliser == "legal" else logits).logsumexp(-1)
+        lost: Tensor | float = 0.0
+        if leaked or self.normaliser == "vocabulary":
+            rest = self.head.log_sum_of_rest(states, level, logits.amax(-1))
+            whole = torch.logaddexp(logits.logsumexp(-1) if self.normaliser == "legal" else base, rest)
+            lost = base - whole
+            base = whole if self.normaliser == "vocabulary" else base
         added = grown - base.unsqueeze(-1)
         if guide is not None:
-            added = guide.mixed(added, beams.nodes, children)
-        scores = (beams.scores.unsqueeze(-1) + added).masked_fill_(~there, -torch.inf)
-        kept = kept.unsqueeze(-1).expand_as(scores)
-        return tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
+            added = guide.mixed(added, nodes, children)
+        return added, children, (tokens, lost)
 
     def _go_on(self, grown: _Beams, depth: int) -> tuple[_Beams, Tensor]:
         """The best prefixes of a depth that do not end there [B, K], and their places among all [B, K]."""
@@ -268,7 +299,7 @@ class BeamSearch(nn.Module):
         new = grown._replace(nodes=leaves, scores=grown.scores.masked_fill(leaves < 0, -torch.inf))
         if ended is not None:
             new = _Beams(*(torch.cat(pair, dim=1) for pair in zip(ended, new)))
-        first = self._rank[self.trie.order[self.trie.starts[new.nodes.clamp(min=0)]]]
+        first = self.rank[self.trie.order[self.trie.starts[new.nodes.clamp(min=0)]]]
         chosen = best(new.scores, min(self.beams, new.scores.shape[1]), first)
         return _Beams(*(part.gather(1, chosen) for part in new))
 
@@ -296,7 +327,7 @@ class BeamSearch(nn.Module):
         if guide is not None:
             scores = scores + guide.apart(ended.nodes, places)
         scores = torch.where(there, scores, -torch.inf).flatten(1)
-        chosen = best(scores, k, self._rank[items])
+        chosen = best(scores, k, self.rank[items])
         scores = scores.gather(1, chosen)
         if not scores.isfinite().all():
             raise UserError(

@@ -94,7 +94,7 @@ class LevelSearch(BeamSearch):
             whole = parents.unsqueeze(-1).expand(-1, -1, depth)
             sequences = torch.cat((sequences.gather(1, whole), tokens.unsqueeze(-1)), dim=-1)
             if depth + 1 < len(self._used):
-                reader.step(self._lm_ids[tokens], parents)
+                reader.step(self.lm_ids[tokens], parents)
         return self._found(sequences, scores, k, exclude)
 
     def _kept(self) -> list[int]:
@@ -107,7 +107,7 @@ class LevelSearch(BeamSearch):
 
     def _logs(self, states: Tensor, depth: int) -> Tensor:
         """Log-probabilities of the level's used tokens, float32 [B, K, W]."""
-        level, columns = self._levels[depth]
+        level, columns = self.levels[depth]
         logits = self.head.logits(states, level)
         used = logits[..., columns[self._used[depth]]]
         base = (used if self.normaliser == "legal" else logits).logsumexp(-1)
@@ -126,7 +126,7 @@ class LevelSearch(BeamSearch):
         found = torch.where(there, scores.unsqueeze(-1), -torch.inf)
         found[..., 0] = torch.where(none, FILTERED if self.filter_items else scores, found[..., 0])
         items, found = items.flatten(1), found.flatten(1)
-        order = torch.where(items >= 0, self._rank[items.clamp(min=0)], len(self._rank))
+        order = torch.where(items >= 0, self.rank[items.clamp(min=0)], len(self.rank))
         width = min(k, items.shape[1])
         chosen = best(found, width, order)
         items, found = items.gather(1, chosen), found.gather(1, chosen)
@@ -148,6 +148,6 @@ class LevelSearch(BeamSearch):
             return found._replace(items=items)
         holes = (found.items < 0) & found.scores.isfinite()
         free = legal.scatter(1, items, False)
-        last = torch.where(free, self._rank, -1).topk(items.shape[1], dim=1).indices
+        last = torch.where(free, self.rank, -1).topk(items.shape[1], dim=1).indices
         stand_ins = last.gather(1, (holes.cumsum(1) - 1).clamp(min=0))
         return found._replace(items=torch.where(holes, stand_ins, items))

@@ -37,7 +37,11 @@ class Reader(Protocol):
 
 
 class Roomy(DynamicLayer):
-    """Keys and values with room behind them, so that taking in new ones copies nothing that is there."""
+    """Keys and values with room behind them, so that taking in new ones copies nothing that is there.
+
+    Args:
+        room: positions behind those taken in first.
+    """
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -58,6 +62,17 @@ class Roomy(DynamicLayer):
         self.keys[:, :, start : self._used] = key_states
         self.values[:, :, start : self._used] = value_states
         return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+
+    def keep(self, start: int, places: Tensor) -> None:
+        """Forget what was taken in from a position on, but for some, which move up.
+
+        Args:
+            start: position.
+            places: counted from ``start``, int64 [n].
+        """
+        self._used = start + len(places)
+        for held in (self.keys, self.values):
+            held[:, :, start : self._used] = held[:, :, start + places]
 
     def get_seq_length(self) -> int:
         """Positions taken in."""

@@ -106,7 +106,7 @@ class Run:
         evaluation = self.result["evaluation"]
         judged = {"split": self.result["split"].get("fingerprint"), **{key: evaluation.get(key) for key in JUDGED_BY}}
         # A beam search chooses among the whole catalogue too; what it misses is its own loss.
-        ranking = "full" if judged["ranking"] == "beam" else judged["ranking"]
+        ranking = "full" if judged["ranking"] in ("beam", "pruned") else judged["ranking"]
         # What a run says nothing of it is without.
         return judged | {"ranking": ranking} | {key: bool(judged[key]) for key in ("title_match", "leaking_ids")}
 

@@ -40,12 +40,14 @@ class BIGRec(TitleRecommender):
     _title_states: Tensor | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        if config["grounding"] == EMBEDDING:
-            # No search: the catalogue is scored.
-            self.ranking = "full"
         super().__init__(config, dataset)
         counts = torch.bincount(self._train_items, minlength=self.n_items).float()
         self._popularity = _scaled(counts[1:]).unsqueeze(0)
+
+    @classmethod
+    def ranked_by(cls, config: Any) -> str:
+        """See the base class; with ``grounding: embedding`` there is no search, and the catalogue is scored."""
+        return "full" if config["grounding"] == EMBEDDING else super().ranked_by(config)
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         super()._take_tokens(item_tokens, head_model, codebook)
@@ -66,7 +68,7 @@ class BIGRec(TitleRecommender):
     @torch.no_grad()
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """See the base class; with ``grounding: embedding`` scores are distances with a minus before them."""
-        if self.ranking == "beam":
+        if self.config["grounding"] != EMBEDDING:
             return super().full_sort_predict_excluding(interaction, rows, items, candidates)
         history = self._histories_of(interaction)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)

@@ -30,6 +30,8 @@ from recbole_llm.data.task_loader import history_groups
 from recbole_llm.data.templates import INFERENCE, templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch, Found
+from recbole_llm.decoding.full_ranking import FullRanking
+from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.model.guided import GuidedSearch
@@ -86,10 +88,11 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     causal_only = False
 
     def __init__(self, config: Any, dataset: Any) -> None:
+        self.ranking = self.ranked_by(config)
         super().__init__(config, dataset)
         check_adapter(config)
         self.config = config
-        if self.ranking == "beam" and max(config["topk"]) > config["beams"]:
+        if self.ranking != "full" and max(config["topk"]) > config["beams"]:
             raise UserError(
                 f"topk asks for {max(config['topk'])} items and the search keeps {config['beams']} beams; "
                 f"set beams to {max(config['topk'])}"
@@ -109,13 +112,39 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._moments = torch.arange(len(self._train_items))
         self._search: tuple[Tensor, BeamSearch] | None = None
+        self._exact: tuple[BeamSearch, FullRanking | PrunedRanking] | None = None
+
+    @classmethod
+    def ranked_by(cls, config: Any) -> str:
+        """How items are ranked as the settings stand: ``beam``, ``full`` or ``pruned``.
+
+        Raises:
+            UserError: settings of one that mean nothing with another.
+        """
+        ranking = str(config["ranking"])
+        if ranking != "beam" and config["constraint"] not in (None, "trie"):
+            raise UserError(f"ranking: {ranking} scores items alone; with constraint: level set ranking: beam")
+        return ranking
+
+    @classmethod
+    def idle_settings(cls, config: Any) -> tuple[str, ...]:
+        """Settings that mean nothing as the others stand."""
+        told = super().idle_settings(config)
+        return (*told, "tree_nodes") if config["ranking"] == "beam" else told
 
     def check_language_model(self, encodes: bool) -> None:
         """Say or refuse before any work what a language model of this kind makes of the settings.
 
         Args:
             encodes: whether an encoder reads the prompts.
+
+        Raises:
+            UserError: ``ranking`` asks for what only a causal one does.
         """
+        if encodes and self.ranking != "beam":
+            raise UserError(
+                f"ranking: {self.ranking} needs a causal language model, and this one has an encoder; set ranking: beam"
+            )
         if encodes and self.config["train_positions"] == "all":
             logger.info("train_positions: all learns answers alone here, as an encoder reads the whole history")
 
@@ -345,6 +374,21 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
             self._search = candidates, search
         return self._search[1]
 
+    def _ranker(self, search: BeamSearch) -> BeamSearch | FullRanking | PrunedRanking:
+        """What ranks: the search, or what goes beyond it."""
+        if self.ranking == "beam":
+            return search
+        if self._exact is None or self._exact[0] is not search:
+            kind = FullRanking if self.ranking == "full" else PrunedRanking
+            self._exact = search, kind(search, self.config["tree_nodes"])
+        return self._exact[1]
+
+    @property
+    def visited_share(self) -> float | None:
+        """Of the items' trie, the share that ``ranking: pruned`` read for the last evaluation; ``None`` of others."""
+        ranker = self._exact[1] if self._exact else None
+        return ranker.visited_share if isinstance(ranker, PrunedRanking) else None
+
     def _search_kind(self) -> tuple[type[BeamSearch], dict[str, Any]]:
         """The search, and settings that it has beside those of every search."""
         return BeamSearch, {}
@@ -363,6 +407,8 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """Scores over the catalogue: log-probabilities of the items that were found, one value below them for others.
 
+        With ``ranking: full`` all are found, with ``pruned`` as many as there are beams, and these the best.
+
         Args:
             interaction: users' item lists (0-padded on the right, oldest first).
             rows: int64 ``[E]`` rows of the batch.
@@ -377,14 +423,19 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         candidates = candidates.cpu().clone()
         candidates[0] = False
         search = self.searcher(candidates)
+        ranker = self._ranker(search)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
         scores[:, candidates.to(self.device)] = 0.0
         for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
             asked, barred = self._ask(history.take(part), part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
-            exclude = Exclusion.from_lists(search.trie, barred.offsets, barred.values)
-            found = search(prompts, exclude=exclude, guide=self.guide(interaction, part, search.trie))
+            guide = self.guide(interaction, part, search.trie)
             own = scores[part.to(self.device)]
+            if isinstance(ranker, FullRanking):
+                scores[part.to(self.device)] = own + ranker(prompts, guide)
+                continue
+            exclude = Exclusion.from_lists(search.trie, barred.offsets, barred.values)
+            found = ranker(prompts, exclude=exclude, guide=guide)
             found = self._placed(search, found, own, barred)
             least = found.scores.masked_fill(found.items == 0, torch.inf).amin(1, keepdim=True)
             # Below the least of them by one; equal, so that the tie order alone ranks them.

@@ -29,12 +29,11 @@ class GuidedSearch:
     guidance: Guidance | None = None
 
     config: Any
-    ranking: str
     USER_ID: str
 
     def __init__(self, config: Any, dataset: Any) -> None:
         if is_guided(config):
-            _check_guidance(config, self.ranking)
+            _check_guidance(config)
         super().__init__(config, dataset)  # type: ignore[call-arg]
 
     @classmethod
@@ -67,9 +66,9 @@ def is_guided(config: Any) -> bool:
     return weight is not None and weight < 1
 
 
-def _check_guidance(config: Any, ranking: str) -> None:
+def _check_guidance(config: Any) -> None:
     """Refuse before any work what cannot be guided."""
-    if ranking != "beam":
+    if config["grounding"] not in (None, "trie"):
         raise UserError("cf_guidance below 1 guides a search, and grounding: embedding has none; set grounding: trie")
     if config["constraint"] not in (None, "trie"):
         raise UserError(

@@ -146,7 +146,7 @@ class Recommender:
         """
         if k < 1 or k > int(self.pool.candidates.sum()):
             raise UserError(f"k should be 1 to {int(self.pool.candidates.sum())}, the items there are, but is {k}")
-        if getattr(self.model, "ranking", "full") != "beam":
+        if getattr(self.model, "ranking", "full") == "full":
             return
         beams = self.config["beams"]
         if k > beams:

@@ -93,7 +93,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         check_settings(config)
         if sharding():
             raise UserError(f"{config['model']} cannot shard its language model; train whole copies")
-        if self.model.ranking == "beam":
+        if self.model.ranking != "full":
             _check_beams(config, dataset)
         _check_code_embedding(config)
         check_folds(config, dataset)

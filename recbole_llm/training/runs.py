@@ -281,6 +281,7 @@ def _curves(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
     invalid = getattr(fitted.model, "invalid_share", None)
+    visited = getattr(fitted.model, "visited_share", None)
     recbole, sequential = config["policy"] == "recbole", fitted.test_data.is_sequential
     return {
         "policy": config["policy"],
@@ -295,6 +296,7 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         **({LEAKING: True} if _leaks(fitted) else {}),
         # Of a search that may say what no item is: how much of it was.
         **({} if invalid is None else {"invalid_share": invalid}),
+        **({} if visited is None else {"visited_share": visited}),
         "test_users": test_users,
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,

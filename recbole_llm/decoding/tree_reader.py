@@ -1,0 +1,147 @@
+"""Prompts behind which a decoder reads a whole tree of tokens, in pieces, each node once.
+
+A piece is a run of nodes in the tree's depth-first order, so whatever stands above one of its nodes is in the piece or
+on the path to its first node. Behind the prompts' keys and values lie therefore those of that path and of the piece,
+and a mask lets each node see its prompt and the nodes above it. What a piece leaves behind is cut down to the path that
+the next one needs: memory is that of one piece, however large the tree.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from recbole_llm.decoding.shared_cache import Roomy, windows
+
+
+class TreeReader(Protocol):
+    """Prompts whose tree is being read."""
+
+    state: Tensor
+    """The state at the last position of each prompt, [B, hidden]."""
+
+    def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
+        """Read the next piece.
+
+        Args:
+            tokens: the language model's ids of the nodes, int64 [C]; [B, C] where each prompt has its own.
+            depths: tokens that lead to each node, its own among them, int64 like ``tokens``.
+            above: which nodes each one sees, itself among them: of the path kept before, and of the piece, bool
+                [C, A + C]; [B, C, A + C] where each prompt has its own.
+
+        Returns:
+            States of the nodes, [B, C, hidden].
+        """
+
+    def keep(self, places: Tensor) -> None:
+        """Forget all but some nodes.
+
+        Args:
+            places: among the A + C of the last piece, ascending, int64 [A'].
+                None at all where each prompt has nodes of its own.
+        """
+
+
+class SharedTree:
+    """A tree over prompts whose keys and values are read once; see :class:`TreeReader`.
+
+    Args:
+        decoder: a Hugging Face base model that :func:`~recbole_llm.decoding.shared_cache.shares`.
+        ids: the prompts, filled up on the right with any token, int64 [B, P].
+        lengths: int64 [B], each at least 1.
+        room: nodes of a path and a piece together, at most.
+    """
+
+    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
+        self._decoder, self._lengths = decoder, lengths
+        config: Any = decoder.config
+        text = config.get_text_config()
+        self._windows = windows(text)
+        self._layers = [Roomy(room) for _ in range(text.num_hidden_layers)]
+        self._cache = DynamicCache()
+        self._cache.layers.extend(self._layers)
+        states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
+        self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+        self._places = torch.arange(ids.shape[1], device=ids.device)
+        # How deep the nodes are that were kept, and all that there are.
+        self._kept = self._depths = lengths.new_empty(len(ids), 0)
+
+    def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
+        """See :class:`TreeReader`."""
+        rows = len(self._lengths)
+        depths = depths.expand(rows, -1)
+        self._depths = torch.cat((self._kept, depths), dim=1)
+        masks = {kind: self._mask(depths, above, window) for kind, window in self._windows.items()}
+        return self._decoder(
+            input_ids=tokens.expand(rows, -1),
+            position_ids=self._lengths.unsqueeze(1) + depths - 1,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _mask(self, depths: Tensor, above: Tensor, window: int | None) -> Tensor:
+        """What to add to attention scores, [B, 1, C, P + A + C]."""
+        rows, nodes = depths.shape
+        lengths = self._lengths.view(-1, 1, 1)
+        seen = (self._places < lengths).expand(-1, nodes, -1)
+        above = above.expand(rows, -1, -1)
+        if window is not None:
+            first = (depths - window).unsqueeze(-1)
+            seen = seen & (self._places > lengths - 1 + first)
+            above = above & (self._depths.unsqueeze(1) > first)
+        mask = torch.cat((seen, above), dim=-1).unsqueeze(1)
+        dtype = self.state.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def keep(self, places: Tensor) -> None:
+        """See :class:`TreeReader`."""
+        for layer in self._layers:
+            layer.keep(len(self._places), places)
+        self._kept = self._depths[:, places]
+
+
+class WholeTree:
+    """A tree over prompts that are read anew for every node; see :class:`TreeReader`.
+
+    For models that remember more than keys and values (Mamba), or count positions in a way of their own.
+
+    Args:
+        decoder: a Hugging Face base model.
+        ids: the prompts, filled up on the right with any token, int64 [B, P].
+        lengths: int64 [B], each at least 1.
+        room: plays no part.
+    """
+
+    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int = 0) -> None:
+        self._decoder, self._ids, self._lengths = decoder, ids, lengths
+        self._tokens = lengths.new_empty(len(ids), 0)
+        self.state = self._states(ids.unsqueeze(1), lengths.unsqueeze(1))[:, 0]
+
+    def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        rows, nodes, length = ids.shape
+        states = self._decoder(input_ids=ids.reshape(-1, length), use_cache=False).last_hidden_state
+        last = (lengths - 1).clamp(min=0).reshape(-1, 1, 1).expand(-1, 1, states.shape[-1])
+        return states.gather(1, last).view(rows, nodes, -1)
+
+    def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
+        """See :class:`TreeReader`."""
+        rows, nodes = len(self._ids), tokens.shape[-1]
+        self._tokens = torch.cat((self._tokens, tokens.expand(rows, -1)), dim=1)
+        above, depths = above.expand(rows, -1, -1), depths.expand(rows, -1)
+        # A node's path: of the tokens that it sees the first, second, ... .
+        order = above.cumsum(-1) - 1
+        paths = tokens.new_zeros(rows, nodes, int(above.sum(-1).max()))
+        row, node, place = above.nonzero(as_tuple=True)
+        paths[row, node, order[row, node, place]] = self._tokens[row, place]
+        ids = torch.cat((self._ids, self._ids.new_zeros(rows, paths.shape[2])), dim=1).unsqueeze(1).repeat(1, nodes, 1)
+        behind = self._lengths.view(-1, 1, 1) + torch.arange(paths.shape[2], device=paths.device)
+        ids.scatter_(2, behind.expand(-1, nodes, -1), paths)
+        return self._states(ids, self._lengths.unsqueeze(1) + depths)
+
+    def keep(self, places: Tensor) -> None:
+        """See :class:`TreeReader`."""
+        self._tokens = self._tokens[:, places]
