@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_lm import TinyBackbone, gpt2, llama
 
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
 from recbole_llm.model.glta import GLTA
@@ -36,12 +37,12 @@ def shipped() -> dict[str, Any]:
     return yaml.load((properties_dir() / "model" / "GLTA.yaml").read_text(encoding="utf-8"), Loader=Loader)
 
 
-def histories() -> SimpleNamespace:
+def histories() -> Histories:
     """Users 1 to 6 with 12, 9, 6, 3, 1 and 0 train items."""
     draw = np.random.default_rng(5)
     counts = [0, 12, 9, 6, 3, 1, 0]
     items = np.concatenate([draw.permutation(np.arange(1, N_ITEMS))[:count] for count in counts])
-    return SimpleNamespace(offsets=np.r_[0, np.cumsum(counts)].astype(np.int64), items=items.astype(np.int64))
+    return Histories(np.r_[0, np.cumsum(counts)].astype(np.int64), items.astype(np.int64))
 
 
 def dataset() -> SimpleNamespace:

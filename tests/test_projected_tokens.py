@@ -20,6 +20,7 @@ from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.backbone.projected_tokens import ProjectedTokens, read_projected
 from recbole_llm.backbone.soft_tokens import token_scale
 from recbole_llm.config import Config
+from recbole_llm.data.split import Histories
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.head import Head
 from recbole_llm.errors import UserError
@@ -148,7 +149,7 @@ def test_a_search_with_such_prompts_is_the_brute_force_over_all_items(
 def world(items: np.ndarray | None = None) -> SimpleNamespace:
     own = histories()
     if items is not None:
-        own.items = items
+        own = Histories(own.offsets, items)
     return SimpleNamespace(train_histories=own, uid_field="user_id")
 
 
@@ -197,7 +198,7 @@ def test_a_users_state_is_that_before_his_item_whatever_comes_after(
     middle = (start + stop) // 2
     changed = owned.items.copy()
     changed[middle] = changed[middle] % (made.model.n_items - 1) + 1
-    other = SimpleNamespace(train_histories=SimpleNamespace(items=changed, offsets=owned.offsets), uid_field="user_id")
+    other = SimpleNamespace(train_histories=Histories(owned.offsets, changed), uid_field="user_id")
     after = UserStates(made.model, other, model, 8).states(moments)
     assert torch.equal(before[moments <= middle], after[moments <= middle])
     assert not torch.allclose(before[middle - start], after[middle - start])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 
 # Whose decoder's layers are known: what they are given for positions, and where the prompt's states go.
 KNOWN = ("t5", "mt5")
@@ -34,6 +33,9 @@ def base_of(model: Any) -> Any:
     """
     if not encodes(model) or model.base_model is not model:
         return model.base_model
+    # Collaborative models come by this file too, and start without this import, which takes as long as all the others.
+    from transformers import AutoModel
+
     with torch.device("meta"):
         base = AutoModel.from_config(model.config, attn_implementation=model.config._attn_implementation)
     base.shared, base.encoder, base.decoder = model.shared, model.encoder, model.decoder

@@ -45,9 +45,14 @@ class BIGRec(TitleRecommender):
         self._popularity = _scaled(counts[1:]).unsqueeze(0)
 
     @classmethod
+    def searches(cls, config: Any) -> bool:
+        """See the base class; with ``grounding: embedding`` the catalogue is scored by distances."""
+        return bool(config["grounding"] != EMBEDDING)
+
+    @classmethod
     def ranked_by(cls, config: Any) -> str:
-        """See the base class; with ``grounding: embedding`` there is no search, and the catalogue is scored."""
-        return "full" if config["grounding"] == EMBEDDING else super().ranked_by(config)
+        """See the base class."""
+        return super().ranked_by(config) if cls.searches(config) else "full"
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         super()._take_tokens(item_tokens, head_model, codebook)
@@ -68,7 +73,7 @@ class BIGRec(TitleRecommender):
     @torch.no_grad()
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """See the base class; with ``grounding: embedding`` scores are distances with a minus before them."""
-        if self.config["grounding"] != EMBEDDING:
+        if self.searches(self.config):
             return super().full_sort_predict_excluding(interaction, rows, items, candidates)
         history = self._histories_of(interaction)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)

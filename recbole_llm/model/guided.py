@@ -33,8 +33,13 @@ class GuidedSearch:
 
     def __init__(self, config: Any, dataset: Any) -> None:
         if is_guided(config):
-            _check_guidance(config)
+            _check_guidance(config, self.searches(config))
         super().__init__(config, dataset)  # type: ignore[call-arg]
+
+    @classmethod
+    def searches(cls, config: Any) -> bool:
+        """Whether there is a search to guide as the settings stand."""
+        return True
 
     @classmethod
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
@@ -66,9 +71,9 @@ def is_guided(config: Any) -> bool:
     return weight is not None and weight < 1
 
 
-def _check_guidance(config: Any) -> None:
+def _check_guidance(config: Any, searches: bool) -> None:
     """Refuse before any work what cannot be guided."""
-    if config["grounding"] not in (None, "trie"):
+    if not searches:
         raise UserError("cf_guidance below 1 guides a search, and grounding: embedding has none; set grounding: trie")
     if config["constraint"] not in (None, "trie"):
         raise UserError(
