@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_folders import KINDS, WINDOW
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from recbole_llm.data.ties import tie_order
 from recbole_llm.decoding.beam_search import BeamSearch, best
 from recbole_llm.decoding.head import Head, decoder_of
+from recbole_llm.decoding.shared_cache import SharedPrompts
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.itemid.item_tokens import ItemTokens
@@ -431,3 +433,30 @@ class TestRefused:
         model.lm_head.register_forward_hook(lambda module, given, logits: logits * 2)
         with pytest.raises(UserError, match="the logits of a granite are not those of its head alone"):
             Head.of(model)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor made has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+def test_a_steps_largest_tensor_grows_with_the_beams_and_not_with_their_square(llama: Any) -> None:
+    most = []
+    for beams in (200, 400):
+        reader = SharedPrompts(
+            decoder_of(llama), torch.tensor([PROMPTS[1]]), torch.tensor([len(PROMPTS[1])]), 3 * beams
+        )
+        tokens = torch.arange(beams).remainder(LM_SIZE).unsqueeze(0)
+        reader.step(tokens, torch.zeros_like(tokens))
+        with Largest() as noted:
+            reader.step(tokens, torch.arange(beams).unsqueeze(0))
+        most.append(noted.most)
+    assert 1.9 < most[1] / most[0] < 2.1

@@ -1,8 +1,9 @@
 """Prompts that are read once and continued by many beams each, over one set of keys and values a prompt.
 
 The beams of a prompt are rows of one sequence: behind the prompt's keys and values lie those of every token that any
-of its beams has had, and a mask lets each beam see the prompt and its own tokens, a path in the tree of them. So the
-prompt is neither copied nor expanded, and when beams are exchanged only rows of that mask move, no keys and values.
+of its beams has had, and each beam sees the prompt and its own tokens, a path in the tree of them
+(``path_attention.py``). So the prompt is neither copied nor expanded, and when beams are exchanged only the places of
+their paths move, no keys and values. Memory grows with the number of beams.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from recbole_llm.decoding.path_attention import PathView, along_paths
 
 # How far states over shared keys and values may be from those of a plain reading, relative, by bytes a number.
 TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -136,42 +139,32 @@ class SharedPrompts:
         self._decoder, self._lengths = decoder, lengths
         config: Any = decoder.config
         text = config.get_text_config()
-        self._windows = windows(text)
         self._cache = DynamicCache()
         self._cache.layers.extend(Roomy(room) for _ in range(text.num_hidden_layers))
         # No position sees what follows it, so the filling needs no mask while the prompts are read.
         states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
         self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
-        self._places = torch.arange(ids.shape[1], device=ids.device)
-        # A token's step is also how far behind the prompt it stands.
-        self._paths = Paths(len(ids), ids.device)
+        self._prompt = ids.shape[1]
+        # The places behind the prompts of the tokens that each beam has had, [B, K, steps], and how many there are.
+        self._paths = lengths.new_empty(len(ids), 1, 0)
+        self._read = 0
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """See :class:`Reader`."""
-        beams = tokens.shape[1]
-        at = self._paths.grow(parents)
-        self.state = self._decoder(
-            input_ids=tokens,
-            position_ids=(self._lengths.unsqueeze(1) + at).expand(-1, beams),
-            attention_mask=self._masks(at),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        rows, beams = tokens.shape
+        own = torch.arange(self._read, self._read + beams, device=tokens.device).expand(rows, -1).unsqueeze(-1)
+        before = self._paths.gather(1, parents.unsqueeze(-1).expand(-1, -1, self._paths.shape[-1]))
+        self._paths, self._read = torch.cat((before, own), dim=-1), self._read + beams
+        depths = torch.full((1, beams), self._paths.shape[-1], device=tokens.device)
+        with along_paths(self._decoder):
+            self.state = self._decoder(
+                input_ids=tokens,
+                position_ids=self._lengths.unsqueeze(1) + depths - 1,
+                past_key_values=self._cache,
+                use_cache=True,
+                path_view=PathView(self._prompt, self._lengths, depths, self._paths),
+            ).last_hidden_state
         return self.state
-
-    def _masks(self, at: int) -> Any:
-        """What to add to attention scores, [B, 1, K, P + tokens read], or one for each kind of layers by its name."""
-        masks = {kind: self._mask(at, window) for kind, window in self._windows.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _mask(self, at: int, window: int | None) -> Tensor:
-        seen, path = self._places < self._lengths.unsqueeze(1), self._paths.seen
-        if window is not None:
-            seen = seen & (self._places > (self._lengths + at - window).unsqueeze(1))
-            path = path & (torch.tensor(self._paths.steps, device=path.device) > at - window)
-        mask = torch.cat((seen.unsqueeze(1).expand(-1, path.shape[1], -1), path), dim=-1).unsqueeze(1)
-        dtype = self.state.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class WholePrompts:
@@ -232,9 +225,13 @@ def shares(decoder: nn.Module) -> bool:
         SharedPrompts(decoder, prompts, lengths, 4),
         WholePrompts(decoder, prompts, lengths),
     )
-    for tokens, parents in steps:
-        for reader in readers:
-            reader.step(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+    try:
+        for tokens, parents in steps:
+            for reader in readers:
+                reader.step(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+    except TypeError:
+        # What its layers are given does not reach attention.
+        return False
     shared, whole = (reader.state.float() for reader in readers)
     error = (shared - whole).norm() / whole.norm()
     return bool(error <= TOLERANCE[readers[0].state.element_size()])

@@ -2,7 +2,7 @@
 
 A piece is a run of nodes in the tree's depth-first order, so whatever stands above one of its nodes is in the piece or
 on the path to its first node. Behind the prompts' keys and values lie therefore those of that path and of the piece,
-and a mask lets each node see its prompt and the nodes above it. What a piece leaves behind is cut down to the path that
+and each node sees its prompt and the nodes above it (``path_attention.py``). What a piece leaves behind is cut down to the path that
 the next one needs: memory is that of one piece, however large the tree.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from recbole_llm.decoding.shared_cache import Roomy, windows
+from recbole_llm.decoding.path_attention import PathView, along_paths
+from recbole_llm.decoding.shared_cache import Roomy
 
 
 class TreeReader(Protocol):
@@ -59,49 +60,30 @@ class SharedTree:
         self._decoder, self._lengths = decoder, lengths
         config: Any = decoder.config
         text = config.get_text_config()
-        self._windows = windows(text)
         self._layers = [Roomy(room) for _ in range(text.num_hidden_layers)]
         self._cache = DynamicCache()
         self._cache.layers.extend(self._layers)
         states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
         self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
-        self._places = torch.arange(ids.shape[1], device=ids.device)
-        # How deep the nodes are that were kept, and all that there are.
-        self._kept = self._depths = lengths.new_empty(len(ids), 0)
+        self._prompt = ids.shape[1]
 
     def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
         """See :class:`TreeReader`."""
-        rows = len(self._lengths)
-        depths = depths.expand(rows, -1)
-        self._depths = torch.cat((self._kept, depths), dim=1)
-        masks = {kind: self._mask(depths, above, window) for kind, window in self._windows.items()}
-        return self._decoder(
-            input_ids=tokens.expand(rows, -1),
-            position_ids=self._lengths.unsqueeze(1) + depths - 1,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    def _mask(self, depths: Tensor, above: Tensor, window: int | None) -> Tensor:
-        """What to add to attention scores, [B, 1, C, P + A + C]."""
-        rows, nodes = depths.shape
-        lengths = self._lengths.view(-1, 1, 1)
-        seen = (self._places < lengths).expand(-1, nodes, -1)
-        above = above.expand(rows, -1, -1)
-        if window is not None:
-            first = (depths - window).unsqueeze(-1)
-            seen = seen & (self._places > lengths - 1 + first)
-            above = above & (self._depths.unsqueeze(1) > first)
-        mask = torch.cat((seen, above), dim=-1).unsqueeze(1)
-        dtype = self.state.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        rows, nodes = len(self._lengths), tokens.shape[-1]
+        with along_paths(self._decoder):
+            states: Tensor = self._decoder(
+                input_ids=tokens.expand(rows, -1),
+                position_ids=self._lengths.unsqueeze(1) + depths - 1,
+                past_key_values=self._cache,
+                use_cache=True,
+                path_view=PathView(self._prompt, self._lengths, depths.view(-1, nodes), paths_of(above)),
+            ).last_hidden_state
+        return states
 
     def keep(self, places: Tensor) -> None:
         """See :class:`TreeReader`."""
         for layer in self._layers:
-            layer.keep(len(self._places), places)
-        self._kept = self._depths[:, places]
+            layer.keep(self._prompt, places)
 
 
 class WholeTree:
@@ -131,12 +113,8 @@ class WholeTree:
         """See :class:`TreeReader`."""
         rows, nodes = len(self._ids), tokens.shape[-1]
         self._tokens = torch.cat((self._tokens, tokens.expand(rows, -1)), dim=1)
-        above, depths = above.expand(rows, -1, -1), depths.expand(rows, -1)
-        # A node's path: of the tokens that it sees the first, second, ... .
-        order = above.cumsum(-1) - 1
-        paths = tokens.new_zeros(rows, nodes, int(above.sum(-1).max()))
-        row, node, place = above.nonzero(as_tuple=True)
-        paths[row, node, order[row, node, place]] = self._tokens[row, place]
+        depths, places = depths.expand(rows, -1), paths_of(above).expand(rows, -1, -1)
+        paths = self._tokens.gather(1, places.clamp(min=0).flatten(1)).view(places.shape)
         ids = torch.cat((self._ids, self._ids.new_zeros(rows, paths.shape[2])), dim=1).unsqueeze(1).repeat(1, nodes, 1)
         behind = self._lengths.view(-1, 1, 1) + torch.arange(paths.shape[2], device=paths.device)
         ids.scatter_(2, behind.expand(-1, nodes, -1), paths)
@@ -145,3 +123,20 @@ class WholeTree:
     def keep(self, places: Tensor) -> None:
         """See :class:`TreeReader`."""
         self._tokens = self._tokens[:, places]
+
+
+def paths_of(above: Tensor) -> Tensor:
+    """Which nodes each one sees, one after the other.
+
+    Args:
+        above: whether it sees each, these in such an order that what stands above comes first, bool [..., C, N].
+
+    Returns:
+        int64 [R, C, D], R being 1 where there is no first dimension; -1 behind a path's end.
+    """
+    above = above.view(-1, *above.shape[-2:])
+    row, node, place = above.nonzero(as_tuple=True)
+    order = above.cumsum(-1)[row, node, place] - 1
+    paths = torch.full((*above.shape[:2], int(above.sum(-1).max())), -1, device=above.device)
+    paths[row, node, order] = place
+    return paths
