@@ -2,8 +2,8 @@
 
 A piece is a run of nodes in the tree's depth-first order, so whatever stands above one of its nodes is in the piece or
 on the path to its first node. Behind the prompts' keys and values lie therefore those of that path and of the piece,
-and each node sees its prompt and the nodes above it (``path_attention.py``). What a piece leaves behind is cut down to the path that
-the next one needs: memory is that of one piece, however large the tree.
+and each node sees its prompt and the nodes above it (``path_attention.py``). What a piece leaves behind is cut down to
+the path that the next one needs: memory is that of one piece, however large the tree.
 """
 
 from __future__ import annotations
