@@ -4,7 +4,7 @@ Items become tokens by an RQ-VAE of their texts' embeddings, and a further token
 (``properties/item_tokens/tiger.yaml``). The encoder reads one token of the user and the items' tokens, and no word; a
 T5 that nothing trained beforehand learns next items from that.
 
-Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023, arXiv 2305.05065, section 3 and 4.
+Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023, arXiv 2305.05065.
 There is no official code. What the paper leaves open, and what differs, stands in ``properties/model/TIGER.yaml``.
 """
 
@@ -29,7 +29,7 @@ from recbole_llm.tasks.base import USER
 class TIGER(AlignTokenRec):
     """TIGER (arXiv 2305.05065) as a RecBole recommender.
 
-    A user's token is that of a bucket that his id falls into by a hash (section 4), so that users whom training has not
+    A user's token is that of a bucket that his id falls into by a hash, so that users whom training has not
     seen have one too. With ``user_tokens: 0`` a history alone says all.
 
     Args:
