@@ -12,6 +12,8 @@ and why, stands in ``properties/model/P5.yaml``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,9 +40,14 @@ class P5(AlignTokenRec):
     Args:
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories`` and the raw ids of users.
+
+    Attributes:
+        user_mark: uint8 ``[32]``, whose number is which; a part of the weights, as what is learned of a number is of
+            one user.
     """
 
     tells_user = True
+    user_mark: Tensor
     # Users who are asked about, by row of the batch that is ranked.
     _asked: Tensor
 
@@ -49,6 +56,9 @@ class P5(AlignTokenRec):
         self._whole_words: bool = config["whole_word_embeddings"]
         self._histories = dataset.train_histories
         self._user_numbers = spelled(_users_in_order(config, dataset))
+        named = sorted(zip(dataset.field2id_token[self.USER_ID].tolist(), self._user_numbers, strict=True))
+        digest = bytearray(hashlib.sha256(json.dumps(named).encode()).digest())
+        self.register_buffer("user_mark", torch.frombuffer(digest, dtype=torch.uint8))
 
     def prepare(self, *, backbone: Any, texts: Mapping[str, Sequence[str] | TokenTable], **made: Any) -> None:
         """See :meth:`~recbole_llm.model.generative.GenerativeRecommender.prepare`."""
