@@ -29,9 +29,7 @@ from recbole_llm.data.ties import tie_order
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.itemid.identifiers import spelled
 from recbole_llm.model.aligntokenrec import AlignTokenRec
-from recbole_llm.tasks.base import USER
-
-_SAMPLED = ("task", "start", "stop", "source", "target")
+from recbole_llm.tasks.base import USER, check_no_texts, of_users
 
 
 class P5(AlignTokenRec):
@@ -53,6 +51,7 @@ class P5(AlignTokenRec):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        check_no_texts(self.tasks)
         self._whole_words: bool = config["whole_word_embeddings"]
         self._histories = dataset.train_histories
         self._user_numbers = spelled(_users_in_order(config, dataset))
@@ -87,9 +86,7 @@ class P5(AlignTokenRec):
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples; each tells of the user whose item it asks for."""
-        samples = {name: interaction[name] for name in _SAMPLED}
-        samples["source"] = torch.from_numpy(self._histories.owners(samples["stop"].numpy()))
-        batch = super().training_batch(samples)
+        batch = super().training_batch(of_users(interaction, self._histories))
         if not self._whole_words:
             return batch
         # Words are of what is asked, as in P5, whose encoder alone is told of them; a search tells of none either.
