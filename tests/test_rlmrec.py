@@ -597,3 +597,11 @@ def test_how_a_language_model_writes_is_no_setting_of_templates(kind: str) -> No
         assert keys("generated", "embedded", **{name: 7}) != keys("generated", "embedded"), name
     # The template has these.
     assert keys("template", "some", profile_keywords=7) != keys("template", "some")
+
+
+def test_prompts_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "show_progress": False, "gpu_id": "", "profile_prompts": "nothere"}
+    config = Config("RLMRecCon", "tiny", config_dict=settings, command_line=[])
+    with pytest.raises(UserError, match="there is no 'nothere'"):
+        fit(config, store_of(config))
+    assert not list(tmp_path.rglob("stage.json"))
