@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,10 +127,10 @@ def _codebook(path: str, arguments: list[str]) -> str:
     file = result_file(path).with_name(CARD)
     if not file.is_file():
         if file.with_name(TOKENS).is_file() and not result_file(path).is_file():
-            raise UserError(f"{path} has no codebook: its tokens are raw ids, titles, or were given")
+            raise UserError(f"{path} has no codebook: its tokens are ids, titles, or were given")
         result, _ = read_run(path)
         why = "its items are titles" if "title_tokens" in result["config"] else "it reads no item tokens"
-        why = "it made no codebook" if "code_method" in result["config"] else why
+        why = _what_tokens(result["config"]) if "code_method" in result["config"] else why
         raise UserError(f"{path} has no codebook: {result['model']}, {why}")
     picture = file.with_suffix(".png")
     drawn = str(picture) if can_draw() else MISSING_PLOTS
@@ -145,6 +145,15 @@ def _codebook(path: str, arguments: list[str]) -> str:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r})") from None
     return f"{text}\n\ncard        {file}\npicture     {drawn}"
+
+
+def _what_tokens(config: Mapping[str, Any]) -> str:
+    """Why a run whose items have tokens has no codebook."""
+    from recbole_llm.training.identifiers import METHODS
+
+    if config["code_tokens"] is not None:
+        return "its tokens were given"
+    return f"its tokens are {config['code_method'] if config['code_method'] in METHODS else 'raw'} ids"
 
 
 def _backbone(llm: str, arguments: list[str]) -> str:

@@ -222,6 +222,14 @@ def test_examples_show_what_the_first_seeds_say(table: Table, count: int, seed: 
     assert json.loads(json.dumps(shown)) == shown
 
 
+def test_who_has_no_more_items_left_is_shown_none() -> None:
+    one = made_up(np.array([[3, 1, 0], [2, 0, 0]]), [[1], [3]], 5)
+    shown = {user["user"]: user["top"]["A"] for user in examples({"A": [one]}, "ndcg@3", {})}
+    assert {user: [item["item"] for item in listed] for user, listed in shown.items()} == {
+        "u0": ["i3", "i1"], "u1": ["i2"],
+    }  # fmt: skip
+
+
 def test_the_choice_tells_something() -> None:
     rng = np.random.default_rng(0)
     values = np.full((3, 200), 0.5)

@@ -550,7 +550,11 @@ def test_a_damaged_card_is_told_in_one_line(finished: Path, tmp_path: Path, cont
 
 @pytest.mark.parametrize(
     ("model", "settings", "says"),
-    [("SASRecCodes", {"code_levels": 1}, "SASRecCodes, it made no codebook"), ("Pop", {}, "Pop, it reads no item tok")],
+    [
+        ("SASRecCodes", {"code_levels": 1}, "SASRecCodes, its tokens are raw ids"),
+        ("SASRecCodes", {"item_tokens": "random", "code_method": "random"}, "SASRecCodes, its tokens are random ids"),
+        ("Pop", {}, "Pop, it reads no item tok"),
+    ],
 )
 def test_a_run_without_a_codebook(tmp_path: Path, model: str, settings: dict[str, Any], says: str) -> None:
     shared = {

@@ -185,6 +185,16 @@ def test_users_are_numbered_by_the_seed_or_as_the_file_has_them(tmp_path: Path) 
     assert [int(file[user]) for user in met] == list(range(len(met)))
 
 
+def test_a_run_whose_users_have_other_numbers_is_not_gone_on_from(tmp_path: Path) -> None:
+    before = Path(run("P5", "tiny", config_dict=quick(tmp_path))["result_file"]).parent
+    going_on = fitted(tmp_path, continue_from=str(before), epochs=0)
+    assert going_on.model.user_mark.dtype == torch.uint8
+    for other in ({"seed": 7}, {"user_ids": "sequential"}):
+        with pytest.raises(UserError, match="other numbers") as error:
+            fitted(tmp_path, continue_from=str(before), epochs=0, **other)
+        assert "\n" not in str(error.value)
+
+
 def test_prompts_without_the_user_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(

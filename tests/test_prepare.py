@@ -86,7 +86,7 @@ def test_what_it_leaves_can_be_given_to_a_run(output: Path, tmp_path: Path, leve
         assert {path.name for path in folder.iterdir()} > {CARD, INDEX, "run.log"}
         assert inspect(["codebook", str(folder)]).startswith("80 items with tokens; levels: 4 of 8 codes each")
     else:
-        with pytest.raises(UserError, match="has no codebook: its tokens are raw ids, titles, or were given"):
+        with pytest.raises(UserError, match="has no codebook: its tokens are ids, titles, or were given"):
             inspect(["codebook", str(folder)])
 
 

@@ -103,3 +103,29 @@ def test_more_items_than_there_are_is_refused(loaders: tuple[Any, Any, Any, Any]
     config["topk"] = [5000]
     with pytest.raises(UserError, match="5000 items"):
         measure(Fixed(torch.zeros(train._dataset.item_num)), test, config, train)
+
+
+def test_who_has_fewer_items_left_is_shown_no_more(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    split = train._dataset.split
+    there = int(split.candidates.sum())
+    config["topk"] = [there]
+    known, wanted = split.histories(0, 1), split.histories(2)
+    found = measure(Fixed(torch.zeros(split.n_items)), test, config, train)
+    for place, user in enumerate(found.users.tolist()):
+        shown = found.items[place][found.items[place] > 0].tolist()
+        left = set(np.flatnonzero(split.candidates).tolist()) - set(known.of(user).tolist())
+        assert set(shown) == left and len(shown) == len(left) < there
+        assert not found.items[place][len(left) :].any()
+        # The target is among what is left, so it is found, whatever stands behind.
+        assert int(wanted.of(user)[0]) in left and found.per_user[f"hit@{there}"][place] == 1
+
+
+def test_what_may_not_be_recommended_is_no_hit(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    split = train._dataset.split
+    config["topk"] = [int(split.candidates.sum())]
+    # As of a model that bars items by itself, the targets among them.
+    found = measure(Fixed(torch.full((split.n_items,), -torch.inf)), test, config, train)
+    assert not found.items.any()
+    assert not any(values.any() for name, values in found.per_user.items() if "hit" in name or "recall" in name)

@@ -22,13 +22,12 @@ from test_leakage import SMALL, rows_of, write_by_phase
 
 from recbole_llm import Config, UserError, run
 from recbole_llm.data.item_text import first_words
-from recbole_llm.data.profiles import Reviews, items_of_users, profile_of, read_wording
+from recbole_llm.data.profiles import Reviews, items_of_users, profile_of, profile_source, read_wording
 from recbole_llm.data.split import TEST, TRAIN, VALID, Histories
 from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.lightgcn import LightGCN
 from recbole_llm.model.rlmrec import RLMRecCon, RLMRecGen
 from recbole_llm.training.pipeline import fit, store_of
-from recbole_llm.training.profiles import profile_source
 
 KINDS = [RLMRecCon, RLMRecGen]
 STORIES = ROOT.parent / "shared" / "data" / "lm" / "stories260K"
@@ -583,3 +582,26 @@ class TestGenerated:
     ) -> None:
         with pytest.raises(UserError, match=r"^the prompts that have the language model write profiles take up to"):
             fitted("RLMRecCon", generated(settings_of, folders("llama"), profile_new_tokens=100000))
+
+
+@pytest.mark.parametrize("kind", ["RLMRecCon", "RLMRecGen"])
+def test_how_a_language_model_writes_is_no_setting_of_templates(kind: str) -> None:
+    def keys(profiles: str, llm: str, **more: int) -> dict[str, Any]:
+        settings = {"profiles": profiles, "llm": llm, **more}
+        return Config(kind, "tiny", config_dict=settings, command_line=[]).stage_keys()
+
+    for name in ("profile_words", "profile_new_tokens", "profile_batch_size"):
+        assert keys("template", "some", **{name: 7}) == keys("template", "some"), name
+        assert keys("auto", "embedded", **{name: 7}) == keys("auto", "embedded"), name
+        assert keys("auto", "some", **{name: 7}) != keys("auto", "some"), name
+        assert keys("generated", "embedded", **{name: 7}) != keys("generated", "embedded"), name
+    # The template has these.
+    assert keys("template", "some", profile_keywords=7) != keys("template", "some")
+
+
+def test_prompts_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "show_progress": False, "gpu_id": "", "profile_prompts": "nothere"}
+    config = Config("RLMRecCon", "tiny", config_dict=settings, command_line=[])
+    with pytest.raises(UserError, match="there is no 'nothere'"):
+        fit(config, store_of(config))
+    assert not list(tmp_path.rglob("stage.json"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_aligntokenrec import OPTIONS, SETTINGS, loader, tokens, users
@@ -23,6 +24,8 @@ from recbole_llm.errors import UserError
 from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.model.tiger import TIGER
 from recbole_llm.serving.recommender import Recommender
+from recbole_llm.tasks import known_tasks
+from recbole_llm.tasks.base import check_no_texts
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
 from recbole_llm.training.fine_tuning import FineTuningTrainer
 from recbole_llm.training.pipeline import fit, store_of
@@ -99,6 +102,24 @@ def test_what_is_asked_is_what_was_trained(folder: Path) -> None:
         items = interaction["item_id_list"][row, : int(interaction["item_length"][row])][-length:].tolist()
         shown = [2 + token for item in items for token in tokens().of(item)]
         assert asked[row] == [user_token(made, user), *shown, made.backbone.eos_id]
+
+
+def test_every_task_tells_of_the_user_whose_item_it_asks_for(tmp_path: Path) -> None:
+    more = {"prompts": "p5", "tasks": ["sequential", "straightforward"], "user_tokens": 50}
+    config = Config("TIGER", "tiny", config_dict=settings_of("TIGER", tmp_path, **more))
+    made = fit(config, store_of(config))
+    model, histories = made.model, made.train_data._dataset.train_histories
+    first = model.backbone.embed_tokens.num_embeddings + model.item_tokens.size
+    told: dict[int, int] = {}
+    for batch in made.train_data:
+        ids = model.training_batch(batch).ids
+        for row, stop in enumerate(batch["stop"].tolist()):
+            user = int(histories.owners(np.array([stop]))[0])
+            assert ids[row][ids[row] >= first].tolist() == [first + int(model._buckets[user])]
+            told[int(batch["task"][row])] = user
+    assert len(told) == 2
+    with pytest.raises(UserError, match="tasks: text asks of texts"):
+        check_no_texts([known_tasks()["sequential"], known_tasks()["text"]])
 
 
 def test_without_tokens_of_users_a_prompt_is_the_items_alone(folder: Path) -> None:

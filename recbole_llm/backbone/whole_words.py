@@ -4,7 +4,7 @@ A word is a word of the text, or all tokens of an item's or a user's id. Its num
 vocabulary, so that whatever handles prompts (packed batches, shared openings) needs to know nothing of it.
 
 Source: Geng et al., "Recommendation as Language Processing (RLP): A Unified Pretrain, Personalized Prompt & Predict
-Paradigm (P5)", RecSys 2022, arXiv 2203.13366, section 3.2.
+Paradigm (P5)", RecSys 2022, arXiv 2203.13366.
 """
 
 from __future__ import annotations

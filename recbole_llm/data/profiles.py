@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,13 @@ PLACES = {
 # An answer in JSON may be cut off before its end; one that goes on where the question opened it has no key.
 SUMMARY = re.compile(r'"summarization"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
 OPENED = re.compile(r'^((?:[^"\\]|\\.)*)"\s*[,}]', re.DOTALL)
+
+
+def profile_source(config: Any) -> str:
+    """``generated`` or ``template``: ``auto`` has any language model write but the embedded one."""
+    if config["profiles"] != "auto":
+        return str(config["profiles"])
+    return "template" if config["llm"] == "embedded" else "generated"
 
 
 @dataclass(frozen=True)

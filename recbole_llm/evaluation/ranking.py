@@ -31,7 +31,7 @@ class Measured:
         metrics: name to value, e.g. ``ndcg@10``.
         per_user: name to float64 [U], for the metrics that are means over users.
         users: int64 [U], internal user ids in the arrays' order.
-        items: int64 [U, K], the ranked items.
+        items: int64 [U, K], the ranked items; 0, the padding item, where fewer may be recommended to a user.
         counts_as: int64 [n_items], the item as which each was ranked and met; ``None``, itself.
     """
 
@@ -182,6 +182,8 @@ class _Found:
     def add(self, users: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor) -> None:
         """Take one batch: users [B], scores [B, n_items], targets as (row, item) pairs."""
         top = top_items(scores, self.largest, self.order)
+        # Behind the last that may be recommended stands nothing, and no item that was excluded.
+        top = top.masked_fill(scores.gather(1, top).isneginf(), 0)
         is_target = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         is_target[rows, items] = True
         self.users.append(users.cpu())

@@ -35,7 +35,7 @@ class Rankings:
     Attributes:
         user_id: str [U], raw ids.
         item_id: str [I], raw ids; the arrays below hold places in it.
-        top: int32 [U, K], the items recommended, best first.
+        top: int32 [U, K], the items recommended, best first; the padding item's place, 0, where a user has fewer left.
         targets: int32 [T], every user's test items; of items that count as one (``title_match``) that one, once.
         target_offsets: int64 [U + 1]; user ``u`` should have got ``targets[target_offsets[u]:target_offsets[u + 1]]``.
         item_count: int64 [I], train interactions of each item; 0 for one that training never saw.

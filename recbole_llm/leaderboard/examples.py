@@ -16,6 +16,8 @@ from recbole_llm.leaderboard.aligned import align, user_values
 
 # Items shown of each row's ranking.
 SHOWN = 10
+# What stands in a ranking where a user has no item left.
+PADDING = "[PAD]"
 
 logger = logging.getLogger("recbole_llm")
 
@@ -68,6 +70,7 @@ def examples(
                 name: [
                     {**item(place), "hit": hit}
                     for place, hit in zip(one.top[user, :SHOWN].tolist(), hits[name][user].tolist(), strict=False)
+                    if facts.item_id[place] != PADDING
                 ]
                 for name, one in firsts.items()
             },

@@ -12,6 +12,8 @@ and why, stands in ``properties/model/P5.yaml``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,9 +29,7 @@ from recbole_llm.data.ties import tie_order
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.itemid.identifiers import spelled
 from recbole_llm.model.aligntokenrec import AlignTokenRec
-from recbole_llm.tasks.base import USER
-
-_SAMPLED = ("task", "start", "stop", "source", "target")
+from recbole_llm.tasks.base import USER, check_no_texts, of_users
 
 
 class P5(AlignTokenRec):
@@ -38,17 +38,26 @@ class P5(AlignTokenRec):
     Args:
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories`` and the raw ids of users.
+
+    Attributes:
+        user_mark: uint8 ``[32]``, whose number is which; a part of the weights, as what is learned of a number is of
+            one user.
     """
 
     tells_user = True
+    user_mark: Tensor
     # Users who are asked about, by row of the batch that is ranked.
     _asked: Tensor
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        check_no_texts(self.tasks)
         self._whole_words: bool = config["whole_word_embeddings"]
         self._histories = dataset.train_histories
         self._user_numbers = spelled(_users_in_order(config, dataset))
+        named = sorted(zip(dataset.field2id_token[self.USER_ID].tolist(), self._user_numbers, strict=True))
+        digest = bytearray(hashlib.sha256(json.dumps(named).encode()).digest())
+        self.register_buffer("user_mark", torch.frombuffer(digest, dtype=torch.uint8))
 
     def prepare(self, *, backbone: Any, texts: Mapping[str, Sequence[str] | TokenTable], **made: Any) -> None:
         """See :meth:`~recbole_llm.model.generative.GenerativeRecommender.prepare`."""
@@ -77,9 +86,7 @@ class P5(AlignTokenRec):
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples; each tells of the user whose item it asks for."""
-        samples = {name: interaction[name] for name in _SAMPLED}
-        samples["source"] = torch.from_numpy(self._histories.owners(samples["stop"].numpy()))
-        batch = super().training_batch(samples)
+        batch = super().training_batch(of_users(interaction, self._histories))
         if not self._whole_words:
             return batch
         # Words are of what is asked, as in P5, whose encoder alone is told of them; a search tells of none either.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recbole_llm.data.profiles import profile_source
 from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.edges import Edges
 from recbole_llm.model.graph import MeanOfPowers, normalised_adjacency
@@ -17,6 +18,8 @@ from recbole_llm.model.text_contrast import projector, standardised
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
+# How a language model writes profiles.
+_WRITING = ("profile_words", "profile_new_tokens", "profile_batch_size")
 _BEFORE = ("item_profiles", "user_profiles", "item_texts", "user_texts")
 
 
@@ -50,6 +53,11 @@ class RLMRec(LightGCN):
         pairs = self.interaction_matrix
         adjacency = normalised_adjacency(pairs.row, pairs.col, self.n_users, self.n_items)
         self.edges = Edges.of(adjacency, self.n_users).to(self.device)
+
+    @classmethod
+    def idle_settings(cls, config: Any) -> tuple[str, ...]:
+        """Settings that mean nothing as the others stand: how profiles are written, where nothing writes them."""
+        return () if profile_source(config) == "generated" else _WRITING
 
     def _convolve(self, nodes: torch.Tensor) -> torch.Tensor:
         """LightGCN's, in training over a graph without some of its edges, the same ones at every layer."""

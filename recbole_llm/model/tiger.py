@@ -4,7 +4,7 @@ Items become tokens by an RQ-VAE of their texts' embeddings, and a further token
 (``properties/item_tokens/tiger.yaml``). The encoder reads one token of the user and the items' tokens, and no word; a
 T5 that nothing trained beforehand learns next items from that.
 
-Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023, arXiv 2305.05065, section 3 and 4.
+Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023, arXiv 2305.05065.
 There is no official code. What the paper leaves open, and what differs, stands in ``properties/model/TIGER.yaml``.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import AlignTokenRec
-from recbole_llm.tasks.base import USER
+from recbole_llm.tasks.base import USER, check_no_texts, of_users
 
 
 class TIGER(AlignTokenRec):
     """TIGER (arXiv 2305.05065) as a RecBole recommender.
 
-    A user's token is that of a bucket that his id falls into by a hash (section 4), so that users whom training has not
+    A user's token is that of a bucket that his id falls into by a hash, so that users whom training has not
     seen have one too. With ``user_tokens: 0`` a history alone says all.
 
     Args:
@@ -44,9 +43,8 @@ class TIGER(AlignTokenRec):
         super().__init__(config, dataset)
         if not self.further_tokens:
             return
-        offsets = torch.from_numpy(dataset.train_histories.offsets)
-        # Of each train interaction, like the items.
-        self._owners = torch.repeat_interleave(offsets.diff())
+        check_no_texts(self.tasks)
+        self._histories = dataset.train_histories
         names = dataset.field2id_token[self.USER_ID].tolist()
         self._buckets = torch.tensor([zlib.crc32(str(name).encode()) % self.further_tokens for name in names])
 
@@ -64,22 +62,16 @@ class TIGER(AlignTokenRec):
         self, *, item_tokens: ItemTokens, backbone: Any, texts: Mapping[str, Sequence[str] | TokenTable], **made: Any
     ) -> None:
         """See :meth:`~recbole_llm.model.generative.GenerativeRecommender.prepare`."""
-        self._first_user = backbone.embed_tokens.num_embeddings + item_tokens.size
         if self.tells_user:
-            # The first for all: each prompt gets its own once it is written.
-            texts = {**texts, USER: TokenTable.of([[self._first_user]])}
+            first = backbone.embed_tokens.num_embeddings + item_tokens.size
+            texts = {**texts, USER: TokenTable.of([[first + bucket] for bucket in self._buckets.tolist()])}
         super().prepare(item_tokens=item_tokens, backbone=backbone, texts=texts, **made)
-
-    def _told_users(self, ids: Tensor, users: Tensor) -> Tensor:
-        """Prompts with the tokens of users, int64 that goes with ``ids``, in the place of the first."""
-        return torch.where(ids == self._first_user, self._first_user + self._buckets[users], ids)
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples, with their users."""
-        batch = super().training_batch(interaction)
         if not self.tells_user:
-            return batch
-        return replace(batch, ids=self._told_users(batch.ids, self._owners[batch.moments].unsqueeze(1)))
+            return super().training_batch(interaction)
+        return super().training_batch(of_users(interaction, self._histories))
 
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
         """See the base class."""
@@ -88,7 +80,6 @@ class TIGER(AlignTokenRec):
         return super().full_sort_predict_excluding(interaction, rows, items, candidates)
 
     def _ask(self, history: Ragged, part: Tensor) -> Ragged:
-        asked = super()._ask(history, part)
         if not self.tells_user:
-            return asked
-        return Ragged(self._told_users(asked.values, self._asked[part][asked.rows]), asked.offsets)
+            return super()._ask(history, part)
+        return self.writer.ask(history, self.asked_with, self._asked[part])

@@ -23,7 +23,7 @@ His file of templates then has ``genre: [{ask: "Of what genre is {item}?", answe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -184,3 +184,28 @@ def active_tasks(config: Any) -> list[type[Task]]:
     if not active:
         raise UserError("tasks: there is nothing to train on; name one at least, such as sequential")
     return active
+
+
+def check_no_texts(tasks: Sequence[Any]) -> None:
+    """Refuse tasks of texts where every prompt tells of the user whose item it asks for.
+
+    Args:
+        tasks: that are trained.
+
+    Raises:
+        UserError: one reads texts.
+    """
+    for task in tasks:
+        if task.reads:
+            raise UserError(f"tasks: {task.name} asks of texts and not of a user, of whom every prompt tells here")
+
+
+def of_users(samples: Mapping[str, Any], histories: Any) -> dict[str, Any]:
+    """Samples of behaviour whose texts are those of the users that the samples are of.
+
+    Args:
+        samples: what the train loader yields.
+        histories: the train rows.
+    """
+    taken = {name: samples[name] for name in ("task", "start", "stop", "target")}
+    return taken | {"source": torch.from_numpy(histories.owners(taken["stop"].numpy()))}

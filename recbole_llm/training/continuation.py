@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.errors import UserError
@@ -275,9 +276,15 @@ class Continued:
         """Put the run's trained weights into a model that has been prepared.
 
         Raises:
-            UserError: they do not fit it, or are damaged.
+            UserError: they do not fit it, are damaged, or are of users who have other numbers.
         """
         state = load_state(_folder(self.cache, self.result["stages"][-1], self.run) / WEIGHTS, device)
+        mark, then = getattr(model, "user_mark", None), state["state_dict"].get("user_mark")
+        if mark is not None and then is not None and not torch.equal(mark.cpu(), then.cpu()):
+            raise UserError(
+                f"continue_from: users have other numbers than in {self.run} (other users, seed or user_ids), so what "
+                "it learned of one would be taken for another's; train anew"
+            )
         try:
             model.load_state_dict(state["state_dict"])
         except RuntimeError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from recbole_llm.data.profiles import read_wording
 from recbole_llm.training.described import DescribedMixin
 from recbole_llm.training.item_tokens import Sources, vectors_of
 from recbole_llm.training.language import named_backbone, take_backbone
@@ -23,6 +24,8 @@ class ProfiledMixin(DescribedMixin):
     def _read(self, dataset: Any, store: StageStore, sources: Sources) -> Callable[[], None]:
         config, item_text = self.config, sources.item_text
         assert item_text is not None
+        # What the user may have got wrong comes before a language model is made.
+        read_wording(config["profile_prompts"])
         sources.reader, sources.reader_mark, sources.lines = take_backbone(
             config, dataset, item_text, store, named_backbone(config)
         )

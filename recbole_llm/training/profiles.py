@@ -18,7 +18,7 @@ from recbole_llm.backbone.generation import DONE, answer_prompts
 from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.item_text import ItemText, first_words
 from recbole_llm.data.keywords import profile_keywords
-from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, read_wording
+from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, profile_source, read_wording
 from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.training.language import backbone_options
@@ -28,13 +28,6 @@ from recbole_llm.training.task_texts import reviews_in_train
 # Raised when the code here changes what the stages make.
 PROFILES_VERSION = 1
 ITEMS, USERS = "item_profiles", "user_profiles"
-
-
-def profile_source(config: Any) -> str:
-    """``generated`` or ``template``: ``auto`` has any language model write but the embedded one."""
-    if config["profiles"] != "auto":
-        return str(config["profiles"])
-    return "template" if config["llm"] == "embedded" else "generated"
 
 
 @dataclass

@@ -232,7 +232,8 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndar
         theirs: Measured = teacher.trainer.measured
         # Under eval_unit: row only a sequential recommender ranks rows; a part may have a topk of its own.
         if np.array_equal(theirs.users, measured.users) and theirs.items.shape == measured.items.shape:
-            found[part] = consistency(measured.items, theirs.items, fitted.config["topk"])
+            ours = np.where(measured.items > 0, measured.items, -1)
+            found[part] = consistency(ours, theirs.items, fitted.config["topk"])
             told = ", ".join(f"{name} {values.mean():.4f}" for name, values in found[part].items())
             logger.info("agreement with %s (%s): %s", fitted.config[part], part, told)
     return found
