@@ -23,6 +23,7 @@ from torch import Tensor
 from recbole_llm.backbone.whole_words import WordStarts, numbered, opened, read_words, without_marks
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.task_loader import DRAW
 from recbole_llm.data.ties import tie_order
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.itemid.identifiers import spelled
@@ -77,7 +78,7 @@ class P5(AlignTokenRec):
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples; each tells of the user whose item it asks for."""
-        samples = {name: interaction[name] for name in _SAMPLED}
+        samples = {name: interaction[name] for name in (*_SAMPLED, *([DRAW] if self._packs else []))}
         samples["source"] = torch.from_numpy(self._histories.owners(samples["stop"].numpy()))
         batch = super().training_batch(samples)
         if not self._whole_words:
