@@ -49,12 +49,14 @@ class Shape:
         shown: items of a history that a prompt shows.
         batch_size: samples a step.
         steps: batches of each side that are timed.
+        pairs: how often.
     """
 
     lengths: np.ndarray
     shown: int
     batch_size: int
     steps: int
+    pairs: int
 
 
 def shapes(quick: bool) -> dict[str, Shape]:
@@ -67,8 +69,8 @@ def shapes(quick: bool) -> dict[str, Shape]:
     if quick:
         films = np.sort(films)[: len(films) // 4]
     return {
-        "history 20": Shape(scientific, 20, 16 if quick else 128, 3 if quick else 4),
-        "uncapped": Shape(films, int(films.max()), 8 if quick else 32, 2 if quick else 3),
+        "history 20": Shape(scientific, 20, 16 if quick else 128, 3 if quick else 4, 1 if quick else 5),
+        "uncapped": Shape(films, int(films.max()), 8 if quick else 32, 2 if quick else 3, 1),
     }
 
 
@@ -151,7 +153,7 @@ def share(time_ratio: float, token_ratio: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def compare(folder: Path, shape: Shape, pairs: int) -> dict[str, Any]:
+def compare(folder: Path, shape: Shape) -> dict[str, Any]:
     """One shape of data, both sides."""
     ours, reference = Side(folder, shape, "user"), Side(folder, shape, "none")
     rows, theirs = ours.chosen(shape.steps), reference.chosen(shape.steps)
@@ -165,7 +167,7 @@ def compare(folder: Path, shape: Shape, pairs: int) -> dict[str, Any]:
     }  # fmt: skip
     ours.seconds(rows[:1])
     reference.seconds(theirs[:1])
-    for pair in range(pairs):
+    for pair in range(shape.pairs):
         for name in ("ours", "reference") if pair % 2 else ("reference", "ours"):
             seconds[name].append(calls[name]())
     mine = median(seconds["ours"]) * alone
@@ -211,7 +213,7 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
         for shape, given in shapes(arguments.quick).items():
             if arguments.shape in (None, shape):
-                found[shape] = compare(folder, given, 1 if arguments.quick else 3)
+                found[shape] = compare(folder, given)
                 print(f"{shape}: {json.dumps(found[shape]['detail'], indent=1)}", flush=True)
     error = max(result["error"] for result in found.values())
     report(

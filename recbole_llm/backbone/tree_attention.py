@@ -21,9 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Queries that attend at once in a bin: those before a node's own chunk see nothing behind it, which is then not read.
 CHUNK = 256
-# What a pair costs in bins beside one in rows, and what taking a node's query, key and value and putting back what comes
-# of it costs in such pairs. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks skip
-# about as much as the causal mask does; a node 150.
+# What a pair costs in bins beside one in rows, and what it costs in such pairs to take a node's query, key and value and
+# to put back what comes of it. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks
+# skip about as much as the causal mask does; a node 150.
 MASKED, TAKEN = 1.1, 150.0
 # How many times the nodes of the longest prompt a bin may have; which is best is counted.
 WIDTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
