@@ -19,10 +19,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Queries that attend at once in a bin: those before a node's own chunk see nothing behind it, which is then not read.
+# Queries that attend at once in a bin; what stands behind a chunk, none of its queries sees, and it is not read.
 CHUNK = 256
-# What a pair costs in bins beside one in rows, and what it costs in such pairs to take a node's query, key and value and
-# to put back what comes of it. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks
+# What a pair costs in bins beside one in rows; and, in such pairs, what it costs to take a node's query, key and value and
+# to put back what comes of them. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks
 # skip about as much as the causal mask does; a node 150.
 MASKED, TAKEN = 1.1, 150.0
 # How many times the nodes of the longest prompt a bin may have; which is best is counted.
