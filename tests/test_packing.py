@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_tca4rec
+import test_title_bases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_aligntokenrec import N_ITEMS, build, loader, shipped
 from test_glta import histories
+from test_leakage import SMALL
 from test_packed import ROW_BY_ROW, padded
 from tiny_folders import KINDS
 from torch.nn import functional
@@ -20,13 +24,17 @@ from recbole_llm.backbone import tree_attention
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.backbone.packed import PackedReader, Tree
 from recbole_llm.backbone.tree_attention import Layout, Whole, ends_of, laid_out
+from recbole_llm.config import Config
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.task_loader import DRAW, window_groups
 from recbole_llm.errors import UserError
 from recbole_llm.model.aligntokenrec import FINE_TUNING
+from recbole_llm.model.msl import MSL
+from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.tasks import TaskTexts, number
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
 from recbole_llm.tasks.language import TEXT
+from recbole_llm.training.pipeline import fit, store_of
 
 # As they differ in positions, heads that share keys, windows and scales of attention.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma3", "mistral", "gpt2")
@@ -292,3 +300,50 @@ def test_a_language_model_that_reads_row_by_row_is_told_of(folders: Any, caplog:
     assert "reads each by itself" in caplog.text
     made = model.training_batch(next(iter(loader(packing="user", negative_ratio=0))))
     torch.testing.assert_close(model.stage_loss(FINE_TUNING, made), separate_loss(model, made), rtol=0, atol=1e-5)
+
+
+# --- whole recommenders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LETTER", "TCA4Rec", "MSL"])
+def test_other_losses_read_states_that_labels_share(name: str, folders: Any) -> None:
+    own = {"packing": "user", "train_positions": "response" if name == "MSL" else "all"}
+    if name == "MSL":
+        model = test_title_bases.build(folders("llama"), MSL, "MSL", **own)
+    else:
+        base = "AlignTokenRec" if name == "TCA4Rec" else name
+        base_class, more = test_tca4rec.BASES[base]
+        made_of = TCA4Rec.over(base) if name == "TCA4Rec" else base_class
+        model = test_tca4rec.build(folders("llama"), made_of, **more, **own, base_model=base)
+    torch.manual_seed(3)
+    made = model.training_batch(next(iter(loader(**own, tasks=[SEQUENTIAL], train_batch_size=24))))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    found = []
+    for packs in (True, False):
+        model._reader.packs = packs
+        loss = model.stage_loss(FINE_TUNING, made)
+        found.append([loss.detach(), *torch.autograd.grad(loss, weights)])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize(
+    "name", ["AlignTokenRec", *(pytest.param(name, marks=pytest.mark.slow) for name in ("P5", "TALLRec"))]
+)
+def test_runs_train_and_are_equal(name: str, tmp_path: Path) -> None:
+    own = SMALL[name] | {
+        "packing": "user", "prefixes_per_user": None, "epochs": 1, "history_dropout": 0.2, "show_progress": False,
+        "tensorboard": False, "gpu_id": "", "evaluate_parts": False,
+    }  # fmt: skip
+    losses = []
+    for output in ("first", "second"):
+        config = Config(name, "tiny", config_dict={**own, "output_dir": str(tmp_path / output)}, command_line=[])
+        losses.append(fit(config, store_of(config)).facts["losses"])
+    assert losses[0] == losses[1] and np.isfinite(losses[0]).all()
+
+
+@pytest.mark.parametrize("value", ["users", "true"])
+def test_what_packing_can_be_is_checked(value: str, settings_of: Any) -> None:
+    with pytest.raises(UserError, match=r"packing should be str: none \| user"):
+        Config("AlignTokenRec", "small", config_dict=settings_of(packing=value))

@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Queries that attend at once in a bin; what stands behind a chunk, none of its queries sees, and it is not read.
 CHUNK = 256
-# What a pair costs in bins beside one in rows; and, in such pairs, what it costs to take a node's query, key and value and
-# to put back what comes of them. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks
+# What a pair costs in bins beside one in rows; and, in such pairs, what taking a node's query, key and value costs and
+# putting back what comes of them. Measured on a CPU (4 heads of 64, forward and backward): pairs 0.9 to 1.05, as chunks
 # skip about as much as the causal mask does; a node 150.
 MASKED, TAKEN = 1.1, 150.0
 # How many times the nodes of the longest prompt a bin may have; which is best is counted.
