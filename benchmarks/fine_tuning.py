@@ -174,7 +174,7 @@ class Ours:
         loop, model = self.loop(len(rows)), self.model
         seconds: dict[str, float] = {}
         places = [
-            (model, "training_batch", "prompts"), (model._reader, "states", "decoder"), (model.head, "logits", "head"),
+            (model, "training_batch", "prompts"), (model._reader, "read", "decoder"), (model.head, "logits", "head"),
             (loop.accelerator, "backward", "backward"), (loop.accelerator, "clip_grad_norm_", "optimizer"),
             (loop.optimizer, "step", "optimizer"), (loop.optimizer, "zero_grad", "optimizer"),
         ]  # fmt: skip

@@ -2,9 +2,10 @@
 
 All prompts of a batch form a tree: they open with the same wrapper, those of one template with the same wording, those
 of one history with its items. Whatever a decoder does position by position (projections, feed-forward layers, norms) is
-done once for each node of that tree, and attention alone unfolds it into rows, under the plain causal mask. Of the last
-layer only the states that the loss reads are wanted, so its feed-forward part runs for those. Every state is what it
-would be if each prompt were read alone, and so is every gradient; only LoRA's dropout is drawn once for a shared node.
+done once for each node of that tree. Attention alone unfolds it, into rows under the plain causal mask, or, where that
+is less work, into bins of prompts under the tree's own (:mod:`~recbole_llm.backbone.tree_attention`). Of the last layer
+only the states that the loss reads are wanted, so its feed-forward part runs for those. Every state is what it would be
+if each prompt were read alone, and so is every gradient; only LoRA's dropout is drawn once for a shared node.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from recbole_llm.backbone.tree_attention import Layout, Whole, ends_of, laid_out
 from recbole_llm.decoding.shared_cache import TOLERANCE, windows
 
 ATTENTION = "recbole_llm_packed"
@@ -82,7 +82,7 @@ class PackedReader:
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = decoder
+        self._decoder, self._flex = decoder, next(decoder.parameters()).is_cuda
         self.packs = _may_pack(decoder) and self._agrees()
 
     def states(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -97,22 +97,42 @@ class PackedReader:
         Returns:
             ``[L, H]``, in the decoder's type.
         """
+        states, which = self.read(ids, rows, places, device)
+        return states.index_select(0, which)
+
+    def read(
+        self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Last-layer states, those that several prompts share once.
+
+        Args:
+            ids, rows, places, device: as for :meth:`states`.
+
+        Returns:
+            ``[R, H]``, in the decoder's type; which of them is asked for by each row and place, int64 ``[L]``.
+        """
         device = ids.device if device is None else device
         if not self.packs:
             states = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
-            return states[rows.to(device), places.to(device)]
+            return states[rows.to(device), places.to(device)], torch.arange(len(rows), device=device)
         lengths = torch.zeros(len(ids), dtype=torch.long).scatter_reduce(0, rows, places + 1, "amax")
         tree = Tree.of(ids[:, : int(lengths.max())], lengths)
-        wanted = tree.nodes[rows, places]
-        read = wanted.unique()
-        packed = Packed(self._decoder, tree.to(device), read.to(device))
+        read, which = tree.nodes[rows, places].unique(return_inverse=True)
+        read = read.to(device)
+        packed = Packed(self._decoder, tree.to(device), read, self._attention(tree, lengths).to(device))
         flat = ids[:, : tree.nodes.shape[1]].flatten()[tree.owners].to(device)
         with packed.reading():
             states = self._decoder(
                 input_ids=flat.unsqueeze(0), position_ids=packed.tree.places.unsqueeze(0), use_cache=False,
                 packed=packed,
             ).last_hidden_state[0]  # fmt: skip
-        return states.index_select(0, wanted.to(device))
+        return states.index_select(0, read), which.to(device)
+
+    def _attention(self, tree: Tree, lengths: Tensor) -> Layout | Whole:
+        """How the nodes of a tree attend."""
+        if self._flex:
+            return Whole(ends_of(tree.nodes, lengths, len(tree.places)), tree.places)
+        return laid_out(tree, lengths)
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -122,13 +142,21 @@ class PackedReader:
         whole = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
         expected = whole[rows.to(device), places.to(device)].float()
         self.packs = True
-        try:
-            found = self.states(ids, rows, places, device).float()
-        except TypeError:
-            # What its layers are given does not reach attention.
-            return False
-        error = (found - expected).norm() / expected.norm()
-        return bool(error <= TOLERANCE[whole.element_size()])
+        for flex in dict.fromkeys((self._flex, False)):
+            self._flex = flex
+            try:
+                found = self.states(ids, rows, places, device).float()
+            except TypeError:
+                # What its layers are given does not reach attention.
+                return False
+            except RuntimeError:
+                # No kernel of FlexAttention can be made here.
+                if not flex:
+                    raise
+                continue
+            if bool((found - expected).norm() / expected.norm() <= TOLERANCE[whole.element_size()]):
+                return True
+        return False
 
 
 class Packed:
@@ -138,10 +166,11 @@ class Packed:
         decoder: the model.
         tree: of the prompts.
         read: int64 ``[R]``, nodes whose last states are read, ascending.
+        attention: how nodes attend.
     """
 
-    def __init__(self, decoder: nn.Module, tree: Tree, read: Tensor) -> None:
-        self.tree, self._read = tree, read
+    def __init__(self, decoder: nn.Module, tree: Tree, read: Tensor, attention: Layout | Whole) -> None:
+        self.tree, self._read, self.attention = tree, read, attention
         self._config: Any = decoder.config
         layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
         last = getattr(layers[-1], "mlp", None) if layers else None
@@ -169,32 +198,13 @@ class Packed:
         made = forward(self._mlp, hidden.index_select(1, self._read), *args, **kwargs)
         return made.new_zeros(hidden.shape).index_copy(1, self._read, made)
 
-    def unfold(self, states: Tensor) -> Tensor:
-        """Queries, keys or values ``[1, heads, N, D]`` of nodes by prompt: ``[B, heads, T, D]``."""
-        rows, columns = self.tree.nodes.shape
-        heads, _, size = states.shape[1:]
-        # As rows of a table: of torch's ways to gather the one whose gradient is the fastest.
-        taken = functional.embedding(self.tree.nodes, states[0].transpose(0, 1).flatten(1))
-        return taken.view(rows, columns, heads, size).transpose(1, 2)
-
-    def fold(self, states: Tensor) -> Tensor:
-        """What attention makes of prompts, ``[B, T, heads, D]``, by node: ``[1, N, heads, D]``."""
-        return states.flatten(0, 1).index_select(0, self.tree.owners).unsqueeze(0)
-
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed: Packed,
     sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of transformers' interface over a :class:`Packed` batch; see ``sdpa_attention_forward`` there."""
-    query, key, value = packed.unfold(query), packed.unfold(key), packed.unfold(value)
-    mask, length = None, query.shape[2]
-    if sliding_window is not None and sliding_window < length:
-        places = torch.arange(length, device=query.device)
-        back = places.unsqueeze(1) - places
-        mask = ((back >= 0) & (back < sliding_window)).view(1, 1, length, length)
-    made, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return packed.fold(made), None
+    return packed.attention.attend(module, query, key, value, sliding_window, **kwargs), None
 
 
 AttentionInterface.register(ATTENTION, attend)

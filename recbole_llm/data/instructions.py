@@ -243,8 +243,9 @@ class InstructionWriter:
         self._room = PromptRoom(tokens, self._segments, self._histories, self._of_texts, drop)
 
     def draw(
-        self, tasks: Tensor, generator: Generator, shown: Tensor | None = None, groups: Tensor | None = None
-    ) -> Tensor:
+        self, tasks: Tensor, generator: Generator, shown: Tensor | None = None, groups: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """A template for each sample: int64 ``[B]``.
 
         Args:
@@ -252,13 +253,15 @@ class InstructionWriter:
             generator: the source of all randomness.
             shown: bool ``[B]``, samples with a history; the others get a template without, where their task has one.
             groups: int64 ``[B]`` from 0; samples of one group draw once.
+            draws: float64 ``[B]`` in 0..1, what was drawn before; ``None``, it is drawn here.
         """
         counts = self._by_task(self._count, tasks)
         if shown is not None:
             bare = self._by_task(self._bare_count, tasks)
             counts = torch.where(shown | (bare == 0), counts, bare)
-        groups = torch.arange(len(tasks)) if groups is None else groups
-        draws = torch.rand(int(groups.max()) + 1, generator=generator, dtype=torch.double)[groups]
+        if draws is None:
+            groups = torch.arange(len(tasks)) if groups is None else groups
+            draws = torch.rand(int(groups.max()) + 1, generator=generator, dtype=torch.double)[groups]
         return self._by_task(self._first, tasks) + (draws * counts).long()
 
     def _by_task(self, values: Mapping[str, int], tasks: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Samples of several tasks over the same interactions, drawn anew for each epoch, in batches of like length.
 
 Samples of one history stand side by side: what their prompts open with is then read once
-(``recbole_llm/backbone/packed.py``), so that a negative sample costs little beside its positive one.
+(``recbole_llm/backbone/packed.py``), so that a negative sample costs little beside its positive one. With ``packing:
+user`` so do all samples of histories that begin at one place, as every prefix of a user's does that is not cut.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from recbole_llm.data.loaders import _IndexLoader
 from recbole_llm.data.prompts import Ragged
-from recbole_llm.tasks.base import TaskTexts, active_tasks, number
+from recbole_llm.tasks.base import DRAW, TaskTexts, active_tasks, number
 
 # Batches whose samples are sorted by length together: enough to leave little filling, few enough to stay random.
 SORTED_TOGETHER = 50
@@ -27,8 +28,8 @@ class TaskLoader(_IndexLoader):
     What samples there are, each task says itself (:mod:`recbole_llm.tasks`).
 
     Args:
-        config: ``tasks`` and what these read of it, ``history_length``, ``prefixes_per_user``, ``train_batch_size``,
-            ``shuffle`` and ``seed``.
+        config: ``tasks`` and what these read of it, ``history_length``, ``prefixes_per_user``, ``packing``,
+            ``train_batch_size``, ``shuffle`` and ``seed``.
         dataset: the train data set.
 
     Attributes:
@@ -56,6 +57,7 @@ class TaskLoader(_IndexLoader):
         self.users, self.stops = self.owners[after_another], places[after_another]
         self.starts = self.shown_before(self.users, self.stops)
         self._each = config["prefixes_per_user"]
+        self._packs = packs(config)
         counts = torch.bincount(self.users)
         self.prefixes = int((counts if self._each is None else counts.clamp(max=self._each)).sum())
         self.texts = TaskTexts()
@@ -96,21 +98,30 @@ class TaskLoader(_IndexLoader):
     def _drawn(self) -> dict[str, Tensor]:
         chosen = self._chosen()
         drawn = [(number(task.name), task.draw(chosen)) for task in self.tasks]
-        return {
+        samples = {
             "task": torch.cat([torch.full_like(samples.targets, task) for task, samples in drawn]),
             "start": torch.cat([samples.starts for _, samples in drawn]),
             "stop": torch.cat([samples.stops for _, samples in drawn]),
             "source": torch.cat([samples.sources for _, samples in drawn]),
             "target": torch.cat([samples.targets for _, samples in drawn]),
         }
+        if self._packs:
+            # Here, as a group that is longer than a batch is to draw alike in all.
+            groups = window_groups(samples["start"], samples["stop"])
+            draws = torch.rand(int(groups.max()) + 1, generator=self.generator, dtype=torch.double)
+            samples[DRAW] = draws[groups]
+        return samples
 
     def _batches(self, drawn: dict[str, Tensor]) -> list[Tensor]:
         count = len(drawn["task"])
         if not self.shuffle:
             return list(torch.arange(count).split(self.step))
-        groups = history_groups(drawn["start"], drawn["stop"])
+        grouped = window_groups if self._packs else history_groups
+        groups = grouped(drawn["start"], drawn["stop"])
         places = torch.randperm(int(groups.max()) + 1, generator=self.generator)[groups]
-        order = places.argsort(stable=True)
+        # The prefixes of a user from the shortest on, should a batch end among them.
+        inner = drawn["stop"].argsort(stable=True) if self._packs else torch.arange(count)
+        order = inner[places[inner].argsort(stable=True)]
         if self.length_of is not None:
             lengths = self.length_of(drawn)
             longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups][order]
@@ -133,3 +144,24 @@ def history_groups(starts: Tensor, stops: Tensor) -> Tensor:
     """
     keys = torch.where(stops > starts, stops, int(stops.max()) + 1 + torch.arange(len(stops)))
     return keys.unique(return_inverse=True)[1]
+
+
+def window_groups(starts: Tensor, stops: Tensor) -> Tensor:
+    """Which samples show histories that begin at one place: with ``packing: user`` they stand in one sequence.
+
+    All prefixes of a user that show his first item are a group. What ``history_length`` has cut at the front is alone
+    with the other samples of its history.
+
+    Args:
+        starts, stops: of the histories, int64 ``[n]``; equal where there is none.
+
+    Returns:
+        Numbers from 0, int64 ``[n]``: one for all samples of a group, one for each sample without a history.
+    """
+    keys = torch.where(stops > starts, starts, int(stops.max()) + 1 + torch.arange(len(stops)))
+    return keys.unique(return_inverse=True)[1]
+
+
+def packs(config: Any) -> bool:
+    """Whether all prefixes of a user are to stand in one sequence."""
+    return bool(config["packing"] == "user")

@@ -26,7 +26,7 @@ from recbole_llm.backbone.encoder_decoder import AnswerReader
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, check_history_length
-from recbole_llm.data.task_loader import history_groups
+from recbole_llm.data.task_loader import history_groups, packs, window_groups
 from recbole_llm.data.templates import INFERENCE, templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.decoding.beam_search import BeamSearch, Found
@@ -36,7 +36,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.model.guided import GuidedSearch
 from recbole_llm.tasks import active_tasks, known_tasks, number
-from recbole_llm.tasks.base import USER
+from recbole_llm.tasks.base import DRAW, USER
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
     item_tokens: ItemTokens
     head: Any
     head_weight: nn.Parameter | None
+    _reader: Any
     # The language model's id of each token of the items' vocabulary, int64.
     _lm_ids: Tensor
     # Which of the prompts of inference is asked.
@@ -111,6 +112,7 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
             )
         self._train_items = torch.from_numpy(dataset.train_histories.items).long()
         self._moments = torch.arange(len(self._train_items))
+        self._packs = packs(config)
         self._search: tuple[Tensor, BeamSearch] | None = None
         self._exact: tuple[BeamSearch, FullRanking | PrunedRanking] | None = None
 
@@ -139,8 +141,12 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
             encodes: whether an encoder reads the prompts.
 
         Raises:
-            UserError: ``ranking`` asks for what only a causal one does.
+            UserError: ``ranking`` or ``packing`` asks for what only a causal one does.
         """
+        if encodes and self._packs:
+            raise UserError(
+                "packing: user needs a causal language model, and this one has an encoder; set packing: none"
+            )
         if encodes and self.ranking != "beam":
             raise UserError(
                 f"ranking: {self.ranking} needs a causal language model, and this one has an encoder; set ranking: beam"
@@ -182,6 +188,8 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         self.take_item_tokens(item_tokens)
         self.to(self.device)
         self._reader = AnswerReader(backbone.decoder) if backbone.encodes else PackedReader(backbone.decoder)
+        if self._packs and not self._reader.packs:
+            logger.info("packing: user puts samples of a user side by side; this language model reads each by itself")
         prompts = {
             task.name: self.templates.instructions(task.name, list(texts), only_first=config["prompt_set"] == "first")
             for task in self.tasks
@@ -290,10 +298,14 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         return self.writer.lengths(samples["task"], samples["stop"] - samples["start"], samples["source"])
 
     def training_batch(self, interaction: Any) -> TokenBatch:
-        """Prompts and answers of the train loader's samples; templates by torch's own generator."""
+        """Prompts and answers of the train loader's samples; templates by torch's own generator, or as they were drawn.
+
+        Of ``packing: user`` all prefixes in a batch that begin alike have one template and lose the same items.
+        """
         starts, stops = interaction["start"], interaction["stop"]
-        groups = history_groups(starts, stops)
-        templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups)
+        groups = (window_groups if self._packs else history_groups)(starts, stops)
+        draws = interaction[DRAW] if self._packs else None
+        templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups, draws)
         shown = Ragged.from_slices(self._moments, starts, stops)
         if self.config["history_dropout"]:
             # The last item stays: a history is never empty, and it says most of what comes next. Samples of one history
@@ -310,8 +322,29 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         if not len(batch.labels):
             # Every prompt was too long.
             return torch.stack([weight.sum() * 0 for weight in self.parameters()]).sum()
+        if self._packs:
+            # Prefixes of one user share most of their labels' states, with train_positions: all.
+            states, which = self._reader.read(batch.ids, batch.rows, batch.places, self.device)
+            return self.shared_loss(self.head.logits(states), which, batch)
         states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
         return self.label_loss(self.head.logits(states), batch)
+
+    def shared_loss(self, logits: Tensor, which: Tensor, batch: TokenBatch) -> Tensor:
+        """:meth:`label_loss` where labels share states.
+
+        Args:
+            logits: float ``[R, V]``, of each state once.
+            which: int64 ``[L]``, the state of each label.
+            batch: which labels.
+
+        Returns:
+            float32 scalar.
+        """
+        if type(self).label_loss is not GenerativeRecommender.label_loss:
+            return self.label_loss(logits.index_select(0, which), batch)
+        # A state's labels are but a few: what all tokens have in common is summed up once a state.
+        told = logits[which, batch.labels.to(self.device)].float()
+        return (logits.float().logsumexp(1)[which] - told).mean()
 
     def mean_loss(self, logits: Tensor, soft: SoftLabels, loss: SoftLabelLoss, counted: Tensor | None = None) -> Tensor:
         """The mean over labels of a loss against soft ones: with all mass on the labels, :meth:`label_loss`'s.

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 HISTORY, ITEM, TARGET, TITLES = "history", "item", "target", "titles"
 # The vector of the user, or his id, of models that have one.
 USER = "user"
+# The column of what a sample's template is drawn by, float64 in 0..1; with ``packing: user``.
+DRAW = "draw"
 ITEM_PLACES = (HISTORY, ITEM, TARGET, TITLES)
 
 
@@ -207,5 +209,6 @@ def of_users(samples: Mapping[str, Any], histories: Any) -> dict[str, Any]:
         samples: what the train loader yields.
         histories: the train rows.
     """
-    taken = {name: samples[name] for name in ("task", "start", "stop", "target")}
+    names = ("task", "start", "stop", "target", DRAW)
+    taken = {name: samples[name] for name in names if name in samples}
     return taken | {"source": torch.from_numpy(histories.owners(taken["stop"].numpy()))}
