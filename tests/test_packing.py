@@ -26,12 +26,13 @@ from recbole_llm.backbone.packed import PackedReader, Tree
 from recbole_llm.backbone.tree_attention import Layout, Whole, ends_of, laid_out
 from recbole_llm.config import Config
 from recbole_llm.data.prompts import Ragged
-from recbole_llm.data.task_loader import DRAW, window_groups
+from recbole_llm.data.task_loader import window_groups
 from recbole_llm.errors import UserError
 from recbole_llm.model.aligntokenrec import FINE_TUNING
 from recbole_llm.model.msl import MSL
 from recbole_llm.model.tca4rec import TCA4Rec
 from recbole_llm.tasks import TaskTexts, number
+from recbole_llm.tasks.base import DRAW
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
 from recbole_llm.tasks.language import TEXT
 from recbole_llm.training.pipeline import fit, store_of
