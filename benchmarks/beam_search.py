@@ -38,21 +38,21 @@ HISTORY = 50
 GAP = 1e-3  # scores nearer than that may change places
 
 
-def language_model() -> Any:
+def language_model(size: int = SIZE) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=SIZE, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        vocab_size=size, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
 
 
-def catalogue() -> ItemTokens:
+def catalogue(items: int = ITEMS) -> ItemTokens:
     """Items of skewed codes, as clusters of items are."""
     rng = np.random.default_rng(0)
     weights = rng.dirichlet(np.full(CODES, 0.5), LEVELS)
-    codes = np.stack([rng.choice(CODES, ITEMS + 1, p=row) for row in weights], axis=1)
+    codes = np.stack([rng.choice(CODES, items + 1, p=row) for row in weights], axis=1)
     codes[0] = -1
     return ItemTokens.from_codes(codes, [CODES] * LEVELS)
 

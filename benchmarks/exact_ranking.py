@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from _harness import measure_pairs, once, parser, ratios_of, report
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from beam_search import CODES, LEVELS, PROMPT, catalogue, language_model
 
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.full_ranking import FullRanking
@@ -24,30 +24,7 @@ from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.decoding.tree_reader import SharedTree
 from recbole_llm.itemid.item_tokens import ItemTokens
 
-LEVELS, CODES, PROMPT, ITEMS = 4, 256, 128, 3_706
-WORDS = 3_072
-SIZE = WORDS + LEVELS * CODES
-LAYERS, WIDTH, INNER, HEADS, KEY_HEADS = 4, 256, 1024, 4, 2
-NODES = 256
-
-
-def language_model() -> Any:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=SIZE, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
-
-
-def catalogue(items: int) -> ItemTokens:
-    """Items of skewed codes, as clusters of items are."""
-    rng = np.random.default_rng(0)
-    weights = rng.dirichlet(np.full(CODES, 0.5), LEVELS)
-    codes = np.stack([rng.choice(CODES, items + 1, p=row) for row in weights], axis=1)
-    codes[0] = -1
-    return ItemTokens.from_codes(codes, [CODES] * LEVELS)
+ITEMS, WORDS, NODES = 3_706, 3_072, 256
 
 
 class Reference:
@@ -104,7 +81,7 @@ def main() -> None:
     options = parser(str(__doc__)).parse_args()
     torch.set_num_threads(options.threads)
     items, pairs = (400, 2) if options.quick else (ITEMS, 3)
-    model, item_tokens = language_model(), catalogue(items)
+    model, item_tokens = language_model(WORDS + LEVELS * CODES), catalogue(items)
     prompts = torch.from_numpy(np.random.default_rng(1).integers(0, WORDS, (4, PROMPT)))
     search = BeamSearch(
         decoder_of(model), Head.of(model), item_tokens, beams=20, lm_ids=WORDS + torch.arange(LEVELS * CODES)

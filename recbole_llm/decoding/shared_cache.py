@@ -125,6 +125,27 @@ class Paths:
         return at
 
 
+def read_prompts(decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> tuple[DynamicCache, Tensor]:
+    """Read prompts once.
+
+    Args:
+        decoder: a Hugging Face base model.
+        ids: the prompts, filled up on the right with any token, int64 [B, P].
+        lengths: int64 [B], each at least 1.
+        room: places behind the prompts.
+
+    Returns:
+        Their keys and values, in layers that are :class:`Roomy`, and the state at the last position of each,
+        [B, hidden].
+    """
+    config: Any = decoder.config
+    cache = DynamicCache()
+    cache.layers.extend(Roomy(room) for _ in range(config.get_text_config().num_hidden_layers))
+    # No position sees what follows it, so the filling needs no mask.
+    states = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return cache, states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+
+
 class SharedPrompts:
     """Prompts whose beams share keys and values; see :class:`Reader`.
 
@@ -137,13 +158,8 @@ class SharedPrompts:
 
     def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
         self._decoder, self._lengths = decoder, lengths
-        config: Any = decoder.config
-        text = config.get_text_config()
-        self._cache = DynamicCache()
-        self._cache.layers.extend(Roomy(room) for _ in range(text.num_hidden_layers))
-        # No position sees what follows it, so the filling needs no mask while the prompts are read.
-        states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
-        self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
+        self._cache, state = read_prompts(decoder, ids, lengths, room)
+        self.state = state.unsqueeze(1)
         self._prompt = ids.shape[1]
         # The places behind the prompts of the tokens that each beam has had, [B, K, steps], and how many there are.
         self._paths = lengths.new_empty(len(ids), 1, 0)

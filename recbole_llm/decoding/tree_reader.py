@@ -8,14 +8,13 @@ the path that the next one needs: memory is that of one piece, however large the
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from recbole_llm.decoding.path_attention import PathView, along_paths
-from recbole_llm.decoding.shared_cache import Roomy
+from recbole_llm.decoding.shared_cache import Roomy, read_prompts
 
 
 class TreeReader(Protocol):
@@ -41,8 +40,8 @@ class TreeReader(Protocol):
         """Forget all but some nodes.
 
         Args:
-            places: among the A + C of the last piece, ascending, int64 [A'].
-                None at all where each prompt has nodes of its own.
+            places: among the A + C of the last piece, ascending, int64 [A'];
+                none at all where each prompt has nodes of its own.
         """
 
 
@@ -58,13 +57,7 @@ class SharedTree:
 
     def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
         self._decoder, self._lengths = decoder, lengths
-        config: Any = decoder.config
-        text = config.get_text_config()
-        self._layers = [Roomy(room) for _ in range(text.num_hidden_layers)]
-        self._cache = DynamicCache()
-        self._cache.layers.extend(self._layers)
-        states = decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
-        self.state = states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+        self._cache, self.state = read_prompts(decoder, ids, lengths, room)
         self._prompt = ids.shape[1]
 
     def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
@@ -82,7 +75,8 @@ class SharedTree:
 
     def keep(self, places: Tensor) -> None:
         """See :class:`TreeReader`."""
-        for layer in self._layers:
+        for layer in self._cache.layers:
+            assert isinstance(layer, Roomy)
             layer.keep(self._prompt, places)
 
 
