@@ -134,9 +134,7 @@ def test_prompts_tell_of_the_user_and_of_words(made: Fit, task: str) -> None:
 
 def test_the_user_who_is_asked_about_is_told_of(made: Fit) -> None:
     model = made.model
-    users, items = torch.tensor([3, 7]), Ragged.from_lists([[4, 9], [11]])
-    model._asked = users
-    asked = model._ask(items, torch.tensor([1, 0]))
+    asked = model._ask(Ragged.from_lists([[4, 9], [11]]), torch.tensor([7, 3]))
     for row, (user, shown) in enumerate(((7, [4, 9]), (3, [11]))):
         ids = asked.values[asked.offsets[row] : asked.offsets[row + 1]]
         plain = (ids & TOKEN).tolist()

@@ -451,7 +451,7 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         Returns:
             ``[B, n_items]``: finite, but ``-inf`` for the padding item and what may not be recommended.
         """
-        history = self._histories_of(interaction)
+        history, users = self._histories_of(interaction), self._users_of(interaction)
         excluded = self._by_row(len(history), rows.cpu(), items.cpu())
         candidates = candidates.cpu().clone()
         candidates[0] = False
@@ -460,7 +460,8 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
         scores[:, candidates.to(self.device)] = 0.0
         for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
-            asked, barred = self._ask(history.take(part), part), excluded.take(part)
+            asked = self._ask(history.take(part), None if users is None else users[part])
+            barred = excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
             guide = self.guide(interaction, part, search.trie)
             own = scores[part.to(self.device)]
@@ -484,14 +485,18 @@ class GenerativeRecommender(GuidedSearch, SequentialRecommender):
         places = torch.arange(lists.shape[1])
         return Ragged.from_padded(lists, (places < lengths) & (places >= lengths - self.history_length))
 
-    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
-        """The prompts of inference of some rows of a batch: token ids, one row a history.
+    def _users_of(self, interaction: Any) -> Tensor | None:
+        """Numbers of the users whom prompts tell of, int64 ``[B]``; ``None`` where they tell of none."""
+        return interaction[self.USER_ID].cpu() if self.tells_user else None
+
+    def _ask(self, history: Ragged, users: Tensor | None) -> Ragged:
+        """The prompts of inference: token ids, one row a history.
 
         Args:
-            history: items of these rows, oldest first.
-            part: which rows, int64.
+            history: items, oldest first.
+            users: see :meth:`_users_of`, of these histories.
         """
-        return self.writer.ask(history, self.asked_with)
+        return self.writer.ask(history, self.asked_with, users)
 
     def _placed(self, search: BeamSearch, found: Found, scores: Tensor, barred: Ragged) -> Found:
         """What was found, with an item in the place of what is none.

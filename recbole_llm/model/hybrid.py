@@ -55,8 +55,6 @@ class HybridRecommender(TitleRecommender):
 
     projected: ProjectedTokens
     users: Users | None = None
-    # Numbers of the users who are asked about, by row of the batch that is ranked.
-    _asked: Tensor | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -163,14 +161,11 @@ class HybridRecommender(TitleRecommender):
 
     # Inference
 
-    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+    def _users_of(self, interaction: Any) -> Tensor | None:
         """See the base class; a user's vector is of the history that the interaction holds."""
-        if self.users is not None:
-            self._asked = self.users.asked(interaction)
-        return super().full_sort_predict_excluding(interaction, rows, items, candidates)
+        return None if self.users is None else self.users.asked(interaction)
 
-    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
-        asked = super()._ask(history, part)
-        if self._asked is None:
-            return asked
-        return Ragged(self._told_users(asked.values, self._asked[part][asked.rows]), asked.offsets)
+    def _ask(self, history: Ragged, users: Tensor | None) -> Ragged:
+        # In the prompts' text there is nobody: each gets the number of its own user once it is written.
+        asked = super()._ask(history, None)
+        return asked if users is None else Ragged(self._told_users(asked.values, users[asked.rows]), asked.offsets)

@@ -46,8 +46,6 @@ class P5(AlignTokenRec):
 
     tells_user = True
     user_mark: Tensor
-    # Users who are asked about, by row of the batch that is ranked.
-    _asked: Tensor
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -97,13 +95,8 @@ class P5(AlignTokenRec):
 
     # Inference
 
-    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-        """See the base class; prompts tell of the interaction's users."""
-        self._asked = interaction[self.USER_ID].cpu()
-        return super().full_sort_predict_excluding(interaction, rows, items, candidates)
-
-    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
-        asked = self.writer.ask(history, self.asked_with, self._asked[part])
+    def _ask(self, history: Ragged, users: Tensor | None) -> Ragged:
+        asked = super()._ask(history, users)
         if not self._whole_words:
             return asked
         ids = numbered(asked.padded(0), asked.lengths - 1)

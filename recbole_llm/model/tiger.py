@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recbole_llm.data.instructions import TokenBatch
-from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import AlignTokenRec
@@ -35,9 +33,6 @@ class TIGER(AlignTokenRec):
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories``.
     """
-
-    # Numbers of the users who are asked about, by row of the batch that is ranked.
-    _asked: Tensor
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -72,14 +67,3 @@ class TIGER(AlignTokenRec):
         if not self.tells_user:
             return super().training_batch(interaction)
         return super().training_batch(of_users(interaction, self._histories))
-
-    def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-        """See the base class."""
-        if self.tells_user:
-            self._asked = interaction[self.USER_ID].cpu()
-        return super().full_sort_predict_excluding(interaction, rows, items, candidates)
-
-    def _ask(self, history: Ragged, part: Tensor) -> Ragged:
-        if not self.tells_user:
-            return super()._ask(history, part)
-        return self.writer.ask(history, self.asked_with, self._asked[part])
