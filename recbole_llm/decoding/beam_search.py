@@ -44,6 +44,22 @@ class Found(NamedTuple):
     leaked: Tensor | None
 
 
+class Added(NamedTuple):
+    """What the legal tokens of nodes add to a score. All but the last [B, K, W].
+
+    Attributes:
+        scores: log-probabilities, float32; -inf where there is no child.
+        children: where the tokens lead, int64; -1 for none.
+        tokens: int64.
+        kept: the logarithm of the mass that does not leak, float32 [B, K]; ``None`` where it has not been summed up.
+    """
+
+    scores: Tensor
+    children: Tensor
+    tokens: Tensor
+    kept: Tensor | None
+
+
 class _Beams(NamedTuple):
     """Prefixes of items under way. All [B, K]; a row's live ones ascend by node.
 
@@ -235,18 +251,19 @@ class BeamSearch(nn.Module):
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None
     ) -> tuple[Tensor, _Beams]:
         """Every legal token of every beam: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
-        added, children, (tokens, lost) = self.added(states, beams.nodes, depth, guide, leaked)
-        there = children >= 0
+        added = self.added(states, beams.nodes, depth, guide, leaked)
+        children, there = added.children, added.children >= 0
         if exclude is not None:
             there = exclude.left(children) > 0
             children = torch.where(there, children, -1)
-        scores = (beams.scores.unsqueeze(-1) + added).masked_fill_(~there, -torch.inf)
-        kept = (beams.kept + lost).unsqueeze(-1).expand_as(scores)
-        return tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
+        scores = (beams.scores.unsqueeze(-1) + added.scores).masked_fill_(~there, -torch.inf)
+        kept = beams.kept if added.kept is None else beams.kept + added.kept
+        kept = kept.unsqueeze(-1).expand_as(scores)
+        return added.tokens, _Beams(children.flatten(1), scores.flatten(1), kept.flatten(1))
 
     def added(
         self, states: Tensor, nodes: Tensor, depth: int, guide: Guide | None = None, leaked: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | float]]:
+    ) -> Added:
         """What the legal tokens of nodes add to a score.
 
         Args:
@@ -255,11 +272,6 @@ class BeamSearch(nn.Module):
             depth: theirs.
             guide: see :meth:`forward`.
             leaked: whether to tell the mass that leaked.
-
-        Returns:
-            Log-probabilities float32 [B, K, W], -inf where there is no child; the children int64 [B, K, W], -1 for
-            none; their tokens int64 [B, K, W], and the logarithm of the mass that does not leak [B, K], 0 where it is
-            not asked for.
         """
         level, columns = self.levels[depth]
         tokens, children = self.trie.legal_padded(nodes, depth)
@@ -267,16 +279,16 @@ class BeamSearch(nn.Module):
         grown = logits.gather(-1, columns[tokens.clamp(min=0)]).masked_fill_(children < 0, -torch.inf)
         # Of a node that is none every token is illegal, and its sum -inf, which means nothing.
         base = (grown if self.normaliser == "legal" else logits).logsumexp(-1)
-        lost: Tensor | float = 0.0
+        kept = None
         if leaked or self.normaliser == "vocabulary":
             rest = self.head.log_sum_of_rest(states, level, logits.amax(-1))
             whole = torch.logaddexp(logits.logsumexp(-1) if self.normaliser == "legal" else base, rest)
-            lost = base - whole
+            kept = base - whole
             base = whole if self.normaliser == "vocabulary" else base
         added = grown - base.unsqueeze(-1)
         if guide is not None:
             added = guide.mixed(added, nodes, children)
-        return added, children, (tokens, lost)
+        return Added(added, children, tokens, kept)
 
     def _go_on(self, grown: _Beams, depth: int) -> tuple[_Beams, Tensor]:
         """The best prefixes of a depth that do not end there [B, K], and their places among all [B, K]."""

@@ -2,7 +2,7 @@
 
 The beams of a prompt are positions of one row of the decoder: all of them look at the same keys and values of the
 prompt, which are made at the first step and never copied. Of what the decoder has written it keeps the tokens of all
-beams, a few positions a step, and a mask lets each beam see its own (:class:`~.shared_cache.Paths`).
+beams, a few positions a step, and a mask lets each beam see its own (:class:`Paths`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,41 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from recbole_llm.decoding.shared_cache import Paths, Roomy
+from recbole_llm.decoding.shared_cache import Roomy
+
+
+class Paths:
+    """Which of the tokens that the beams of prompts have had each beam has had: paths in a tree a prompt.
+
+    Args:
+        rows: prompts.
+        device: of the tensors.
+
+    Attributes:
+        seen: bool [B, K, tokens read], a column for each token of any beam.
+        steps: of each token read, in which step that was, from 0.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.seen = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
+        self.steps: list[int] = []
+
+    def grow(self, parents: Tensor) -> int:
+        """Let each beam go on by a token of its own.
+
+        Args:
+            parents: the beam of the step before that each goes on from, int64 [B, K].
+
+        Returns:
+            The number of the step.
+        """
+        beams = parents.shape[1]
+        seen = self.seen.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.seen.shape[-1]))
+        own = torch.eye(beams, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
+        self.seen = torch.cat((seen, own), dim=-1)
+        at = self.steps[-1] + 1 if self.steps else 0
+        self.steps += [at] * beams
+        return at
 
 
 class EncodedPrompts:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.guide import Guide
-from recbole_llm.decoding.tree_reader import SharedTree, TreeReader, WholeTree
+from recbole_llm.decoding.tree_reader import check_nodes, tree_behind
 from recbole_llm.errors import UserError
 
 # Logits made at a time, as numbers.
@@ -59,8 +59,7 @@ class FullRanking:
     """
 
     def __init__(self, search: BeamSearch, nodes: int) -> None:
-        if nodes < 1:
-            raise UserError(f"tree_nodes is {nodes}; at least 1 node is read at a time")
+        check_nodes(nodes)
         self._search, self._nodes = search, nodes
         trie = search.trie
         self._starts, self._ends = trie.starts.cpu(), trie.ends.cpu()
@@ -96,9 +95,7 @@ class FullRanking:
             UserError: a prompt is empty or too long, or the model's scores are no numbers.
         """
         trie = self._search.trie
-        ids, lengths = self._search.lay_out(prompts)
-        kind: type[SharedTree | WholeTree] = SharedTree if self._search.shares_prompts else WholeTree
-        reader: TreeReader = kind(self._search.decoder, ids, lengths, self._nodes + len(trie.widths))
+        reader = tree_behind(self._search, prompts, self._nodes + len(trie.widths))
         # One column more takes what belongs to no node.
         scores = torch.zeros(len(prompts), len(trie) + 1, device=trie.device)
         root = torch.zeros(1, dtype=torch.int64, device=trie.device)
@@ -148,9 +145,11 @@ class FullRanking:
         step = max(1, LOGITS // (width * len(states)))
         for part, given in zip(nodes.split(step), states.split(step, dim=1)):
             spread = part.expand(len(given), -1)
-            added, children, _ = self._search.added(given, spread, depth, guide)
-            columns = torch.where(children[0] >= 0, children[0], scores.shape[1] - 1)
-            scores.index_copy_(1, columns.flatten(), added.flatten(1))
+            added = self._search.added(given, spread, depth, guide)
+            # The same nodes in every row.
+            children = added.children[0]
+            columns = torch.where(children >= 0, children, scores.shape[1] - 1)
+            scores.index_copy_(1, columns.flatten(), added.scores.flatten(1))
 
     def _of_items(self, scores: Tensor, guide: Guide | None) -> Tensor:
         """Scores of items by what each node adds."""

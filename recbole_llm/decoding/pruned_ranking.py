@@ -14,8 +14,7 @@ from torch import Tensor
 
 from recbole_llm.decoding.beam_search import BeamSearch, Found, best
 from recbole_llm.decoding.guide import Guide
-from recbole_llm.decoding.tree_reader import SharedTree, TreeReader, WholeTree
-from recbole_llm.errors import UserError
+from recbole_llm.decoding.tree_reader import TreeReader, check_nodes, tree_behind
 from recbole_llm.itemid.exclusion import Exclusion
 
 # How far below the k-th score a node's may lie, relative: more than two readings of a prompt differ by.
@@ -41,8 +40,7 @@ class PrunedRanking:
     """
 
     def __init__(self, search: BeamSearch, nodes: int) -> None:
-        if nodes < 1:
-            raise UserError(f"tree_nodes is {nodes}; at least 1 node is read at a time")
+        check_nodes(nodes)
         self._search, self._nodes = search, nodes
         self.read, self.there = 0, 0
         trie = search.trie
@@ -78,9 +76,7 @@ class PrunedRanking:
         first = search(prompts, k, exclude, guide=guide)
         least = first.scores[:, -1:]
         least = least - SLACK * least.abs().clamp(min=1)
-        ids, lengths = search.lay_out(prompts)
-        kind: type[SharedTree | WholeTree] = SharedTree if search.shares_prompts else WholeTree
-        reader: TreeReader = kind(search.decoder, ids, lengths, self._nodes * len(trie.widths))
+        reader = tree_behind(search, prompts, self._nodes * len(trie.widths))
         scores = torch.full((len(prompts), len(trie) + 1), -torch.inf, device=trie.device)
         scores[:, 0] = 0.0
         self._grow(scores, reader.state.unsqueeze(1), scores.new_zeros(len(prompts), 1).long(), 0, exclude, guide)
@@ -103,10 +99,10 @@ class PrunedRanking:
         self, scores: Tensor, states: Tensor, nodes: Tensor, depth: int, exclude: Exclusion | None, guide: Guide | None
     ) -> None:
         """Write the scores of the children of nodes [B, K] of one depth; a last column takes what is none."""
-        added, children, _ = self._search.added(states, nodes, depth, guide)
-        whole = scores.gather(1, nodes.clamp(min=0)).unsqueeze(-1) + added
-        there = children >= 0 if exclude is None else exclude.left(children) > 0
-        columns = torch.where(there, children, scores.shape[1] - 1)
+        added = self._search.added(states, nodes, depth, guide)
+        whole = scores.gather(1, nodes.clamp(min=0)).unsqueeze(-1) + added.scores
+        there = added.children >= 0 if exclude is None else exclude.left(added.children) > 0
+        columns = torch.where(there, added.children, scores.shape[1] - 1)
         scores.scatter_(1, columns.flatten(1), whole.flatten(1))
         scores[:, -1] = -torch.inf
 

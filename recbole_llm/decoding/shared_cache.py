@@ -91,40 +91,6 @@ def windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-class Paths:
-    """Which of the tokens that the beams of prompts have had each beam has had: paths in a tree a prompt.
-
-    Args:
-        rows: prompts.
-        device: of the tensors.
-
-    Attributes:
-        seen: bool [B, K, tokens read], a column for each token of any beam.
-        steps: of each token read, in which step that was, from 0.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.seen = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
-        self.steps: list[int] = []
-
-    def grow(self, parents: Tensor) -> int:
-        """Let each beam go on by a token of its own.
-
-        Args:
-            parents: the beam of the step before that each goes on from, int64 [B, K].
-
-        Returns:
-            The number of the step.
-        """
-        beams = parents.shape[1]
-        seen = self.seen.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.seen.shape[-1]))
-        own = torch.eye(beams, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
-        self.seen = torch.cat((seen, own), dim=-1)
-        at = self.steps[-1] + 1 if self.steps else 0
-        self.steps += [at] * beams
-        return at
-
-
 def read_prompts(decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> tuple[DynamicCache, Tensor]:
     """Read prompts once.
 
@@ -183,6 +149,24 @@ class SharedPrompts:
         return self.state
 
 
+def last_states(decoder: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+    """The state at the last position of each of several texts a row, all of them read.
+
+    Args:
+        decoder: a Hugging Face base model.
+        ids: int64 [B, K, T], filled up on the right with any token.
+        lengths: int64 [B, K], or [B, 1] where those of a row are of one length; of a text of none the state means
+            nothing.
+
+    Returns:
+        [B, K, hidden].
+    """
+    rows, count, length = ids.shape
+    states = decoder(input_ids=ids.reshape(-1, length), use_cache=False).last_hidden_state
+    last = (lengths - 1).clamp(min=0).expand(rows, count).reshape(-1, 1, 1)
+    return states.gather(1, last.expand(-1, 1, states.shape[-1])).view(rows, count, -1)
+
+
 class WholePrompts:
     """Prompts that are read anew at every step, once a beam; see :class:`Reader`.
 
@@ -197,13 +181,7 @@ class WholePrompts:
 
     def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int = 0) -> None:
         self._decoder, self._ids, self._lengths = decoder, ids.unsqueeze(1), lengths
-        self.state = self._read()
-
-    def _read(self) -> Tensor:
-        rows, beams, length = self._ids.shape
-        states = self._decoder(input_ids=self._ids.reshape(-1, length), use_cache=False).last_hidden_state
-        last = (self._lengths - 1).view(-1, 1, 1, 1).expand(-1, beams, 1, states.shape[-1])
-        return states.view(rows, beams, length, -1).gather(2, last).squeeze(2)
+        self.state = last_states(decoder, self._ids, lengths.unsqueeze(1))
 
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """See :class:`Reader`."""
@@ -212,7 +190,7 @@ class WholePrompts:
         place = self._lengths.view(-1, 1, 1).expand(-1, ids.shape[1], 1)
         self._ids = ids.scatter(2, place, tokens.unsqueeze(-1))
         self._lengths = self._lengths + 1
-        self.state = self._read()
+        self.state = last_states(self._decoder, self._ids, self._lengths.unsqueeze(1))
         return self.state
 
 

@@ -8,13 +8,18 @@ the path that the next one needs: memory is that of one piece, however large the
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from recbole_llm.decoding.path_attention import PathView, along_paths
-from recbole_llm.decoding.shared_cache import Roomy, read_prompts
+from recbole_llm.decoding.shared_cache import Roomy, last_states, read_prompts
+from recbole_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from recbole_llm.decoding.beam_search import BeamSearch
 
 
 class TreeReader(Protocol):
@@ -43,6 +48,27 @@ class TreeReader(Protocol):
             places: among the A + C of the last piece, ascending, int64 [A'];
                 none at all where each prompt has nodes of its own.
         """
+
+
+def tree_behind(search: BeamSearch, prompts: Sequence[Sequence[int]], room: int) -> TreeReader:
+    """A reader of the tree of a search's items behind prompts.
+
+    Args:
+        search: whose decoder reads.
+        prompts: the language model's token ids of each row.
+        room: see :class:`SharedTree`.
+
+    Raises:
+        UserError: see :meth:`~recbole_llm.decoding.beam_search.BeamSearch.lay_out`.
+    """
+    kind: type[SharedTree | WholeTree] = SharedTree if search.shares_prompts else WholeTree
+    return kind(search.decoder, *search.lay_out(prompts), room)
+
+
+def check_nodes(nodes: int) -> None:
+    """Refuse a number of nodes to read at once that is none."""
+    if nodes < 1:
+        raise UserError(f"tree_nodes is {nodes}; at least 1 node is read at a time")
 
 
 class SharedTree:
@@ -95,13 +121,7 @@ class WholeTree:
     def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int = 0) -> None:
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._tokens = lengths.new_empty(len(ids), 0)
-        self.state = self._states(ids.unsqueeze(1), lengths.unsqueeze(1))[:, 0]
-
-    def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        rows, nodes, length = ids.shape
-        states = self._decoder(input_ids=ids.reshape(-1, length), use_cache=False).last_hidden_state
-        last = (lengths - 1).clamp(min=0).reshape(-1, 1, 1).expand(-1, 1, states.shape[-1])
-        return states.gather(1, last).view(rows, nodes, -1)
+        self.state = last_states(decoder, ids.unsqueeze(1), lengths.unsqueeze(1))[:, 0]
 
     def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
         """See :class:`TreeReader`."""
@@ -112,7 +132,7 @@ class WholeTree:
         ids = torch.cat((self._ids, self._ids.new_zeros(rows, paths.shape[2])), dim=1).unsqueeze(1).repeat(1, nodes, 1)
         behind = self._lengths.view(-1, 1, 1) + torch.arange(paths.shape[2], device=paths.device)
         ids.scatter_(2, behind.expand(-1, nodes, -1), paths)
-        return self._states(ids, self._lengths.unsqueeze(1) + depths)
+        return last_states(self._decoder, ids, self._lengths.unsqueeze(1) + depths)
 
     def keep(self, places: Tensor) -> None:
         """See :class:`TreeReader`."""
