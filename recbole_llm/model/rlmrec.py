@@ -13,7 +13,8 @@ from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.edges import Edges
 from recbole_llm.model.graph import MeanOfPowers, normalised_adjacency
 from recbole_llm.model.lightgcn import LightGCN
-from recbole_llm.model.text_contrast import projector, standardised
+from recbole_llm.model.standardise import standardised
+from recbole_llm.model.text_contrast import projector
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction

@@ -11,27 +11,10 @@ from torch import nn
 from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.hccf import HCCF
 from recbole_llm.model.lightgcn import LightGCN
+from recbole_llm.model.standardise import standardised
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
-
-
-def standardised(vectors: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Texts' vectors centred, and scaled to a mean square of one, by those of texts that say something.
-
-    Args:
-        vectors: float ``[n, H]``, what a language model makes of texts.
-        own: bool ``[n]``, which rows count.
-
-    Returns:
-        ``[n, H]``; what it was if no row counts.
-    """
-    if not own.any():
-        return vectors
-    # Mean states lie close together around a direction of their own, which tells nothing apart.
-    centred = vectors - vectors[own].mean(dim=0)
-    size = centred[own].square().mean().sqrt()
-    return centred / torch.where(size > 0, size, 1.0)
 
 
 def projector(kind: str, width: int, target: int) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
+from recbole_llm.model.standardise import scale_of, standardised
 from recbole_llm.model.states import NO_STATES, makes_states
 from recbole_llm.training.embeddings import graph_embeddings, item_embeddings
 from recbole_llm.training.teacher import frozen
@@ -66,7 +67,7 @@ class CollaborativeVectors:
         self.part, self._fit, self._dataset = part, fit, dataset
         model = frozen(fit, dataset, part, "those that its vectors are to tell of")
         table = torch.from_numpy(item_embeddings(model, self.name, "final"))
-        self.items = _standardised(table, torch.from_numpy(dataset.train_histories.seen(len(table))))
+        self.items = _of_seen(table, torch.from_numpy(dataset.train_histories.seen(len(table))))
         self.fingerprint = fit.fingerprint
 
     def users(self, longest: int) -> Users:
@@ -109,7 +110,7 @@ class UserTable:
     def __init__(self, table: Tensor, dataset: Any) -> None:
         self._histories = dataset.train_histories
         self._field: str = dataset.uid_field
-        self._table = _standardised(table, torch.from_numpy(self._histories.lengths > 0))
+        self._table = _of_seen(table, torch.from_numpy(self._histories.lengths > 0))
         self.width = table.shape[1]
 
     def at(self, moments: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class UserStates:
         states = self.states(places[:: max(1, len(places) // MEASURED)].contiguous())
         if states.dim() != 2:
             raise refused
-        self._mean, self._size = _scale(states)
+        self._mean, self._size = scale_of(states)
         self.width = states.shape[1]
 
     def _begins(self, moments: Tensor) -> Tensor:
@@ -204,13 +205,6 @@ class UserStates:
         return ((found - self._mean) / self._size).to(numbers.device)
 
 
-def _scale(measured: Tensor) -> tuple[Tensor, Tensor]:
-    mean = measured.mean(dim=0)
-    size = (measured - mean).square().mean().sqrt()
-    return mean, torch.where(size > 0, size, 1.0)
-
-
-def _standardised(table: Tensor, seen: Tensor) -> Tensor:
-    """A table less the mean of its seen rows, over the root mean square of what is left of these; others 0."""
-    mean, size = _scale(table[seen])
-    return ((table - mean) / size).masked_fill(~seen.unsqueeze(1), 0.0)
+def _of_seen(table: Tensor, seen: Tensor) -> Tensor:
+    """A table standardised by its seen rows; others 0."""
+    return standardised(table, seen).masked_fill(~seen.unsqueeze(1), 0.0)
