@@ -9,6 +9,7 @@ from typing import Any
 from recbole.utils import ModelType
 
 from recbole_llm.atomic import open_atomic
+from recbole_llm.data.item_text import item_file
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.limits import PACKAGES, REFUSED, packages_missing
 
@@ -80,7 +81,7 @@ def check_data(config: Any) -> None:
                 )
     if config.model_class.type != ModelType.SEQUENTIAL or not config["selected_features"]:
         return
-    file = folder / f"{name}.item"
+    file = item_file(config)
     if not file.is_file():
         raise UserError(f"{model} reads item features, and there is no {file}; SASRec and GRU4Rec need none")
     names = open_atomic(file, config["field_separator"], config["encoding"] or "utf-8").names

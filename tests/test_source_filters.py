@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,37 +80,15 @@ def test_filters_in_their_order(tmp_path: Path) -> None:
         ("u5", "b1", 5.0, 3),
     ]  # fmt: skip
     amazon2018(tmp_path, [(user, item, rating, NEW_YEAR + day * DAY) for user, item, rating, day in rows])
-    prepare_source(
-        words(
-            "amazon2018",
-            "Lamps",
-            tmp_path,
-            tmp_path / "out",
-            user_core=2,
-            item_core=2,
-            min_rating=3,
-            until="2015-12-31",
-        )
-    )
+    asked = partial(words, "amazon2018", "Lamps", tmp_path, tmp_path / "out", user_core=2, item_core=2)
+    prepare_source(asked(min_rating=3, until="2015-12-31"))
     kept = [(user, item, f"{rating:g}", str(NEW_YEAR + day * DAY)) for user, item, rating, day in (*rows[1:5],)]
     assert inter_of(tmp_path / "out/made") == kept
     card = json.loads((tmp_path / "out/made/stats.json").read_text())
     assert [step["interactions"] for step in card["filters"]] == [11, 10, 9, 8, 7, 4]
-    prepare_source(
-        words(
-            "amazon2018",
-            "Lamps",
-            tmp_path,
-            tmp_path / "out",
-            user_core=2,
-            item_core=2,
-            repeats="last",
-            overwrite="true",
-        )
-    )
+    prepare_source(asked(repeats="last", overwrite="true"))
     assert told((*rows[0][:3], NEW_YEAR + 3 * DAY)) in inter_of(tmp_path / "out/made")
-    everything = {"repeats": "all", "item_metadata": "none", "overwrite": "true", "user_core": 2, "item_core": 2}
-    prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", **everything))
+    prepare_source(asked(repeats="all", item_metadata="none", overwrite="true"))
     # Without the filter of metadata the item is out as it has one row, and u3 with it.
     assert len(inter_of(tmp_path / "out/made")) == 9
 

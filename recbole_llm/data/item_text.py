@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.errors import UserError, did_you_mean
@@ -82,6 +83,11 @@ class ItemText:
     named: tuple[bool, ...] = ()
     dropped: int = 0
     shuffled: int = 0
+
+
+def item_file(config: Any) -> Path:
+    """The file of a run's items."""
+    return Path(config["data_path"]) / f"{config['dataset']}.item"
 
 
 def is_empty(value: str) -> bool:

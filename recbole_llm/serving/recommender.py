@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from recbole_llm.data.item_text import read_titles
+from recbole_llm.data.item_text import item_file, read_titles
 from recbole_llm.data.ties import tie_order, top_items
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.ranking import catalogue_scores
@@ -334,7 +334,7 @@ def _enter(fit: Fit, index_file: Path, raw_ids: list[str]) -> None:
 
 
 def _titles(config: Any, new_items: Path | None) -> dict[str, str]:
-    own = Path(config["data_path"]) / f"{config['dataset']}.item"
+    own = item_file(config)
     titles: dict[str, str] = {}
     if not config["item_text"]:
         return titles

@@ -7,14 +7,13 @@ Source of the schemes: Hua et al., "How to Index Item IDs for Recommendation Fou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.backbone.base import Backbone
-from recbole_llm.data.item_text import is_empty, read_columns
+from recbole_llm.data.item_text import is_empty, item_file, read_columns
 from recbole_llm.data.split import TEST, TRAIN, VALID, Histories
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
@@ -100,7 +99,7 @@ def _check_method(config: Any) -> None:
 
 
 def _check_categories(config: Any) -> None:
-    file, column = _item_file(config), config["id_categories"]
+    file, column = item_file(config), config["id_categories"]
     if column is None:
         names = open_atomic(file, config["field_separator"], _encoding(config)).names if file.is_file() else []
         there = f"; columns of {file}: {', '.join(names)}" if names else f", and there is no {file}"
@@ -206,7 +205,7 @@ def _clustered(config: Any, dataset: Any, order: np.ndarray) -> list[tuple[str, 
 def _categories(config: Any, raw_ids: list[str]) -> list[tuple[str, ...]]:
     """The categories of each item, from the widest to the narrowest as the file has them, by internal id."""
     read: Mapping[str, tuple[str, ...]] = read_columns(
-        _item_file(config), config["ITEM_ID_FIELD"], [config["id_categories"]], config["field_separator"],
+        item_file(config), config["ITEM_ID_FIELD"], [config["id_categories"]], config["field_separator"],
         _encoding(config),
     )  # fmt: skip
     separator = config["id_category_separator"]
@@ -214,12 +213,8 @@ def _categories(config: Any, raw_ids: list[str]) -> list[tuple[str, ...]]:
     split = [[part.strip() for part in text.split(separator) if not is_empty(part)] for text in texts]
     paths = [tuple(parts) or (NO_CATEGORY,) for parts in split]
     if not any(split[1:]):
-        raise UserError(f"id_categories: no item has any in column '{config['id_categories']}' of {_item_file(config)}")
+        raise UserError(f"id_categories: no item has any in column '{config['id_categories']}' of {item_file(config)}")
     return paths
-
-
-def _item_file(config: Any) -> Path:
-    return Path(config["data_path"]) / f"{config['dataset']}.item"
 
 
 def _encoding(config: Any) -> str:

@@ -14,7 +14,7 @@ from recbole_llm.backbone.embedded_t5 import NAME as EMBEDDED_T5
 from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings, make_embedded_t5
 from recbole_llm.backbone.load import check_options, load_backbone
 from recbole_llm.data import prompts
-from recbole_llm.data.item_text import ItemText, load_item_text
+from recbole_llm.data.item_text import ItemText, item_file, load_item_text
 from recbole_llm.data.templates import templates_of
 from recbole_llm.data.text_noise import with_noise
 from recbole_llm.disk import remove
@@ -42,7 +42,7 @@ def read_item_text(config: Any, dataset: Any, key: str = "item_text", template: 
         UserError: the data set has no template or no item file.
     """
     name, template = config["dataset"], config[key] or template
-    file = Path(config["data_path"]) / f"{name}.item"
+    file = item_file(config)
     if not template:
         raise UserError(
             f"{config['model']} needs item text, but '{name}' has no template; "
