@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from _stock import SHARED, seeded, stock_class, stock_config, stock_loaders, train_batches
 
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import Histories
 
 TOLERANCE = 1e-5  # of losses about 0.7
 SETTINGS = {"load_col": {"inter": ["user_id", "item_id"]}, "threshold": None}

@@ -36,7 +36,7 @@ def inspect(arguments: Sequence[str]) -> str:
 def _dataset(name: str, arguments: list[str]) -> str:
     from recbole_llm.config import Config
     from recbole_llm.data import create_dataset
-    from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
+    from recbole_llm.data.phases import TEST, TRAIN, VALID, WITHHELD
 
     config = Config("BPR", name, command_line=arguments)
     if config["policy"] != "unified":

@@ -23,8 +23,8 @@ from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.load import load_backbone, load_with_head
 from recbole_llm.config import Config
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.prompts import Ragged
-from recbole_llm.data.split import TRAIN
 from recbole_llm.data.task_loader import TaskLoader, history_groups
 from recbole_llm.data.templates import INFERENCE, PLACE, read_templates
 from recbole_llm.errors import UserError

@@ -16,7 +16,8 @@ from test_leakage import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.data.folds import deal_folds
-from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD, SplitProtocol, make_split
+from recbole_llm.data.phases import TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.split import SplitProtocol, make_split
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.serving.recommender import Recommender

@@ -14,7 +14,8 @@ from test_split import Rows, rows_strategy, split_of
 
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, SplitProtocol, make_split
+from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.split import SplitProtocol, make_split
 from recbole_llm.errors import UserError
 from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run

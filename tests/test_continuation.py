@@ -16,7 +16,7 @@ from test_leakage import SMALL
 from tiny_folders import KINDS, write
 
 from recbole_llm.config import Config
-from recbole_llm.data.split import TEST, TRAIN, VALID
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 
 from recbole_llm import Config, compat, run
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.model import contrast, dccf
 from recbole_llm.model.contrast import InfoNCE

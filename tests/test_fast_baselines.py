@@ -22,7 +22,7 @@ from torch import nn
 
 from recbole_llm import compat
 from recbole_llm.data.dataset import windows
-from recbole_llm.data.split import Histories
+from recbole_llm.data.histories import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.model.bert4rec import BERT4Rec, RecBoleBERT4Rec
 from recbole_llm.model.graph import MeanOfPowers, SymmetricProduct, csr_tensor, normalised_adjacency

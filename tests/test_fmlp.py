@@ -29,7 +29,7 @@ from test_fast_baselines import (
 )
 
 from recbole_llm.config import Config
-from recbole_llm.data.split import Histories
+from recbole_llm.data.histories import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.model.fmlp import FMLP, FilterLayer
 from recbole_llm.model.fmlp_all_positions import FMLPAllPositions

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_lm import TinyBackbone, gpt2, llama
 
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.prompts import Ragged
-from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.model import glta_sampling as sampling
 from recbole_llm.model.glta import GLTA

@@ -16,7 +16,7 @@ from test_dccf import N_ITEMS, N_USERS, batch, dense_adjacency, dense_nce, gradi
 from test_leakage import SMALL
 
 from recbole_llm import Config, compat, run
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.model.edges import Edges
 from recbole_llm.model.graph import csr_tensor, normalised_adjacency

@@ -19,7 +19,7 @@ from test_item_token_stage import TOLD, quick, tokenized, write_world
 
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
-from recbole_llm.data.split import TEST, TRAIN, VALID
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, spelled
 from recbole_llm.itemid.item_tokens import ItemTokens

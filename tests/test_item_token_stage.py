@@ -20,7 +20,7 @@ from tiny_lm import TinyBackbone, llama
 from recbole_llm.cli import main
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
-from recbole_llm.data.split import TEST, TRAIN, VALID
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import TrainingStoppedError, UserError
 from recbole_llm.inspection import inspect
 from recbole_llm.itemid import alignment

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from recbole_llm.data import keywords
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.keywords import prediction_keywords, profile_keywords
-from recbole_llm.data.split import Histories
 
 TEXTS = ["", "Space opera, space ships", "Ships of the desert 42", "A desert opera", "a of the", "robots robots x_y"]
 

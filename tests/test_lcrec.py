@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from recbole_llm.backbone.load import load_backbone, load_with_head
 from recbole_llm.config import Config
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.templates import read_templates
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.head import Head, decoder_of

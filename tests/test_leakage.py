@@ -13,7 +13,7 @@ import torch
 from recbole_llm import registry
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
-from recbole_llm.data.split import PHASES, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.phases import PHASES, TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.training.pipeline import fit, store_of
 
 QUICK = (

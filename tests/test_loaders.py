@@ -12,7 +12,7 @@ import torch
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import WindowLoader
-from recbole_llm.data.split import TEST, TRAIN, VALID
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 
 RANDOM = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 BY_TIME = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "group_by": "user", "mode": "full"}

@@ -12,7 +12,7 @@ import pytest
 from test_leakage import SMALL, assert_same, fitted_state, three_worlds
 
 from recbole_llm.config import Config
-from recbole_llm.data.split import TEST, TRAIN, VALID
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.compare import compare
 from recbole_llm.leaderboard.tuning import tune

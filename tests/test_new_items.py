@@ -11,7 +11,7 @@ import scipy.sparse.linalg  # noqa: F401
 import torch
 from conftest import ML100K
 
-from recbole_llm.data.split import Histories
+from recbole_llm.data.histories import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.codebook import residual_kmeans
 from recbole_llm.itemid.new_items import PENALTY, from_neighbours, from_text

@@ -10,7 +10,7 @@ import torch
 from test_leakage import SMALL
 
 from recbole_llm.config import Config
-from recbole_llm.data.split import VALID
+from recbole_llm.data.phases import VALID
 from recbole_llm.tasks import known_tasks
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
 from recbole_llm.tasks.language import QUERY, TEXT

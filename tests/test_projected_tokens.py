@@ -20,7 +20,7 @@ from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.backbone.projected_tokens import ProjectedTokens, read_projected
 from recbole_llm.backbone.soft_tokens import token_scale
 from recbole_llm.config import Config
-from recbole_llm.data.split import Histories
+from recbole_llm.data.histories import Histories
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.head import Head
 from recbole_llm.errors import UserError

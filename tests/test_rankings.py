@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_leakage import SMALL, settings_of
 
 from recbole_llm.config import Config
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.evaluation.rankings import RECENT, Rankings

@@ -21,9 +21,10 @@ from test_hccf import make as make_graph_model
 from test_leakage import SMALL, rows_of, write_by_phase
 
 from recbole_llm import Config, UserError, run
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.item_text import first_words
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.data.profiles import Reviews, items_of_users, profile_of, profile_source, read_wording
-from recbole_llm.data.split import TEST, TRAIN, VALID, Histories
 from recbole_llm.model.contrast import InfoNCE
 from recbole_llm.model.lightgcn import LightGCN
 from recbole_llm.model.rlmrec import RLMRecCon, RLMRecGen

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from recbole_llm import compat
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 
 compat.install()

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Histories, SplitProtocol, make_split
+from recbole_llm.data.histories import Histories
+from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.split import SplitProtocol, make_split
 from recbole_llm.errors import UserError
 
 Rows = list[tuple[int, int, int]]

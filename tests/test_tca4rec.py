@@ -23,7 +23,7 @@ from recbole_llm import registry
 from recbole_llm.backbone.load import load_backbone, load_with_head
 from recbole_llm.config import Config
 from recbole_llm.data.instructions import TokenBatch
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.itemid.item_tokens import ItemTokens

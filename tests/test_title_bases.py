@@ -25,7 +25,7 @@ from recbole_llm.backbone.load import load_backbone
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.instructions import TokenBatch
-from recbole_llm.data.split import TRAIN, VALID
+from recbole_llm.data.phases import TRAIN, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import measure
 from recbole_llm.inspection import inspect

@@ -21,7 +21,7 @@ from test_leakage import write_by_phase
 
 from recbole_llm.config import Config
 from recbole_llm.data.loaders import RankingLoader
-from recbole_llm.data.split import TEST
+from recbole_llm.data.phases import TEST
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard import search as search_module
 from recbole_llm.leaderboard import tuned_file, tuning

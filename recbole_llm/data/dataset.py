@@ -17,7 +17,9 @@ from recbole.data.interaction import Interaction
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.compat import AtomicMixin
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, Histories, Split, SplitProtocol, make_split
+from recbole_llm.data.histories import Histories
+from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID
+from recbole_llm.data.split import Split, SplitProtocol, make_split
 from recbole_llm.errors import UserError
 
 

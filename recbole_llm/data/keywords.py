@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from recbole_llm.progress import progress
 
 if TYPE_CHECKING:
-    from recbole_llm.data.split import Histories
+    from recbole_llm.data.histories import Histories
 
 # Scores of this many (user, item) pairs, or weights of this many (user, word) pairs, are held at once.
 CHUNK_CELLS = 1 << 24

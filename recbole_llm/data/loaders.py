@@ -17,8 +17,9 @@ from recbole.sampler import KGSampler, Sampler
 from recbole.utils import ModelType
 
 from recbole_llm.data.dataset import take, windows, with_lists
+from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import DROPPED, TEST, TRAIN, VALID, WITHHELD, Split
+from recbole_llm.data.split import Split
 from recbole_llm.data.ties import tie_order
 from recbole_llm.data.train_loader import FastTrainLoader
 from recbole_llm.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recbole_llm.data.dataset import take
 from recbole_llm.data.loaders import RankingLoader
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 
 
 class PrefixLoader(RankingLoader):

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.item_text import Template, first_words, parse_template
-from recbole_llm.data.split import Histories
 from recbole_llm.data.templates import file_of
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import load_yaml

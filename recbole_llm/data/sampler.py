@@ -15,7 +15,7 @@ from recbole_llm.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from recbole_llm.data.split import Histories
+    from recbole_llm.data.histories import Histories
 
 # After this many rejected draws a row is drawn from the list of its user's allowed items instead: a user who has had
 # 99.9 % of the catalogue would otherwise need thousands of rounds. Both ways draw from the same distribution.

@@ -13,71 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.data.cold_items import draw_cold_items
-from recbole_llm.data.folds import deal_folds
+from recbole_llm.data.histories import Histories, runs
+from recbole_llm.data.phases import DROPPED, PHASE_NAMES, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.withheld import withhold, withhold_fold, withhold_items
 from recbole_llm.errors import UserError
-
-TRAIN, VALID, TEST, DROPPED, WITHHELD = 0, 1, 2, 3, 4
-PHASES = ("train", "valid", "test")
-PHASE_NAMES = {TRAIN: "train", VALID: "valid", TEST: "test", WITHHELD: "withheld"}
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Item ids a user, as one flat array (CSR).
-
-    Attributes:
-        offsets: int64 [n_users + 1]; user ``u``'s run is ``items[offsets[u]:offsets[u + 1]]``. The padding
-            user 0 counts.
-        items: int64 [n_interactions], internal item ids, oldest first within a user.
-    """
-
-    offsets: np.ndarray
-    items: np.ndarray
-
-    @classmethod
-    def from_rows(cls, users: np.ndarray, items: np.ndarray, n_users: int) -> Histories:
-        """Build from rows already in time order within each user.
-
-        Args:
-            users: int64 [n], internal user ids in any arrangement.
-            items: int64 [n].
-            n_users: number of internal user ids, the padding one included.
-        """
-        order = np.argsort(users, kind="stable")
-        offsets = np.zeros(n_users + 1, dtype=np.int64)
-        np.cumsum(np.bincount(users, minlength=n_users), out=offsets[1:])
-        return cls(offsets, np.ascontiguousarray(items[order]))
-
-    def seen(self, n_items: int) -> np.ndarray:
-        """Items that somebody has, bool [n_items]."""
-        found = np.zeros(n_items, dtype=bool)
-        found[self.items] = True
-        return found
-
-    def owners(self, moments: np.ndarray) -> np.ndarray:
-        """Whose some of the interactions are.
-
-        Args:
-            moments: places among :attr:`items`, int64 [n].
-
-        Returns:
-            Internal user ids, int64 [n].
-        """
-        return np.searchsorted(self.offsets, moments, side="right") - 1
-
-    def begins(self, moments: np.ndarray) -> np.ndarray:
-        """Where the histories begin that interactions are of: places among :attr:`items`, int64 [n], as ``moments``."""
-        return self.offsets[self.owners(moments)]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [n_users]: how many items each user has."""
-        return np.diff(self.offsets)
-
-    def of(self, user: int) -> np.ndarray:
-        """The items of one user, oldest first."""
-        return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
 @dataclass(frozen=True)
@@ -251,7 +190,7 @@ def make_split(
     clock = np.zeros(len(users)) if times is None else times
     order = np.lexsort((file_order, clock, users))
     users, items, clock, rows = users[order], items[order], clock[order], order
-    ranks, lengths = _runs(users)
+    ranks, lengths = runs(users)
 
     if protocol.kind == "LS":
         phases = _leave_one_out(ranks, lengths, protocol, users, file_order[order])
@@ -269,9 +208,9 @@ def make_split(
     candidates = np.zeros(len(item_tokens), dtype=bool)
     candidates[items] = True
     # Last, so that test rows, users and candidates are the same whatever the shares.
-    phases, cold = _withhold_items(users, items, clock, phases, candidates, protocol, item_tokens)
-    phases = _withhold(users, ranks, phases, protocol, user_tokens)
-    phases, held = _withhold_fold(users, items, ranks, phases, protocol, user_tokens)
+    phases, cold = withhold_items(users, items, clock, phases, candidates, protocol, item_tokens)
+    phases = withhold(users, ranks, phases, protocol, user_tokens)
+    phases, held = withhold_fold(users, items, ranks, phases, protocol, user_tokens)
     kept = phases != DROPPED
     mark = fingerprint(users[kept], items[kept], ranks[kept], phases[kept], candidates, user_tokens, item_tokens)
     return Split(
@@ -280,20 +219,12 @@ def make_split(
     )  # fmt: skip
 
 
-def _runs(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For rows sorted by user: the rank of each row in its user's run, and the length of that run."""
-    first = np.flatnonzero(np.diff(users, prepend=-1))
-    counts = np.diff(np.append(first, len(users)))
-    ranks = np.arange(len(users)) - np.repeat(first, counts)
-    return ranks, np.repeat(counts, counts)
-
-
 def _random_ranks(users: np.ndarray, file_order: np.ndarray, seed: int) -> np.ndarray:
     """A random rank of each row within its user; depends on the seed and the file's order only."""
     draws = np.empty(len(users))
     draws[np.argsort(file_order, kind="stable")] = np.random.Generator(np.random.PCG64(seed)).random(len(users))
     order = np.lexsort((draws, users))
-    shuffled, _ = _runs(users[order])
+    shuffled, _ = runs(users[order])
     ranks = np.empty(len(users), dtype=np.int64)
     ranks[order] = shuffled
     return ranks
@@ -415,84 +346,6 @@ def _drop_repeats(users: np.ndarray, items: np.ndarray, phases: np.ndarray) -> t
     out = phases.copy()
     out[order[repeat]] = DROPPED
     return out, int(repeat.sum())
-
-
-def _withhold_items(
-    users: np.ndarray,
-    items: np.ndarray,
-    clock: np.ndarray,
-    phases: np.ndarray,
-    candidates: np.ndarray,
-    protocol: SplitProtocol,
-    item_tokens: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take the train and valid rows of ``cold_item_share`` of the items out; the items are the second result.
-
-    Valid rows go as well: no epoch can be picked by items that training cannot know, and at test they would stand in
-    the inputs of sequential models.
-    """
-    if protocol.cold_item_share <= 0:
-        return phases, np.zeros(len(candidates), dtype=bool)
-    train = phases == TRAIN
-    first_seen = None
-    if protocol.cold_item_choice == "newest":
-        first_seen = np.full(len(candidates), np.inf)
-        np.minimum.at(first_seen, items, clock)
-    cold = draw_cold_items(
-        users[train], items[train], candidates, protocol.cold_item_share, item_tokens, protocol.seed, first_seen
-    )
-    out = phases.copy()
-    out[np.isin(phases, (TRAIN, VALID)) & cold[items]] = WITHHELD
-    return out, cold
-
-
-def _withhold(
-    users: np.ndarray, ranks: np.ndarray, phases: np.ndarray, protocol: SplitProtocol, user_tokens: Sequence[str]
-) -> np.ndarray:
-    """Take all but ``train_share`` of every user's train rows out, at least one stays.
-
-    What is kept at one share is kept at every larger one: each user's rows leave in one random order, which depends on
-    the seed, the raw user ids and the ranks, and so neither on internal ids nor on the file's arrangement.
-    """
-    if protocol.train_share >= 1:
-        return phases
-    train = np.flatnonzero(phases == TRAIN)
-    place = np.empty(len(user_tokens), dtype=np.int64)
-    place[np.argsort(np.asarray(user_tokens, dtype=str), kind="stable")] = np.arange(len(user_tokens))
-    named = train[np.lexsort((ranks[train], place[users[train]]))]
-    # A stream of its own: that of the seed alone divides random splits.
-    draws = np.empty(len(users))
-    draws[named] = np.random.Generator(np.random.PCG64([protocol.seed, WITHHELD])).random(len(named))
-    leaving = train[np.lexsort((draws[train], users[train]))]
-    turns, counts = _runs(users[leaving])
-    kept = np.maximum(1, np.floor(counts * protocol.train_share + 0.5))
-    out = phases.copy()
-    out[leaving[turns >= kept]] = WITHHELD
-    return out
-
-
-def _withhold_fold(
-    users: np.ndarray,
-    items: np.ndarray,
-    ranks: np.ndarray,
-    phases: np.ndarray,
-    protocol: SplitProtocol,
-    user_tokens: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take the train rows of ``fold`` out; the rows of the fold are the second result.
-
-    Rows of one user and item go together, or a fold's repeats would tell of it.
-    """
-    held = np.zeros(len(users), dtype=bool)
-    if protocol.fold is not None:
-        number, count = protocol.fold
-        dealt = np.flatnonzero(np.isin(phases, (TRAIN, VALID)))
-        pairs = users[dealt] * (int(items.max()) + 1) + items[dealt]
-        _, first, back = np.unique(pairs, return_index=True, return_inverse=True)
-        rows = dealt[first]
-        folds = deal_folds(users[rows], ranks[rows], phases[rows] == VALID, count, user_tokens, protocol.seed)
-        held[dealt] = folds[back] == number
-    return np.where(held & (phases == TRAIN), WITHHELD, phases).astype(np.int8), held
 
 
 def fingerprint(

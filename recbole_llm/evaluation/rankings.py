@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_llm.data.split import TRAIN, VALID
+from recbole_llm.data.phases import TRAIN, VALID
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import Measured

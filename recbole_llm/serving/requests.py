@@ -10,7 +10,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_llm.data.loaders import RankingLoader
-from recbole_llm.data.split import TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.phases import TEST, TRAIN, VALID, WITHHELD
 
 if TYPE_CHECKING:
     from recbole_llm.training.pipeline import Fit

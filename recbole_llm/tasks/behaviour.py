@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.sampler import NegativeSampler
-from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.tasks.base import HISTORY, USER, Samples, Task, register
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from recbole_llm.backbone.adapter import check_targets
 from recbole_llm.backbone.checkpointing import checkpoint_layers
 from recbole_llm.backbone.embedded_t5 import NAME as EMBEDDED_T5
-from recbole_llm.data.split import TRAIN, VALID, WITHHELD
+from recbole_llm.data.phases import TRAIN, VALID, WITHHELD
 from recbole_llm.data.task_loader import TaskLoader
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError

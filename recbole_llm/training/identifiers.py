@@ -13,8 +13,9 @@ import numpy as np
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.backbone.base import Backbone
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.item_text import is_empty, item_file, read_columns
-from recbole_llm.data.split import TEST, TRAIN, VALID, Histories
+from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.data.ties import tie_order
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, of_pieces, spelled

@@ -16,7 +16,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid import quality

@@ -18,7 +18,7 @@ from recbole_llm import compat, processes, registry
 from recbole_llm.config import FOLD, Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.loaders import make_loaders
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
 from recbole_llm.refusals import check_sizes

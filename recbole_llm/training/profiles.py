@@ -16,10 +16,10 @@ from typing import Any
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.generation import DONE, answer_prompts
 from recbole_llm.backbone.load import load_with_head
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.item_text import ItemText, first_words
 from recbole_llm.data.keywords import profile_keywords
 from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, profile_source, read_wording
-from recbole_llm.data.split import Histories
 from recbole_llm.errors import UserError
 from recbole_llm.training.language import backbone_options
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of

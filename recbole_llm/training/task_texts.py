@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recbole_llm.atomic import open_atomic
 from recbole_llm.data.item_text import ItemText, is_empty, read_columns, read_rows
-from recbole_llm.data.split import TRAIN
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.tasks.base import TaskTexts, active_tasks
 from recbole_llm.tasks.language import ITEM_TEXTS, QUERY

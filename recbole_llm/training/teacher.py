@@ -11,8 +11,8 @@ import torch
 from recbole.utils import ModelType
 from torch import Tensor
 
+from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.prefixes import PrefixLoader
-from recbole_llm.data.split import TRAIN
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import catalogue_scores
 from recbole_llm.training.store import fingerprint_of
