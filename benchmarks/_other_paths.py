@@ -94,7 +94,7 @@ def lightgcn(users: int, items: int, edges: int, width: int = 64, layers: int = 
     return Path(
         f"LightGCN, {layers} layers, {matrix.nnz:,} edges",
         lambda: MeanOfPowers.apply(graph, nodes, layers).backward(gradient), product * (2 * layers),
-        each=(1, "step"), countable=False,
+        kind="float32", each=(1, "step"), countable=False,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def mask(items: int, rows: int = 160, depth: int = 1) -> Path:
     nodes = trie.walk(made.padded(chosen)[0][:, :depth])[:, -1]
     return Path(
         f"mask after {depth} of {LEVELS} tokens, {items:,} items", lambda: trie.mask(nodes, depth=depth),
-        Cost(0, rows * trie.size), each=(rows, "row"),
+        Cost(0, rows * trie.size), kind="float32", each=(rows, "row"),
     )  # fmt: skip
 
 
@@ -173,5 +173,5 @@ def soft_labels(items: int, samples: int = 16) -> Path:
     targets = torch.from_numpy(rng.integers(1, items + 1, samples))
     return Path(
         f"soft labels of {samples} samples, {items:,} items", lambda: tokenizer(logits, targets),
-        Cost(0, 4 * samples * items), each=(samples, "sample"),
+        Cost(0, 4 * samples * items), kind="float32", each=(samples, "sample"),
     )  # fmt: skip

@@ -36,7 +36,8 @@ class Path:
         call: it; given what ``prepare`` returns, if there is one.
         cost: counted.
         prepare: untimed, before each call.
-        kind: of the numbers that are multiplied.
+        kind: what multiplies, as :class:`~_ceilings.Ceilings` has it in ``gemm``; ``float32`` where that is several or
+            nothing.
         each: users, samples or whatever a call is of, and their name.
         countable: whether torch shows its operations to who counts them; those of oneDNN's own tensors it does not.
     """
@@ -45,7 +46,7 @@ class Path:
     call: Callable[..., Any]
     cost: Cost
     prepare: Callable[[], Any] | None = None
-    kind: str = "float32"
+    kind: str = "float32 as it is"
     each: tuple[int, str] = (1, "call")
     countable: bool = True
 
@@ -102,7 +103,7 @@ def decoding(users: int, prompt: int, items: int, nodes: int, words: int = WORDS
     search = BeamSearch(decoder, exact, made, beams=BEAMS, lm_ids=lm_ids)
     prompts = ids.tolist()
     whole = counts.beam_search(sizes, users, prompt, BEAMS, LEVELS, sizes.vocabulary)
-    yield Path("beam search, vocabulary", lambda: search(prompts), whole, each=each, countable=False)
+    yield Path("beam search, vocabulary", lambda: search(prompts), whole, kind="float32", each=each, countable=False)
     narrow = BeamSearch(decoder, exact, made, beams=BEAMS, lm_ids=lm_ids, normaliser="level")
     whole = counts.beam_search(sizes, users, prompt, BEAMS, LEVELS, CODES)
     yield Path("beam search, level", lambda: narrow(prompts), whole, each=each)
@@ -135,7 +136,7 @@ def _full_ranking(items: int, prompt: int, nodes: int) -> Path:
     ids = torch.randint(3, words, (1, prompt), generator=torch.Generator().manual_seed(0)).tolist()
     cost = counts.full_ranking(sizes, prompt, ranking.reads, nodes, LEVELS, sizes.vocabulary)
     name = f"full ranking of {items:,} items, {ranking.reads:,} nodes"
-    return Path(name, lambda: ranking(ids), cost, each=(1, "user"), countable=False)
+    return Path(name, lambda: ranking(ids), cost, kind="float32", each=(1, "user"), countable=False)
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,11 @@ class Batch:
         return Read(len(tree.places), tables, side, states, states, None if layout.ends is None else CHUNK)
 
 
-def fine_tuning_batch(samples: int, items: int, opening: int = 48, closing: int = 8) -> Batch:
-    """Pairs of samples of one history, worded alike but for their closing, as a shuffled epoch has them."""
+def fine_tuning_batch(samples: int, items: int = 8, opening: int = 60, closing: int = 1) -> Batch:
+    """Pairs of samples of one history, worded alike but for their closing, as a shuffled epoch has them.
+
+    By default 96 tokens a sample, 27.5 of them in the tree of 8: about what ``fine_tuning.py`` counts of its own.
+    """
     draw = torch.Generator().manual_seed(0)
     start = torch.randint(3, LLAMA_WORDS, (opening,), generator=draw)
     prompts = []
@@ -283,7 +287,7 @@ def training(samples: int, items: int, prefixes: int, layers: int = 4, width: in
         lambda: (full.optimizer.zero_grad(), full.loss())[1], each=each,
     )  # fmt: skip
     full.step()
-    yield Path("fine-tuning, optimizer", full.optimizer.step, full.update, full.step, each=each)
+    yield Path("fine-tuning, optimizer", full.optimizer.step, full.update, full.step, kind="float32", each=each)
     yield Path("fine-tuning, whole step", full.step, full.cost + full.update, each=each)
     light = FineTuning(llama(layers, width), full.batch, "lora")
     yield Path("fine-tuning with LoRA, whole step", light.step, light.cost + light.update, each=each)

@@ -9,8 +9,11 @@ share of that GPU's peak some rates need with Qwen2.5-1.5B's sizes. Nothing is m
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
+from itertools import count
+from pathlib import Path
 
 import _counts as counts
 import torch
@@ -27,6 +30,7 @@ from recbole_llm.backbone.memory import activation_bytes, cache_bytes, count_wei
 from recbole_llm.itemid.trie import Trie
 
 PEAK, BANDWIDTH, SHARE = 989e12, 3.35e12, 0.4  # H100 SXM: bfloat16 without sparsity; NVIDIA's data sheet
+SPEED = Path(__file__).resolve().parent.parent / "docs" / "results" / "speed.md"
 SEARCHED = Sizes(LAYERS, WIDTH, INNER, HEADS, KEY_HEADS, WIDTH // HEADS, SIZE)
 TRAINED = Sizes(4, 256, 688, 4, 4, 64, 32_000)
 # Tokens of GLTA's prompts in ``glta_training.py``: shared, their own, and slots.
@@ -59,13 +63,13 @@ def plain_glta(sizes: Sizes) -> Cost:
 def pairs(searched: Sizes, trained: Sizes) -> dict[str, tuple[Cost, Cost]]:
     """The plain way and ours, by what they do."""
     nodes, one = inner_nodes(), 128
-    batch, user = fine_tuning_batch(8, 20), packed_batch(64, 64)
+    batch, user = fine_tuning_batch(8), packed_batch(64, 64)
     found = {
         f"`beam_search`, {BEAMS} beams, a user": (
             counts.generated(searched, 1, one, BEAMS, LEVELS),
             counts.beam_search(searched, 1, one, BEAMS, LEVELS, searched.vocabulary),
         ),
-        "the same, the level's rows": (
+        f"`beam_search`, {BEAMS} beams, a user, by level": (
             counts.generated(searched, 1, one, BEAMS, LEVELS),
             counts.beam_search(searched, 1, one, BEAMS, LEVELS, CODES),
         ),
@@ -90,6 +94,15 @@ def pairs(searched: Sizes, trained: Sizes) -> dict[str, tuple[Cost, Cost]]:
     return found
 
 
+def measured_ratio(name: str) -> str:
+    """What ``docs/results/speed.md`` has measured; the ratios of a benchmark stand there in the order of ours."""
+    benchmark = name.partition("`")[2].partition("`")[0]
+    cells = [line.split("|") for line in SPEED.read_text(encoding="utf-8").splitlines() if f"| `{benchmark}`" in line]
+    ratios = re.findall(r"[\d.]+x", cells[0][3]) if cells else []
+    place = {"level": -1, "LoRA": 1}.get(name.rpartition(" ")[2], 0)
+    return ratios[place] if ratios else ""
+
+
 def before_and_after() -> list[str]:
     """At the benchmarks' sizes, and the ratio at 7B's."""
     large = pairs(LLAMA_2_7B, LLAMA_2_7B)
@@ -98,15 +111,17 @@ def before_and_after() -> list[str]:
         their, own = large[name]
         rows.append([
             name, figure(plain.flops / 1e9), figure(ours.flops / 1e9), f"{plain.flops / ours.flops:.1f}x",
-            figure(their.flops / 1e12), figure(own.flops / 1e12), f"{their.flops / own.flops:.1f}x",
+            measured_ratio(name), figure(their.flops / 1e12), figure(own.flops / 1e12),
+            f"{their.flops / own.flops:.1f}x",
         ])  # fmt: skip
-    return markdown(["", "plain, GFLOP", "ours, GFLOP", "ratio", "7B: plain, TFLOP", "ours, TFLOP", "ratio"], rows)
+    heads = ["", "plain, GFLOP", "ours, GFLOP", "ratio", "measured", "7B: plain, TFLOP", "ours, TFLOP", "ratio"]
+    return markdown(heads, rows)
 
 
 def seven_billion() -> list[str]:
     """The hot paths of Llama-2-7B on one H100."""
     sizes, nodes = LLAMA_2_7B, inner_nodes()
-    batch = fine_tuning_batch(USERS, 20)
+    batch = fine_tuning_batch(USERS)
     user = packed_batch(USERS, USERS)
     rows = batch.ids.shape
     alone = Read(rows[0] * rows[1], rows[0], rows[1], len(batch.labels), len(batch.labels))
@@ -137,15 +152,51 @@ def seven_billion() -> list[str]:
         ),
     ]  # fmt: skip
     lines = []
-    for name, cost, count, of in found:
+    for name, cost, number, of in found:
         least = cost.seconds(PEAK, BANDWIDTH)
         by = "FLOPs" if cost.flops / PEAK > cost.moved / BANDWIDTH else "bytes"
         lines.append([
             name, figure(cost.flops / 1e12), figure(cost.moved / 1e9), by, figure(1e3 * least),
-            figure(1e3 * least / SHARE), f"{figure(count * SHARE / least)} {of}",
+            figure(1e3 * least / SHARE), f"{figure(number * SHARE / least)} {of}",
         ])  # fmt: skip
     heads = ["", "TFLOP", "GB", "bound by", "ms at the bound", f"ms at {SHARE:.0%}", f"a second at {SHARE:.0%}"]
     return markdown(heads, lines)
+
+
+def shares() -> list[str]:
+    """What parts of the work are, and where bytes and FLOPs change places."""
+    large, small = LLAMA_2_7B, QWEN_2_5_1_5B
+    batch = fine_tuning_batch(USERS).read()
+    step = counts.training(large, batch, RANK, CODED)
+    ranking = counts.full_ranking(small, PROMPT, inner_nodes(), 1024, LEVELS, small.vocabulary)
+    sums = counts.normaliser(small, 1 + inner_nodes(), small.vocabulary)
+    seen = counts.attention(large, USERS, PROMPT, PROMPT) * large.layers
+    found = {
+        "7B: attention of prompts": f"{seen.flops / counts.prompts(large, USERS, PROMPT).flops:.1%}",
+        "7B: attention of a LoRA step, openings shared": (
+            f"{batch.attention(large, counts.TO_INPUTS).flops * large.layers / step.flops:.1%}"
+        ),
+        "7B: LoRA's own matrices": f"{counts.lora(large, batch.tokens, RANK, batch.states).flops / step.flops:.1%}",
+        "7B: users of 20 beams from which a step is bound by FLOPs": str(users_that_bind(large)),
+        "1.5B: the same": str(users_that_bind(small)),
+        "1.5B: vocabulary of a full ranking": f"{sums.flops / ranking.flops:.1%}",
+        "1.5B: 4N FLOPs a token": f"{4 * small.weights / 1e9:.3f} GFLOP",
+        "1.5B: a token of a LoRA step, as counted here": f"{lora_token(small).flops / 1e9:.3f} GFLOP",
+    }
+    return markdown(["", "on paper"], [[name, value] for name, value in found.items()])
+
+
+def users_that_bind(sizes: Sizes) -> int:
+    """From how many on a beam step is bound by FLOPs."""
+    steps = ((users, counts.continued(sizes, users, BEAMS, PROMPT, LEVELS - 1)) for users in count(1))
+    return next(users for users, cost in steps if cost.flops / PEAK > cost.moved / BANDWIDTH)
+
+
+def lora_token(sizes: Sizes, tokens: int = 16_000) -> Cost:
+    """A token of a step that many tokens are in, samples apart, an item's labels each."""
+    samples = tokens // PROMPT
+    labels = samples * LEVELS
+    return counts.training(sizes, Read(tokens, samples, PROMPT, labels, labels), RANK, CODED) * (1 / tokens)
 
 
 def memory() -> list[str]:
@@ -155,7 +206,7 @@ def memory() -> list[str]:
         vocab_size=sizes.vocabulary, hidden_size=sizes.width, intermediate_size=sizes.inner,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads,
     )  # fmt: skip
-    read = fine_tuning_batch(USERS, 20).read()
+    read = fine_tuning_batch(USERS).read()
     weights = count_weights(config, "bfloat16").size + 2 * sizes.vocabulary * sizes.width
     found = {
         "weights and head, bfloat16": weights,
@@ -174,15 +225,12 @@ def targets() -> list[str]:
     sizes, nodes = QWEN_2_5_1_5B, inner_nodes()
     ranked = counts.full_ranking(sizes, PROMPT, nodes, 1024, LEVELS, sizes.vocabulary) * ML_1M_USERS
     search = counts.beam_search(sizes, USERS, PROMPT, BEAMS, LEVELS, sizes.vocabulary) * (1 / USERS)
-    samples = 16_000 // PROMPT
-    labels = samples * LEVELS
-    step = counts.training(sizes, Read(16_000, samples, PROMPT, labels, labels), RANK, CODED) * (1 / 16_000)
     named = 4 * sizes.weights  # as the target counts: forward and backward to inputs
     rows = []
     for name, cost, wanted in (
         (f"ml-1m: {ML_1M_USERS:,} users, {ITEMS:,} items ranked, 10 minutes", ranked, 600.0),
         (f"beam search, {TARGET_USERS} users a second, a user", search, 1 / TARGET_USERS),
-        (f"LoRA at {TARGET_SHARE:.0%} of 4N FLOPs a token, a token", step, named / (TARGET_SHARE * PEAK)),
+        (f"LoRA at {TARGET_SHARE:.0%} of 4N FLOPs a token, a token", lora_token(sizes), named / (TARGET_SHARE * PEAK)),
     ):
         least = cost.seconds(PEAK, BANDWIDTH)
         rows.append([
@@ -207,9 +255,9 @@ def main() -> None:
     show("before and after", before_and_after(), options.page)
     show("7B on paper", seven_billion(), options.page)
     show("7B memory", memory(), options.page)
+    show("shares on paper", shares(), options.page)
     show("targets on paper", targets(), options.page)
-    turn = PEAK / BANDWIDTH
-    print(json.dumps({"name": "on_paper", "inner_nodes": inner_nodes(), "tokens_a_step_where_flops_bind": round(turn)}))
+    print(json.dumps({"name": "on_paper", "inner_nodes": inner_nodes(), "flops_a_byte": round(PEAK / BANDWIDTH)}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import _counts as counts  # noqa: E402
 import _page  # noqa: E402
 import _paths as paths  # noqa: E402
+import hot_paths  # noqa: E402
 import on_paper  # noqa: E402
 import scaling  # noqa: E402
 from _counts import Cost, Counted, Sizes  # noqa: E402
@@ -144,6 +145,12 @@ class TestTraining:
         unextended = counts.replace(sizes, vocabulary=300)
         assert flops_of(plain) == on_paper.plain_training(unextended, batch, None).flops
 
+    def test_the_batch_is_about_the_benchmarks_own(self) -> None:
+        # What docs/results/speed.md has of fine_tuning.py: 96 positions a sample, 27 of them in the tree.
+        batch = paths.fine_tuning_batch(8)
+        assert float(batch.lengths.float().mean()) == pytest.approx(96, abs=1)
+        assert batch.read().tokens / 8 == pytest.approx(27, abs=1)
+
     def test_the_pass_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paths, "LLAMA_WORDS", 300)
         step = paths.FineTuning(paths.llama(2, 64, 300), paths.fine_tuning_batch(4, 3))
@@ -210,15 +217,31 @@ class TestPage:
 
     def test_what_is_on_paper_is_in_the_page(self) -> None:
         text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-        for lines in (on_paper.before_and_after(), on_paper.seven_billion(), on_paper.memory(), on_paper.targets()):
+        for lines in (
+            on_paper.before_and_after(),
+            on_paper.seven_billion(),
+            on_paper.memory(),
+            on_paper.shares(),
+            on_paper.targets(),
+        ):
             assert "\n".join(lines) in text
 
-    def test_measured_tables_have_their_columns(self) -> None:
-        import hot_paths
-
+    def test_measured_tables_are_in_the_page(self) -> None:
+        # Each script finds a place for its tables.
         text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-        for heads in (hot_paths.HEADS, ["items", "trie built, ms"], ["users", "evaluation, ms"]):
-            assert f"| {' | '.join(heads)} |" in text or f"| {' | '.join(heads)} |"[:-2] in text
+        names = ["ceilings", "hot paths", *(f"growth with {name}" for name in scaling.TABLES)]
+        for name in names:
+            table = text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end of {name} -->")[0].splitlines()
+            assert len(table) > 2 and len({line.count("|") for line in table}) == 1
+        assert f"| {' | '.join(hot_paths.HEADS)} |" in text
+
+    def test_measured_ratios_are_those_of_the_page_of_speed(self) -> None:
+        ratios = {name: on_paper.measured_ratio(name) for name in on_paper.pairs(on_paper.SEARCHED, on_paper.TRAINED)}
+        text = on_paper.SPEED.read_text(encoding="utf-8")
+        for name, ratio in ratios.items():
+            line = next((line for line in text.splitlines() if line.startswith(f"| {name.split(',')[0]}")), "")
+            assert ratio in line and bool(ratio) == bool(line)
+        assert len({ratio for name, ratio in ratios.items() if "beam_search" in name}) == 2
 
     def test_figures_have_three_digits(self) -> None:
         assert [_page.figure(value) for value in (0, 0.01234, 12.34, 1234.5)] == ["–", "0.0123", "12.3", "1,234"]
