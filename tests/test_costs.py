@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import _counts as counts  # noqa: E402
+import _other_paths as other_paths  # noqa: E402
 import _page  # noqa: E402
 import _paths as paths  # noqa: E402
 import hot_paths  # noqa: E402
@@ -170,6 +171,36 @@ class TestTraining:
         read_ = sum(one.numel() * one.element_size() for one in held)
         written = read_ - sum(weight.grad.numel() * 4 for weight in weights)
         assert counts.optimizer(25).moved == read_ + written
+
+
+class TestOthers:
+    def test_a_step_of_glta(self) -> None:
+        path = other_paths.glta(3)
+        assert flops_of(path.call) == path.cost.flops
+
+    def test_what_counts_sasrec_counts_as_torch_does(self) -> None:
+        path = other_paths.sasrec(4, 50, length=10)
+        with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+            path.call()
+        assert counted.flops == flops_of(path.call)
+        # The kernel of attention makes its scores again in the pass backward, which is one product more to its six.
+        seen = path.cost.flops - counted.flops
+        assert 0 < seen < counted.flops / 10
+
+    def test_an_evaluation(self) -> None:
+        path = other_paths.evaluator(300, 70)
+        assert flops_of(path.call) == path.cost.flops
+
+    def test_the_graph_convolution_passes_each_edge_once_a_layer_and_direction(self) -> None:
+        paths_ = [other_paths.lightgcn(30, 20, 100, width=8, layers=layers) for layers in (1, 2)]
+        edges = int(paths_[0].name.split()[-2])
+        assert [path.cost.flops for path in paths_] == [2 * 2 * layers * edges * 8 for layers in (1, 2)]
+        assert edges % 2 == 0 and edges <= 200
+
+    def test_a_mask_is_written_once(self) -> None:
+        path = other_paths.mask(500)
+        written = path.call()
+        assert path.cost == Cost(0, written.numel() * written.element_size())
 
 
 class TestSizes:
