@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from _harness import machine
+
 
 def add_page(parser: argparse.ArgumentParser) -> None:
     """The option that says where tables are put."""
@@ -36,6 +38,15 @@ def show(name: str, lines: Sequence[str], page: Path | None) -> None:
     if not (found and ended):
         raise SystemExit(f"{page} has no place for '{name}' ({begin.strip()} ... {end})")
     page.write_text("".join((before, begin, *(f"{line}\n" for line in lines), end, after)), encoding="utf-8")
+
+
+def machine_line() -> str:
+    """On what tables were measured, and beside what."""
+    facts = machine()
+    return (
+        f"{facts['cores']} cores of {facts['processor']}, torch {facts['torch']}, threads of torch: "
+        f"{facts['threads']}, load average before it {facts['load_average'][0]:.1f}."
+    )
 
 
 def figure(value: float) -> str:

@@ -22,7 +22,7 @@ from _ceilings import Ceilings, ceilings, seconds_of, table
 from _counts import Counted
 from _harness import machine, parser
 from _other_paths import evaluator, glta, lightgcn, mask, sasrec, soft_labels
-from _page import add_page, figure, markdown, show
+from _page import add_page, figure, machine_line, markdown, show
 from _paths import Path, decoding, training
 
 HEADS = ["path", "of", "ms", "GFLOP", "MB", "GFLOP/s", "GB/s", "bound, ms", "share, %", "of torch's own, %", "calls, %"]
@@ -83,6 +83,8 @@ def main() -> None:
     options = made.parse_args()
     # What is loaded stays: collecting garbage before each timing need not look at it.
     gc.freeze()
+    torch.set_num_threads(options.threads)
+    show("machine of hot paths", [machine_line()], options.page)
     others = [] if options.quick else [ceilings(threads) for threads in (1, 2) if threads != options.threads]
     top = ceilings(options.threads, options.quick)
     tops = sorted([*others, top], key=lambda one: one.threads)

@@ -21,7 +21,7 @@ from _ceilings import seconds_of
 from _counts import Cost, Sizes
 from _harness import machine, parser
 from _other_paths import evaluator
-from _page import add_page, figure, markdown, show
+from _page import add_page, figure, machine_line, markdown, show
 from _paths import LLAMA_WORDS, FineTuning, fine_tuning_batch, llama
 from beam_search import BEAMS, CODES, LEVELS, catalogue
 
@@ -198,6 +198,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     # What is loaded stays: collecting garbage before each timing need not look at it.
     gc.freeze()
+    show("machine of growth", [machine_line()], options.page)
     found: dict[str, Any] = {"name": "scaling"}
     for name, table in TABLES.items():
         rows = table.measure(*((table.small, 0.02, 2) if options.quick else (table.sizes, 1.0, 8)))
