@@ -100,3 +100,19 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
     assert result["name"] == name and result["equal"] is True
     # Far below what is claimed: this run shares its machine with other tests.
     assert result["ratio"] > 1.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["on_paper", pytest.param("hot_paths", marks=pytest.mark.slow), pytest.param("scaling", marks=pytest.mark.slow)],
+)
+def test_quick_run_of_what_compares_with_no_other(name: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--quick", "--threads", "1"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["name"] == name
+    for path in result.get("paths", []):
+        assert path["seconds"] > 0 and path["bytes"] > 0 and path["bound"] > 0
