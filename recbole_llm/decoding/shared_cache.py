@@ -77,6 +77,10 @@ class Roomy(DynamicLayer):
         for held in (self.keys, self.values):
             held[:, :, start : self._used] = held[:, :, start + places]
 
+    def crop(self, max_length: int) -> None:
+        """Forget what was taken in from a position on."""
+        self._used = min(self._used, max_length)
+
     def get_seq_length(self) -> int:
         """Positions taken in."""
         return self._used
