@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,18 @@ def test_a_table_on_disk_is_not_read_but_for_its_rows(tmp_path: Path, monkeypatc
     assert rows_of(shorter.take(every)) == [[1000 + token for token in cut[row][:2]] for row in every.tolist()]
     assert shorter.longest == 2 and shorter.lengths_of(every).tolist() == [2, 1, 2, 2, 0]
     assert len(TokenTable.write(tmp_path, [], encode, 4)) == 0 and TokenTable.open(tmp_path).longest == 0
+
+
+def test_memory_holds_a_few_texts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_table, "CHUNK", 50)
+    texts = ["x" * 100] * 5_000
+    tracemalloc.start()
+    try:
+        made = TokenTable.write(tmp_path, texts, encode, 100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < made.values.nbytes / 2
 
 
 def test_texts_are_told_apart() -> None:

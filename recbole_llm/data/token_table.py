@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class TokenTable:
     def write(
         cls, folder: Path, texts: Sequence[str], encode: Callable[[Sequence[str]], list[list[int]]], limit: int
     ) -> TokenTable:
-        """Encode texts and keep their tokens, some thousand texts at a time.
+        """Encode texts and keep their tokens, some thousand texts at a time: memory holds these and lengths alone.
 
         Args:
             folder: where to; the files there are replaced.
@@ -52,15 +53,20 @@ class TokenTable:
             encode: many texts to their token ids.
             limit: each text is cut to so many tokens.
         """
-        lengths, files = [], []
-        for start in range(0, max(1, len(texts)), CHUNK):
-            rows = [row[:limit] for row in encode(texts[start : start + CHUNK])]
-            lengths += [len(row) for row in rows]
-            files.append(np.array([token for row in rows for token in row], dtype=np.int32))
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        np.save(folder / OFFSETS, offsets)
-        np.save(folder / VALUES, np.concatenate(files))
+        lengths: list[int] = []
+        with open(folder / VALUES, "wb") as file:
+            _head(file, 0)
+            start = file.tell()
+            for first in range(0, len(texts), CHUNK):
+                rows = [row[:limit] for row in encode(texts[first : first + CHUNK])]
+                lengths += map(len, rows)
+                np.array([token for row in rows for token in row], dtype=np.int32).tofile(file)
+            file.seek(0)
+            # NumPy leaves room in a header for a longer shape, so that it can be written over.
+            _head(file, sum(lengths))
+            if file.tell() != start:
+                raise RuntimeError(f"the header of {VALUES} has moved from {start} to {file.tell()} bytes")
+        np.save(folder / OFFSETS, np.cumsum([0, *lengths], dtype=np.int64))
         return cls.open(folder)
 
     @classmethod
@@ -99,6 +105,12 @@ class TokenTable:
         shift = (starts - cut.offsets[:-1]).repeat_interleave(cut.lengths)
         values = torch.from_numpy(self.values[(torch.arange(len(shift)) + shift).numpy()].astype(np.int64))
         return Ragged(values + self.plus, cut.offsets)
+
+
+def _head(file: BinaryIO, length: int) -> None:
+    """Write what a .npy file of so many int32 begins with."""
+    own = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, own)
 
 
 class Segments:
