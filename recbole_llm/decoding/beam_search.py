@@ -103,7 +103,8 @@ class BeamSearch(nn.Module):
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
         shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
             and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
-        one_user: reads the prompts that come one at a time; ``None`` before :meth:`keep_ready`.
+        one_user: reads the prompts that come one at a time, in memory that is kept; ``None``, as any others. To be set
+            from :meth:`for_one_user`.
 
     Raises:
         UserError: an unknown normaliser, no beams or no items.
@@ -228,7 +229,7 @@ class BeamSearch(nn.Module):
         self.check(k, exclude)
         if exclude is not None and exclude.rows != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
-        reader = self._read(prompts, sum(self.steps))
+        reader = self._read(prompts, self.behind)
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
         for depth in range(len(self.levels)):
@@ -253,24 +254,31 @@ class BeamSearch(nn.Module):
         return self._reads(self.decoder, ids, lengths, beams)
 
     @property
+    def behind(self) -> int:
+        """Tokens of beams that are read behind a prompt at most, over all steps."""
+        return sum(self.steps)
+
+    @property
     def steps(self) -> list[int]:
         """How many beams are read behind a prompt at each step, at most."""
         return [width for width in self._widths[1:] if width]
 
-    def keep_ready(self, opening: Sequence[int] = (), longest: int = 0) -> None:
-        """Search, from now on, prompts that come one at a time in memory that is made once (``one_user.py``).
+    def for_one_user(self, opening: Sequence[int] = (), longest: int = 0) -> OneUser | None:
+        """What reads one prompt after another in memory that is made once (``one_user.py``).
 
-        It changes no result by more than rounding. An encoder's prompts, and those that beams do not share, are read
-        as before.
+        Found is the same, but for rounding. An encoder's prompts, and those that beams do not share, are read as any.
 
         Args:
             opening: token ids that prompts begin with, read once.
             longest: tokens of a prompt at most; a longer one is read too, and makes room for its like.
+
+        Returns:
+            ``None`` where prompts are read as any.
         """
         if self._reads is SharedPrompts:
-            self.one_user = OneUser(self.decoder, opening, longest, self.steps)
-        else:
-            logger.info("a %s keeps nothing between users: each prompt is read whole", type(self.decoder).__name__)
+            return OneUser(self.decoder, opening, longest, self.steps)
+        logger.info("a %s keeps nothing between users: each prompt is read whole", type(self.decoder).__name__)
+        return None
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None

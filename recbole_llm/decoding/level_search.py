@@ -88,7 +88,7 @@ class LevelSearch(BeamSearch):
         k = self.beams if k is None else k
         self.check(k, exclude)
         widths = self._kept()
-        reader = self._read(prompts, sum(self.steps))
+        reader = self._read(prompts, self.behind)
         scores = torch.zeros(len(prompts), 1, device=self.trie.device)
         sequences = torch.zeros(len(prompts), 1, 0, dtype=torch.int64, device=self.trie.device)
         for depth, used in enumerate(self._used):
