@@ -181,7 +181,8 @@ def main() -> None:
 
     def with_memory(beams: int) -> BeamSearch:
         made = search(beams)
-        made.one_user = made.for_one_user(prompts[0][:OPENING], max(map(len, prompts)))
+        made.open_with(prompts[0][:OPENING])
+        made.one_user = made.for_one_user(max(map(len, prompts)))
         return made
 
     prompts = prompts_of(AT_ONCE if quick else 256)

@@ -19,6 +19,7 @@ from recbole_llm.decoding.encoded_prompts import EncodedPrompts
 from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.head import Head, TokenSet
 from recbole_llm.decoding.one_user import OneUser
+from recbole_llm.decoding.opening import Opening
 from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.itemid.exclusion import Exclusion
@@ -103,6 +104,7 @@ class BeamSearch(nn.Module):
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
         shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
             and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
+        opening: what prompts begin with; ``None`` before :meth:`open_with`.
         one_user: reads the prompts that come one at a time, in memory that is kept; ``None``, as any others. To be set
             from :meth:`for_one_user`.
 
@@ -142,6 +144,7 @@ class BeamSearch(nn.Module):
         starts, ends = self.trie.ranges(self.trie.leaf_nodes)
         self._most_equal = int((ends - starts).max())
         self._reads: Callable[..., Reader] = EncodedPrompts if encodes(decoder) else SharedPrompts
+        self.opening: Opening | None = None
         self.one_user: OneUser | None = None
         self.shares_prompts = encodes(decoder) or shares(decoder)
         if not self.shares_prompts:
@@ -251,6 +254,8 @@ class BeamSearch(nn.Module):
         ids, lengths = self.lay_out(prompts)
         if self.one_user is not None and len(ids) == 1:
             return self.one_user.begin(ids, lengths)
+        if self.opening is not None:
+            return SharedPrompts(self.decoder, ids, lengths, beams, self.opening)
         return self._reads(self.decoder, ids, lengths, beams)
 
     @property
@@ -263,20 +268,26 @@ class BeamSearch(nn.Module):
         """How many beams are read behind a prompt at each step, at most."""
         return [width for width in self._widths[1:] if width]
 
-    def for_one_user(self, opening: Sequence[int] = (), longest: int = 0) -> OneUser | None:
-        """What reads one prompt after another in memory that is made once (``one_user.py``).
-
-        Found is the same, but for rounding. An encoder's prompts, and those that beams do not share, are read as any.
+    def open_with(self, tokens: Sequence[int]) -> None:
+        """Read, once, what prompts begin with. An encoder's, and those that beams do not share, are read whole.
 
         Args:
-            opening: token ids that prompts begin with, read once.
+            tokens: the language model's ids; a prompt need not begin with all of them.
+        """
+        if self._reads is SharedPrompts:
+            self.opening = Opening(self.decoder, tokens)
+
+    def for_one_user(self, longest: int = 0) -> OneUser | None:
+        """What reads one prompt after another in memory that is made once. Found is the same, but for rounding.
+
+        Args:
             longest: tokens of a prompt at most; a longer one is read too, and makes room for its like.
 
         Returns:
-            ``None`` where prompts are read as any.
+            ``None`` where prompts are read as any: an encoder's, and those that beams do not share.
         """
         if self._reads is SharedPrompts:
-            return OneUser(self.decoder, opening, longest, self.steps)
+            return OneUser(self.decoder, self.opening, longest, self.steps)
         logger.info("a %s keeps nothing between users: each prompt is read whole", type(self.decoder).__name__)
         return None
 

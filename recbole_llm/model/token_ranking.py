@@ -69,7 +69,7 @@ class TokenRanking(GuidedSearch):
     _tie_order: Tensor
     _search: tuple[Tensor, BeamSearch] | None = None
     _exact: tuple[BeamSearch, FullRanking | PrunedRanking] | None = None
-    # With the search and the prompt that it is of.
+    # With the search and the prompt of inference that it is of.
     _one_user: tuple[BeamSearch, int, OneUser | None] | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -151,14 +151,16 @@ class TokenRanking(GuidedSearch):
         one_by_one = mode == LATENCY or (mode == AUTO and users == 1)
         return one_by_one and self.ranking == "beam" and self.searches(self.config)
 
-    def _kept(self, search: BeamSearch) -> OneUser | None:
-        """What reads the prompts of one user after another for a search."""
+    def _ready(self, search: BeamSearch, alone: bool) -> None:
+        """Have a search read what all prompts of inference open with, and each user where the last one was if so."""
         known = self._one_user
         if known is None or known[0] is not search or known[1] != self.asked_with:
+            search.open_with(self._opening())
+            known = self._one_user = search, self.asked_with, None
+        if alone and known[2] is None:
             longest = self.writer.longest_asked(self.history_length, self.asked_with)
-            made = search.for_one_user(self._opening(), longest)
-            known = self._one_user = search, self.asked_with, made
-        return known[2]
+            known = self._one_user = *known[:2], search.for_one_user(longest)
+        search.one_user = known[2] if alone else None
 
     def _opening(self) -> list[int]:
         """The token ids that prompts begin with whatever is in the history, as far as some items tell.
@@ -223,7 +225,7 @@ class TokenRanking(GuidedSearch):
         scores[:, candidates.to(self.device)] = 0.0
         every = self._ask(history, users)
         alone = self.asks_alone(len(history))
-        search.one_user = self._kept(search) if alone else None
+        self._ready(search, alone)
         for part in torch.arange(len(history)).split(1) if alone else self._parts(every.lengths, ranker):
             asked, barred = every.take(part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
