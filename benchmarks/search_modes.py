@@ -182,7 +182,7 @@ def main() -> None:
     def with_memory(beams: int) -> BeamSearch:
         made = search(beams)
         made.open_with(prompts[0][:OPENING])
-        made.one_user = made.for_one_user(max(map(len, prompts)))
+        made.one_user = OneUser(made.decoder, made.opening, max(map(len, prompts)), made.steps)
         return made
 
     prompts = prompts_of(AT_ONCE if quick else 256)

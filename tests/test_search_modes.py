@@ -68,7 +68,8 @@ def assert_alike(found: Found, wanted: Found) -> None:
 
 def ready(search: BeamSearch, opening: list[int], longest: int = 24) -> BeamSearch:
     search.open_with(opening)
-    search.one_user = search.for_one_user(longest)
+    if search.opening is not None:
+        search.one_user = OneUser(search.decoder, search.opening, longest, search.steps)
     return search
 
 
@@ -193,13 +194,12 @@ def test_a_step_asks_for_no_memory_that_grows_with_the_prompt(kind: str) -> None
     assert totals[0] == totals[1] == totals[2]
 
 
-def test_an_encoder_keeps_nothing_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_encoder_reads_its_prompts_whole() -> None:
     whole = tiny_t5.model("t5", LM_SIZE + sum(SIZES))
-    kept = BeamSearch(base_of(whole), Head.of(whole), random_codes(12), beams=4, lm_ids=CODE_IDS)
-    with caplog.at_level("INFO", logger="recbole_llm"):
-        kept.open_with(OPENING)
-        assert kept.for_one_user(24) is None and kept.opening is None
-    assert "a T5Model keeps nothing between users: each prompt is read whole" in caplog.text
+    search = BeamSearch(base_of(whole), Head.of(whole), random_codes(12), beams=4, lm_ids=CODE_IDS)
+    plain = search(PROMPTS[:2])
+    search.open_with(OPENING)
+    assert search.opening is None and torch.equal(search(PROMPTS[:2]).scores, plain.scores)
 
 
 def test_a_decoder_that_reads_otherwise_behind_what_is_kept_keeps_nothing(llama: Any) -> None:
@@ -278,7 +278,7 @@ def test_every_mode_scores_the_same_rows_the_same(
 ) -> None:
     barred = torch.tensor([[0, 3], [0, 8], [2, 5]]).T
     candidates = torch.ones(N_ITEMS, dtype=torch.bool)
-    more = {"lora_target_modules": "all-linear"} if kind == "mamba" else {}
+    more = {"lora_target_modules": ["in_proj"]} if kind == "mamba" else {}
 
     def scores(**given: Any) -> torch.Tensor:
         model = recommender(name, folders, kind, **more, **given)

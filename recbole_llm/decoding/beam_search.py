@@ -104,9 +104,8 @@ class BeamSearch(nn.Module):
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
         shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
             and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
-        opening: what prompts begin with; ``None`` before :meth:`open_with`.
-        one_user: reads the prompts that come one at a time, in memory that is kept; ``None``, as any others. To be set
-            from :meth:`for_one_user`.
+        opening: what prompts begin with; ``None`` before :meth:`open_with`, and where prompts are read whole.
+        one_user: reads the prompts that come one at a time, to be set by whom it pays; ``None``, they are read as any.
 
     Raises:
         UserError: an unknown normaliser, no beams or no items.
@@ -269,27 +268,13 @@ class BeamSearch(nn.Module):
         return [width for width in self._widths[1:] if width]
 
     def open_with(self, tokens: Sequence[int]) -> None:
-        """Read, once, what prompts begin with. An encoder's, and those that beams do not share, are read whole.
+        """Read, once, what prompts begin with; an encoder's, and those that beams do not share, are read whole.
 
         Args:
             tokens: the language model's ids; a prompt need not begin with all of them.
         """
         if self._reads is SharedPrompts:
             self.opening = Opening(self.decoder, tokens)
-
-    def for_one_user(self, longest: int = 0) -> OneUser | None:
-        """What reads one prompt after another in memory that is made once. Found is the same, but for rounding.
-
-        Args:
-            longest: tokens of a prompt at most; a longer one is read too, and makes room for its like.
-
-        Returns:
-            ``None`` where prompts are read as any: an encoder's, and those that beams do not share.
-        """
-        if self._reads is SharedPrompts:
-            return OneUser(self.decoder, self.opening, longest, self.steps)
-        logger.info("a %s keeps nothing between users: each prompt is read whole", type(self.decoder).__name__)
-        return None
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None

@@ -38,6 +38,7 @@ class OneUser:
         # How much of the opening stands there.
         self._opened = 0
         self._prompt, self._depth, self._read = 0, 0, 0
+        self._paths, self.state = torch.empty(0), torch.empty(0)
 
     @torch.no_grad()
     def begin(self, ids: Tensor, lengths: Tensor) -> Self:

@@ -152,14 +152,15 @@ class TokenRanking(GuidedSearch):
         return one_by_one and self.ranking == "beam" and self.searches(self.config)
 
     def _ready(self, search: BeamSearch, alone: bool) -> None:
-        """Have a search read what all prompts of inference open with, and each user where the last one was if so."""
+        """Have a search read what all prompts of inference open with, and one user after another in kept memory."""
         known = self._one_user
         if known is None or known[0] is not search or known[1] != self.asked_with:
             search.open_with(self._opening())
             known = self._one_user = search, self.asked_with, None
-        if alone and known[2] is None:
+        if alone and known[2] is None and search.opening is not None:
             longest = self.writer.longest_asked(self.history_length, self.asked_with)
-            known = self._one_user = *known[:2], search.for_one_user(longest)
+            made = OneUser(search.decoder, search.opening, longest, search.steps)
+            known = self._one_user = *known[:2], made
         search.one_user = known[2] if alone else None
 
     def _opening(self) -> list[int]:
