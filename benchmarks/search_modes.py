@@ -6,7 +6,8 @@ common and show histories of 2 to 20 items, so that they have 60 to 132 tokens. 
 reference is the batch of 64 users that the user's batch-mates make, ours the user alone in kept memory. ``detail`` has,
 by beams, the milliseconds a user of the plain search for one user and of the kept memory, the part of each that reading
 the prompt takes, and the most bytes that tensors of a search had at a time; and for 256 users the seconds of fixed
-batches in the users' own order and of batches of like length filled to as many tokens. Times are of processors.
+batches in the users' own order, of batches of like length filled to as many tokens, and of these behind an opening that
+is read once. Times are of processors.
 """
 
 from __future__ import annotations
@@ -130,37 +131,42 @@ def one_user(search: BeamSearch, kept: BeamSearch, prompts: list[list[int]]) -> 
     }  # fmt: skip
 
 
-def many_users(search: BeamSearch, prompts: list[list[int]], runs: int) -> dict[str, Any]:
-    """Users a second: fixed batches in the users' order, and batches of like length filled to as many tokens."""
+def many_users(search: BeamSearch, opened: BeamSearch, prompts: list[list[int]], runs: int) -> dict[str, Any]:
+    """Users a second: fixed batches in the users' order, batches of like length, and these behind an opening."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     table: dict[str, Any] = {}
     for at_once in (16, AT_ONCE):
+        filled = batches_of(lengths, search.behind, budget_of(lengths, search.behind, at_once))
         ways = {
-            "fixed": list(torch.arange(len(prompts)).split(at_once)),
-            "filled": batches_of(lengths, search.behind, budget_of(lengths, search.behind, at_once)),
+            "fixed": (search, list(torch.arange(len(prompts)).split(at_once))), "filled": (search, filled),
+            "opened": (opened, filled),
         }  # fmt: skip
         found = {
-            name: {int(row): one for part in parts for row, one in zip(part, rows(search, prompts, part), strict=True)}
-            for name, parts in ways.items()
+            name: {int(row): one for part in parts for row, one in zip(part, rows(way, prompts, part), strict=True)}
+            for name, (way, parts) in ways.items()
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(runs):
             for name in list(ways)[:: 1 if turn % 2 else -1]:
-                times[name].append(seconds(lambda w=ways[name]: [rows(search, prompts, part) for part in w]))
+                way, parts = ways[name]
+                times[name].append(seconds(lambda w=way, p=parts: [rows(w, prompts, part) for part in p]))
+        in_order = [[found[name][row] for row in range(len(prompts))] for name in ways]
         table[f"{at_once} at once"] = {
-            "batches": {name: len(parts) for name, parts in ways.items()},
+            "batches": {name: len(parts) for name, (_, parts) in ways.items()},
             "filling": {
                 name: round(1 - int(lengths.sum()) / sum(len(p) * int(lengths[p].max()) for p in parts), 3)
-                for name, parts in ways.items()
+                for name, (_, parts) in ways.items()
             },
             "users a second": {name: round(len(prompts) / median(values), 1) for name, values in times.items()},
-            "ratio": round(median(f / s for f, s in zip(times["fixed"], times["filled"])), 3),
-            "MiB": {
-                name: round(max(held(lambda p=p: rows(search, prompts, p)) for p in parts[:2]), 1)
-                for name, parts in ways.items()
+            "ratio": {
+                name: round(median(f / s for f, s in zip(times["fixed"], values)), 3) for name, values in times.items()
             },
-            "equal": error_of(*([found[name][row] for row in range(len(prompts))] for name in ways))[0],
-        }
+            "MiB": {
+                name: round(max(held(lambda w=way, p=p: rows(w, prompts, p)) for p in parts[:2]), 1)
+                for name, (way, parts) in ways.items()
+            },
+            "equal": all(error_of(one, in_order[0])[0] for one in in_order[1:]),
+        }  # fmt: skip
     return table
 
 
@@ -191,7 +197,9 @@ def main() -> None:
     for beams in (20, 50) if quick else BEAMS:
         alone[beams] = one_user(search(beams), with_memory(beams), asked)
         print(f"{beams} beams, one user: {alone[beams]}", flush=True)
-    many = many_users(search(20), prompts, 1 if quick else 3)
+    opened = search(20)
+    opened.open_with(prompts[0][:OPENING])
+    many = many_users(search(20), opened, prompts, 1 if quick else 3)
     print(f"{len(prompts)} users: {many}", flush=True)
     plain, kept = search(20), with_memory(20)
     kept([prompts[0]])

@@ -157,6 +157,25 @@ def test_a_store_gives_what_live_gives(model: str, loaded: Callable[..., Recomme
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
 
 
+def test_a_search_ranks_one_who_is_asked_about_alone_by_himself(
+    loaded: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = loaded("AlignTokenRec")
+    ranked: list[int] = []
+    own = recommender.model.full_sort_predict_excluding
+
+    def counted(interaction: Any, *more: Any) -> Any:
+        ranked.append(len(interaction))
+        return own(interaction, *more)
+
+    monkeypatch.setattr(recommender.model, "full_sort_predict_excluding", counted)
+    recommender.recommend(recommender.users[:1])
+    recommender.recommend(recommender.users[:2])
+    monkeypatch.setitem(recommender.model.config.final_config_dict, "search_mode", "latency")
+    recommender.recommend(recommender.users[:2])
+    assert ranked == [1, recommender.batch, 1, 1]
+
+
 def read_again(recommender: Recommender) -> Path:
     """The folder of the run that a recommender is of."""
     saved = Path(recommender.config["output_dir"])
