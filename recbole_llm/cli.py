@@ -21,7 +21,7 @@ verbs
            run every model of a study, as many at once as fit, and put them into tables and one page with tests, cost
            and examples; goes on where it stood
            recbole-llm leaderboard --suite=quick | --models=BPR,GLTA --dataset=ml-100k [--seeds=1,2]
-                       [--output=DIR] [--cores=2] [--memory=8] [--key=value ...] [--ROW.key=value ...]
+                       [--only=ROW] [--output=DIR] [--cores=2] [--memory=8] [--key=value ...] [--ROW.key=value ...]
   compare  put the results of runs beside each other, with the same tests
            recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]
   tune     search a model's settings on the valid rows; goes on where it stood, and writes a YAML that `run` takes

@@ -18,24 +18,14 @@ compat.install()
 
 from recbole.config import Config as RecBoleConfig  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
-from recbole.utils.argument_list import (  # noqa: E402
-    dataset_arguments,
-)
+from recbole.utils.argument_list import dataset_arguments  # noqa: E402
 
 from recbole_llm import processes, registry  # noqa: E402
-from recbole_llm.config_checks import (  # noqa: E402
-    check_eval_args,
-    check_intervals,
-    check_metrics,
-    check_negatives,
-    check_split,
-    check_table,
-    check_teacher,
-)
+from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
+from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
-from recbole_llm.limits import REFUSED  # noqa: E402
 from recbole_llm.refusals import check_runs, with_columns  # noqa: E402
 from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
@@ -80,7 +70,7 @@ def _command_line() -> list[str]:
     return [] if foreign else [argument for argument in sys.argv[1:] if argument.startswith("--")]
 
 
-class Config(RecBoleConfig):
+class Config(StrictSettings, RecBoleConfig):
     """RecBole's ``Config``: same arguments, same reading of values.
 
     Args:
@@ -95,8 +85,6 @@ class Config(RecBoleConfig):
             range, a missing or broken file; always before any work starts.
     """
 
-    external_config_dict: dict[str, Any]
-    internal_config_dict: dict[str, Any]
     final_config_dict: dict[str, Any]
     parameters: dict[str, list[str]]
 
@@ -191,10 +179,11 @@ class Config(RecBoleConfig):
             if file.is_file():
                 self._specs.update(read_specs(file))
                 self.internal_config_dict.update(self._shipped(file, stock, registry.is_recboles(model)))
-        beside = self._data_folder() / f"{dataset}.yaml"
+        beside, settings = self._data_folder() / f"{dataset}.yaml", dict[str, Any]()
         if beside.is_file():
             # As `prepare --source` writes it, and may write it anew.
-            self.internal_config_dict.update(load_yaml(beside))
+            settings = load_yaml(beside)
+            self.internal_config_dict.update(settings)
         if tokens:
             self._load_recipe(own / "item_tokens", registry.parts_of(model_class))
         llm = self.external_config_dict.get("llm", self.internal_config_dict.get("llm"))
@@ -203,6 +192,7 @@ class Config(RecBoleConfig):
         for name in dict.fromkeys((getattr(model_class, "wraps", model), model)):
             self._load_tuned(name, dataset)
         self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
+        self._check_beside(beside, settings, model, model_class)
         self._check_keys(model, model_class)
         self._check_model(model, model_class)
         self._fit_model_type(model, model_class)
@@ -289,106 +279,6 @@ class Config(RecBoleConfig):
             softmax = self._setting("loss_type") == "CE" or getattr(model_class, "train_view", "") == "windows"
             negatives = read_yaml(properties_dir() / "overall.yaml")["train_neg_sample_args"]
             self.internal_config_dict["train_neg_sample_args"] = None if softmax else copy.deepcopy(negatives)
-
-    def _setting(self, key: str) -> Any:
-        return self.external_config_dict.get(key, self.internal_config_dict.get(key))
-
-    # --- checking ----------------------------------------------------------------------------------------------------
-    def _check_keys(self, model: str, model_class: Any) -> None:
-        known = known_keys(model, model_class) | set(self.internal_config_dict) | set(self._specs)
-        parts = registry.parts_of(model_class)
-        for key in list(self.external_config_dict):
-            prefix, dot, rest = key.partition(".")
-            if dot:
-                self._check_part_key(key, prefix, rest, parts, model)
-                continue
-            if key not in known:
-                # A key of another model deserves a better word than the nearest spelling.
-                raise UserError(f"unknown setting '{key}' for {model}{did_you_mean(key, known)}")
-            self._check_value(key)
-
-    def _check_part_key(self, key: str, prefix: str, rest: str, parts: tuple[str, ...], model: str) -> None:
-        if prefix not in parts:
-            owned = f"; its parts: {', '.join(parts)}" if parts else ""
-            raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}")
-        name = self._setting(prefix)
-        part_class = registry.get_model(name)
-        specs = dict(base_specs()) | model_specs(name)
-        if rest not in known_keys(name, part_class) | set(specs):
-            raise UserError(f"unknown setting '{key}' for {name}{did_you_mean(rest, known_keys(name, part_class))}")
-        if isinstance(self.external_config_dict[key], str):
-            self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
-        _require(key, self.external_config_dict[key], specs.get(rest))
-
-    def _check_model(self, model: str, model_class: Any) -> None:
-        """Refuse what cannot be run, before any work starts."""
-        merges = self._merges()
-        if self._setting("policy") == "recbole":
-            view: str = getattr(model_class, "train_view", "")
-            if view or hasattr(model_class, "stages"):
-                raise UserError(f"{model} is no model of RecBole's; policy: recbole is for those")
-            for own in (*merges, self._withholds()):
-                if own:
-                    raise UserError(f"{own} needs policy: unified; RecBole has no such protocol")
-        elif self._withholds() and self._setting("eval_unit") == "row":
-            raise UserError(
-                f"{self._withholds()} needs eval_unit: user; a ranking by row may have lost all that stood before it"
-            )
-        check_negatives(model, model_class, self.external_config_dict, self._setting("loss_type"))
-        self._check_parts(model_class)
-
-    def _check_parts(self, model_class: Any) -> None:
-        for part in registry.parts_of(model_class):
-            name = self._setting(part)
-            kind: Any = registry.get_model(name)
-            check_split(part, name, self.external_config_dict)
-            if part in (*getattr(model_class, "teachers", ()), *getattr(model_class, "guides", ())):
-                kind = None if name in REFUSED else kind
-                check_teacher(part, name, kind, self._setting("cf_folds") or 1)
-                continue
-            check_table(part, name, kind, part in getattr(model_class, "item_parts", ()))
-
-    def _merges(self) -> list[str]:
-        """The setting that trains on valid rows, in a list; empty where none is set.
-
-        Raises:
-            UserError: both are set.
-        """
-        found = [key for key in ("refit_on_valid", "merge_valid") if self._setting(key)]
-        if len(found) > 1:
-            raise UserError(
-                "refit_on_valid finds the number of epochs on valid rows, merge_valid takes `epochs` as it is: set one"
-            )
-        return found
-
-    def _withholds(self) -> str:
-        """The setting that keeps rows from training, for a message; empty where none does."""
-        if self._setting("train_share") < 1:
-            return "train_share below 1"
-        return "cold_item_share above 0" if self._setting("cold_item_share") > 0 else ""
-
-    def _check_value(self, key: str) -> None:
-        value, spec = self.external_config_dict[key], self._specs.get(key)
-        if isinstance(value, str):
-            from_cli = key in self.cmd_config_dict
-            if from_cli or (spec is not None and not spec.allows(value)):
-                value = parse_value(value, spec)
-                if (
-                    isinstance(value, int | float)
-                    and spec is not None
-                    and not spec.allows(value)
-                    and spec.allows(str(value))
-                ):
-                    value = self.external_config_dict[key]
-        if (
-            spec is not None
-            and isinstance(value, int)
-            and not isinstance(value, bool)
-            and spec.text.startswith("float")
-        ):
-            value = float(value)
-        _require(key, value, spec)
-        self.external_config_dict[key] = value
 
     def _init_device(self) -> None:
         """One of several processes gets its device from the launcher; ``gpu_id`` only says whether it is a GPU."""
@@ -523,8 +413,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [plain(inner) for inner in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _require(key: str, value: Any, spec: Spec | None) -> None:
-    if spec is not None and not spec.allows(value):
-        raise UserError(f"{key} should be {spec.text}, but is {value!r}")

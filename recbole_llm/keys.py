@@ -86,6 +86,19 @@ def known_keys(model: str, model_class: type) -> set[str]:
 
 
 @functools.cache
+def other_models_keys() -> frozenset[str]:
+    """Every key that some model, recipe for item tokens or language model has."""
+    keys: set[str] = set()
+    for folder in (
+        RECBOLE_PROPERTIES / "model",
+        *(properties_dir() / kind for kind in ("model", "item_tokens", "llm")),
+    ):
+        for file in folder.glob("*.yaml"):
+            keys |= set(read_yaml(file))
+    return frozenset(keys | set(read_yaml(properties_dir() / "training.yaml")))
+
+
+@functools.cache
 def _read_by(cls: type) -> frozenset[str]:
     """The settings that the source of a class reads; it takes longer to find than all else of a configuration."""
     return frozenset(re.findall(r"""config\[\s*["'](\w+)["']\s*\]""", inspect.getsource(cls)))

@@ -28,7 +28,7 @@ def check_runs(model: str, policy: Any) -> None:
     """
     if model in REFUSED and policy != "recbole":
         why, instead = REFUSED[model]
-        raise UserError(f"{model} does not run under policy: unified ({why}); policy: recbole may, and {instead}")
+        raise UserError(f"{model} does not run under policy: unified ({why}); {instead}")
     if packages_missing(model):
         raise UserError(f"{model} needs the package '{PACKAGES[model]}', which is not installed; {_WITHOUT}")
 

@@ -19,7 +19,7 @@ from recbole_llm import registry
 # a knowledge graph.
 EIGHT = ("BPR", "NeuMF", "EASE", "ItemKNN", "GRU4Rec", "FPMC", "FM", "CKE")
 # Models that draw noise while they rank.
-DRAW = ("KTUP",)
+DRAW = ("ADMMSLIM", "KTUP")
 UNSEEN = "9999"  # an item whose only row is some user's last one
 _ROWS = {"inter": ["user_id", "item_id", "timestamp"]}
 _GRAPH = {"kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}

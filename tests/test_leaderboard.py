@@ -130,6 +130,28 @@ def test_another_seed_is_one_more_run_a_row(whole: Path) -> None:
     assert len(ran) == 1 and "Pop, seed 3" in ran[0]
 
 
+def test_some_rows_are_run_now_and_others_later(tmp_path: Path) -> None:
+    rows = {name: STUDY["rows"][name] for name in ("Pop", "EASE")}
+    words = [suite(tmp_path / "study.yaml", rows=rows, seeds=[1]), f"--output={tmp_path / 'out'}"]
+    text, ran, failed = run(*words, "--only=E*")
+    assert len(ran) == 1 and "[1/1]" in ran[0] and "EASE, seed 1" in ran[0] and not failed
+    (table,) = board_of(tmp_path / "out")["tables"]
+    assert {row["name"]: row["seeds"] for row in table["rows"]} == {"EASE": [1], "Pop": []}
+    assert (tmp_path / "out" / "leaderboard.html").is_file() and "EASE" in text
+    _, ran, _ = run(*words)
+    assert len(ran) == 1 and "Pop, seed 1" in ran[0]
+    (table,) = board_of(tmp_path / "out")["tables"]
+    assert all(row["seeds"] == [1] for row in table["rows"])
+
+
+def test_a_pattern_may_be_a_name_with_commas(tmp_path: Path) -> None:
+    rows = {"A, 0": {"model": "Pop"}, "A, 1": {"model": "BPR"}, "B [0]": {"model": "EASE"}}
+    words = suite(tmp_path / "s.yaml", rows=rows)
+    assert asked_for([words]).only is None
+    for pattern, found in {"A, 0": {"A, 0"}, "A, *": {"A, 0", "A, 1"}, "B [0]": {"B [0]"}, "*": set(rows)}.items():
+        assert asked_for([words, f"--only={pattern}"]).only == found
+
+
 def altered_copy(folder: Path) -> Path:
     """tiny with one user's last item exchanged for another one that he never had."""
     target = folder / "altered" / "tiny"
@@ -214,6 +236,8 @@ def test_models_and_data_sets_can_be_named_without_a_file(tmp_path: Path) -> Non
         (["--models=BPR", "--models=Pop", "--dataset=tiny"], "--models is given twice"),
         (["--models=BPR", "--dataset=tiny", "--cores=.inf"], "--cores should be a number above 0"),
         (["--models=BPR", "--dataset=nowhere"], "there is no data set"),
+        (["--models=BPR", "--dataset=tiny", "--only=BRP"], "--only: no row is called 'BRP'.*mean 'BPR'"),
+        (["--models=BPR", "--dataset=tiny", "--only=[BPR, x*]"], "--only: no row is called 'x\\*'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_before_any_work(

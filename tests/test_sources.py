@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tracemalloc
 from collections import Counter
@@ -34,6 +35,7 @@ from raw_files import (
 from recbole_llm.cli import main
 from recbole_llm.config import Config
 from recbole_llm.data.item_text import read_columns, read_rows
+from recbole_llm.errors import UserError
 from recbole_llm.sources import base
 from recbole_llm.sources.amazon import Amazon2018
 from recbole_llm.sources.goodreads import seconds
@@ -337,6 +339,36 @@ def test_settings_beside_the_data_lie_under_files_and_the_command_line(lamps: Pa
     }
     assert config(item_text_fallback="a lamp")["item_text_fallback"] == "a lamp"
     assert Config("BPR", "ml-100k", command_line=[])["item_text_fallback"] == "an untitled film"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("item_text_falback: x", "unknown setting 'item_text_falback'.*mean 'item_text_fallback'"),
+        ("item_titel: x", "unknown setting 'item_titel'.*mean 'item_title'"),
+        ("short_users: 3", "short_users should be str"),
+        ("graf_model.epochs: 3", "unknown setting 'graf_model.epochs'"),
+    ],
+)
+def test_settings_beside_the_data_are_as_strict_as_others(lamps: Path, tmp_path: Path, line: str, message: str) -> None:
+    shutil.copytree(lamps / "made", tmp_path / "made")
+    beside = tmp_path / "made" / "made.yaml"
+    beside.write_text(f"{beside.read_text()}\n{line}\n")
+    with pytest.raises(UserError, match=f"made.yaml: {message}"):
+        Config("BPR", "made", config_dict={"data_path": str(tmp_path)}, command_line=[])
+
+
+def test_settings_beside_the_data_are_for_every_model(lamps: Path, tmp_path: Path) -> None:
+    shutil.copytree(lamps / "made", tmp_path / "made")
+    beside = tmp_path / "made" / "made.yaml"
+    beside.write_text(f"{beside.read_text()}\nnegative_ratio: 2\ngraph_model.epochs: 3\n")
+
+    def settings(model: str) -> dict[str, Any]:
+        return Config(model, "made", config_dict={"data_path": str(tmp_path)}, command_line=[]).final_config_dict
+
+    bpr = settings("BPR")
+    assert not {"negative_ratio", "graph_model.epochs", "item_title"} & set(bpr)
+    assert settings("AlignTokenRec")["negative_ratio"] == 2 and settings("GLTA")["graph_model.epochs"] == 3
 
 
 @pytest.mark.slow

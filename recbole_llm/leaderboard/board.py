@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -64,6 +65,7 @@ class Asked:
         command_line: settings of every cell.
         of_row: settings of one row, by row.
         command: the words, for whoever wants the same.
+        only: the rows to run now; ``None``, all.
     """
 
     suite: Suite
@@ -72,6 +74,7 @@ class Asked:
     command_line: list[str]
     of_row: dict[str, list[str]]
     command: str
+    only: frozenset[str] | None = None
 
 
 def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> tuple[str, int]:
@@ -82,8 +85,9 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
 
     Args:
         arguments: ``--suite=FILE`` (or the name of a shipped one), or ``--models`` and ``--datasets``;
-            ``--output=DIR``; the suite's own keys (``--seeds=1,2``); ``--cores``, ``--threads`` and ``--memory`` (GiB);
-            settings of every run (``--epochs=5``) and of one row (``--BPR.epochs=5``).
+            ``--output=DIR``; the suite's own keys (``--seeds=1,2``); ``--only='SASRec*'``, the rows to run now;
+            ``--cores``, ``--threads`` and ``--memory`` (GiB); settings of every run (``--epochs=5``) and of one row
+            (``--BPR.epochs=5``).
         say: takes a line a run; by default they go to stderr.
 
     Returns:
@@ -96,7 +100,7 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     asked = asked_for(arguments)
     cells = marked(asked.suite, asked.folder, asked.command_line, asked.of_row)
-    study = Study(cells, asked.folder, asked.suite.metric)
+    study = Study(cells, asked.folder, asked.suite.metric, asked.only)
     writable(asked.folder / "cells" / "any", "--output")
     _run_missing(study, asked, say)
     board = write(study, asked, whole=True)
@@ -131,11 +135,27 @@ def asked_for(arguments: Sequence[str]) -> Asked:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output={folder} is no folder")
     command = shlex.join(["recbole-llm", "leaderboard", *arguments])
-    return Asked(suite, folder, _budget(words), rest, of_row, command)
+    return Asked(suite, folder, _budget(words), rest, of_row, command, _only(words, suite))
+
+
+def _only(words: Mapping[str, str], suite: Suite) -> frozenset[str] | None:
+    """The rows that patterns name: one pattern, whose commas are a name's own, or a YAML list of some."""
+    if "only" not in words:
+        return None
+    text = words["only"]
+    patterns = [str(pattern) for pattern in (parse_value(text, None) if text.startswith("[") else [text])]
+    found = {
+        pattern: [row for row in suite.rows if row == pattern or fnmatch.fnmatchcase(row, pattern)]
+        for pattern in patterns
+    }
+    for pattern, rows in found.items():
+        if not rows:
+            raise UserError(f"--only: no row is called '{pattern}'{did_you_mean(pattern, suite.rows)}")
+    return frozenset(row for rows in found.values() for row in rows)
 
 
 _LISTS = ("datasets", "seeds", "baselines")
-_HOW = ("suite", "models", "dataset", "output", "cores", "threads", "memory")
+_HOW = ("suite", "models", "dataset", "only", "output", "cores", "threads", "memory")
 
 
 def _sorted_words(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any], dict[str, list[str]]]:

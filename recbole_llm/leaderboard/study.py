@@ -20,12 +20,14 @@ class Study:
         cells: all that may run; of a row with settings to choose, every value with every seed.
         folder: where results go.
         metric: by which settings are chosen on valid.
+        only: the rows to run; ``None``, all. What others have is shown all the same.
         reasons: why a cell has failed.
     """
 
     cells: list[Cell]
     folder: Path
     metric: str = "ndcg@10"
+    only: frozenset[str] | None = None
     reasons: dict[Cell, str] = field(default_factory=dict)
     _whole: set[Path] = field(default_factory=set)
 
@@ -67,7 +69,7 @@ class Study:
         settled = {(place, row): self.choice(place, row) for place, row in open_rows}
         return [
             cell
-            for cell in self.cells
+            for cell in self._to_run()
             if not cell.choice
             or self._decides(cell)
             or cell.choice == (settled[cell.place, cell.row] or {}).get("values")
@@ -75,9 +77,14 @@ class Study:
 
     def expected(self) -> int:
         """How many cells will have been wanted in the end."""
-        sure = sum(not cell.choice or self._decides(cell) for cell in self.cells)
-        later = {(cell.place, cell.row, cell.seed) for cell in self.cells if cell.choice and not self._decides(cell)}
+        cells = self._to_run()
+        sure = sum(not cell.choice or self._decides(cell) for cell in cells)
+        later = {(cell.place, cell.row, cell.seed) for cell in cells if cell.choice and not self._decides(cell)}
         return sure + len(later)
+
+    def _to_run(self) -> list[Cell]:
+        """The cells of the rows to run."""
+        return self.cells if self.only is None else [cell for cell in self.cells if cell.row in self.only]
 
     def _decides(self, cell: Cell) -> bool:
         """Whether it is one of the first seed's runs of a row with open settings."""
