@@ -49,7 +49,8 @@ NEUTRAL_KEYS = frozenset({
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
-    "cold_item_choice", "tuned", "merge_valid", "continue_from", "train_fold",
+    "cold_item_choice", "tuned", "merge_valid", "continue_from", "train_fold", "search_mode",
+    "inference_tokens",
 })  # fmt: skip
 
 # The fold of train rows that a part is trained without, (number, of how many): whoever asks for the part sets it.

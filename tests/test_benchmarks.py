@@ -86,6 +86,7 @@ def test_what_it_imports_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("fine_tuning", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
+        pytest.param("search_modes", marks=pytest.mark.slow),
         pytest.param("tca_soft_labels", marks=pytest.mark.slow),
         pytest.param("token_table", marks=pytest.mark.slow),
     ],

@@ -139,8 +139,13 @@ def test_a_store_gives_what_live_gives(model: str, loaded: Callable[..., Recomme
     store = build_store(recommender, tmp_path / "store", k=SHOWN)
     opened = TopKStore.open(tmp_path / "store", recommender.built_for, SHOWN)
     for user in recommender.users:
-        live = recommender.recommend([user], SHOWN)[0]
-        assert opened.look_up(user, SHOWN) == live and len(live) == SHOWN
+        live, stored = recommender.recommend([user], SHOWN)[0], opened.look_up(user, SHOWN)
+        assert stored is not None and len(live) == SHOWN
+        if model in SEARCHES:
+            # Searched alone, so that the last bits differ.
+            assert [score for *_, score in stored] == pytest.approx([score for *_, score in live], abs=1e-5)
+            stored = [(*named, score) for (*named, _), (*_, score) in zip(stored, live)]
+        assert stored == live
     assert recommender.recommend(recommender.users[7:9], 2) == [
         opened.look_up(user, 2) for user in recommender.users[7:9]
     ]
@@ -150,6 +155,25 @@ def test_a_store_gives_what_live_gives(model: str, loaded: Callable[..., Recomme
     for block in range(store.n_blocks):
         name = f"blocks/{block:06d}.npy"
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
+
+
+def test_a_search_ranks_one_who_is_asked_about_alone_by_himself(
+    loaded: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = loaded("AlignTokenRec")
+    ranked: list[int] = []
+    own = recommender.model.full_sort_predict_excluding
+
+    def counted(interaction: Any, *more: Any) -> Any:
+        ranked.append(len(interaction))
+        return own(interaction, *more)
+
+    monkeypatch.setattr(recommender.model, "full_sort_predict_excluding", counted)
+    recommender.recommend(recommender.users[:1])
+    recommender.recommend(recommender.users[:2])
+    monkeypatch.setitem(recommender.model.config.final_config_dict, "search_mode", "latency")
+    recommender.recommend(recommender.users[:2])
+    assert ranked == [1, recommender.batch, 1, 1]
 
 
 def read_again(recommender: Recommender) -> Path:

@@ -225,8 +225,22 @@ class InstructionWriter:
 
     def longest(self, history_length: int) -> int:
         """Tokens of the longest prompt with its answer that there can be."""
+        return int(self._longest(history_length).max())
+
+    def longest_asked(self, history_length: int, which: int = 0) -> int:
+        """The same of a prompt of inference, at most.
+
+        Args:
+            history_length: items that it shows at most.
+            which: see :meth:`ask`.
+        """
+        longest = int(self._longest(history_length)[self._first[INFERENCE] + which])
+        return longest if self._room is None else min(longest, self._room.tokens)
+
+    def _longest(self, history_length: int) -> Tensor:
+        """By template."""
         shown = self._per_shown[self._kinds].sum(1) * history_length
-        return int((self._fixed + self._told + self._filled + shown).max())
+        return self._fixed + self._told + self._filled + shown
 
     def shortest(self) -> int:
         """Tokens of the longest prompt with its answer when all has gone that can: all items but one, all text."""

@@ -18,6 +18,8 @@ from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.decoding.encoded_prompts import EncodedPrompts
 from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.head import Head, TokenSet
+from recbole_llm.decoding.one_user import OneUser
+from recbole_llm.decoding.opening import Opening
 from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.itemid.exclusion import Exclusion
@@ -102,6 +104,8 @@ class BeamSearch(nn.Module):
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
         shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
             and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
+        opening: what prompts begin with; ``None`` before :meth:`open_with`, and where prompts are read whole.
+        one_user: reads the prompts that come one at a time, to be set by whom it pays; ``None``, they are read as any.
 
     Raises:
         UserError: an unknown normaliser, no beams or no items.
@@ -139,6 +143,8 @@ class BeamSearch(nn.Module):
         starts, ends = self.trie.ranges(self.trie.leaf_nodes)
         self._most_equal = int((ends - starts).max())
         self._reads: Callable[..., Reader] = EncodedPrompts if encodes(decoder) else SharedPrompts
+        self.opening: Opening | None = None
+        self.one_user: OneUser | None = None
         self.shares_prompts = encodes(decoder) or shares(decoder)
         if not self.shares_prompts:
             self._reads = WholePrompts
@@ -225,7 +231,7 @@ class BeamSearch(nn.Module):
         self.check(k, exclude)
         if exclude is not None and exclude.rows != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
-        reader = self._read(prompts, sum(self._widths[1:]))
+        reader = self._read(prompts, self.behind)
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
         for depth in range(len(self.levels)):
@@ -245,7 +251,30 @@ class BeamSearch(nn.Module):
     def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
         """Read the prompts, with room for so many tokens of beams each."""
         ids, lengths = self.lay_out(prompts)
+        if self.one_user is not None and len(ids) == 1:
+            return self.one_user.begin(ids, lengths)
+        if self.opening is not None:
+            return SharedPrompts(self.decoder, ids, lengths, beams, self.opening)
         return self._reads(self.decoder, ids, lengths, beams)
+
+    @property
+    def behind(self) -> int:
+        """Tokens of beams that are read behind a prompt at most, over all steps."""
+        return sum(self.steps)
+
+    @property
+    def steps(self) -> list[int]:
+        """How many beams are read behind a prompt at each step, at most."""
+        return [width for width in self._widths[1:] if width]
+
+    def open_with(self, tokens: Sequence[int]) -> None:
+        """Read, once, what prompts begin with; an encoder's, and those that beams do not share, are read whole.
+
+        Args:
+            tokens: the language model's ids; a prompt need not begin with all of them.
+        """
+        if self._reads is SharedPrompts:
+            self.opening = Opening(self.decoder, tokens)
 
     def _grow(
         self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None

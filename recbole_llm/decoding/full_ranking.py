@@ -51,6 +51,7 @@ class FullRanking:
             a few hundred.
 
     Attributes:
+        behind: tokens that are kept behind a prompt at most.
         reads: nodes that are read for each prompt. With the normaliser ``legal`` a token that is the only one adds
             nothing to a score, so that a node with one item below is none of them.
 
@@ -62,6 +63,7 @@ class FullRanking:
         check_nodes(nodes)
         self._search, self._nodes = search, nodes
         trie = search.trie
+        self.behind = nodes + len(trie.widths)
         self._starts, self._ends = trie.starts.cpu(), trie.ends.cpu()
         self._depths = trie.depths(torch.arange(len(trie), device=trie.device)).cpu()
         if search.normaliser == "legal":
@@ -95,7 +97,7 @@ class FullRanking:
             UserError: a prompt is empty or too long, or the model's scores are no numbers.
         """
         trie = self._search.trie
-        reader = tree_behind(self._search, prompts, self._nodes + len(trie.widths))
+        reader = tree_behind(self._search, prompts, self.behind)
         # One column more takes what belongs to no node.
         scores = torch.zeros(len(prompts), len(trie) + 1, device=trie.device)
         root = torch.zeros(1, dtype=torch.int64, device=trie.device)

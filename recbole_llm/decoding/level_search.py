@@ -51,6 +51,11 @@ class LevelSearch(BeamSearch):
         self._used = [self.trie.tokens[low:high].unique() for low, high in bounds]
 
     @property
+    def steps(self) -> list[int]:
+        """See the base class."""
+        return self._kept()[:-1]
+
+    @property
     def invalid_share(self) -> float:
         """The share of sequences that no item has."""
         return self.invalid / max(self.sequences, 1)
@@ -83,7 +88,7 @@ class LevelSearch(BeamSearch):
         k = self.beams if k is None else k
         self.check(k, exclude)
         widths = self._kept()
-        reader = self._read(prompts, sum(widths))
+        reader = self._read(prompts, self.behind)
         scores = torch.zeros(len(prompts), 1, device=self.trie.device)
         sequences = torch.zeros(len(prompts), 1, 0, dtype=torch.int64, device=self.trie.device)
         for depth, used in enumerate(self._used):

@@ -32,6 +32,7 @@ class PrunedRanking:
         nodes: of the trie, read at once behind each prompt, at least 1; those above them come on top.
 
     Attributes:
+        behind: tokens that are kept behind a prompt at most.
         read: inner nodes read so far for all prompts, each counted once; the beams' own are not among them.
         there: inner nodes that reading the whole trie for these prompts would have read.
 
@@ -44,6 +45,7 @@ class PrunedRanking:
         self._search, self._nodes = search, nodes
         self.read, self.there = 0, 0
         trie = search.trie
+        self.behind = nodes * len(trie.widths)
         self._depths = trie.depths(torch.arange(len(trie), device=trie.device))
         self._inner = int((trie.child_offsets.diff() > 0).sum()) - 1
 
@@ -76,7 +78,7 @@ class PrunedRanking:
         first = search(prompts, k, exclude, guide=guide)
         least = first.scores[:, -1:]
         least = least - SLACK * least.abs().clamp(min=1)
-        reader = tree_behind(search, prompts, self._nodes * len(trie.widths))
+        reader = tree_behind(search, prompts, self.behind)
         scores = torch.full((len(prompts), len(trie) + 1), -torch.inf, device=trie.device)
         scores[:, 0] = 0.0
         self._grow(scores, reader.state.unsqueeze(1), scores.new_zeros(len(prompts), 1).long(), 0, exclude, guide)

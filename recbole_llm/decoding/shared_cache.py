@@ -9,13 +9,16 @@ their paths move, no keys and values. Memory grows with the number of beams.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recbole_llm.decoding.path_attention import PathView, along_paths
+
+if TYPE_CHECKING:
+    from recbole_llm.decoding.opening import Opening
 
 # How far states over shared keys and values may be from those of a plain reading, relative, by bytes a number.
 TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -77,6 +80,10 @@ class Roomy(DynamicLayer):
         for held in (self.keys, self.values):
             held[:, :, start : self._used] = held[:, :, start + places]
 
+    def crop(self, max_length: int) -> None:
+        """Forget what was taken in from a position on."""
+        self._used = min(self._used, max_length)
+
     def get_seq_length(self) -> int:
         """Positions taken in."""
         return self._used
@@ -91,7 +98,17 @@ def windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-def read_prompts(decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> tuple[DynamicCache, Tensor]:
+def roomy_cache(decoder: nn.Module, room: int) -> tuple[DynamicCache, list[Roomy]]:
+    """A cache for a decoder, with room behind what it takes in first, and its layers."""
+    config: Any = decoder.config
+    cache, layers = DynamicCache(), [Roomy(room) for _ in range(config.get_text_config().num_hidden_layers)]
+    cache.layers.extend(layers)
+    return cache, layers
+
+
+def read_prompts(
+    decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int, opening: Opening | None = None
+) -> tuple[DynamicCache, Tensor]:
     """Read prompts once.
 
     Args:
@@ -99,17 +116,20 @@ def read_prompts(decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) ->
         ids: the prompts, filled up on the right with any token, int64 [B, P].
         lengths: int64 [B], each at least 1.
         room: places behind the prompts.
+        opening: what prompts begin with, as it was read before; of it is taken what all of them have.
 
     Returns:
         Their keys and values, in layers that are :class:`Roomy`, and the state at the last position of each,
         [B, hidden].
     """
-    config: Any = decoder.config
-    cache = DynamicCache()
-    cache.layers.extend(Roomy(room) for _ in range(config.get_text_config().num_hidden_layers))
+    shared = 0 if opening is None else opening.shared(ids, lengths)
+    cache, layers = roomy_cache(decoder, room + ids.shape[1] - shared if shared else room)
+    if opening is not None and shared:
+        opening.write(layers, len(ids), 0, shared)
     # No position sees what follows it, so the filling needs no mask.
-    states = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-    return cache, states.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+    states = decoder(input_ids=ids[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    last = (lengths - 1 - shared).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
+    return cache, states.gather(1, last).squeeze(1)
 
 
 class SharedPrompts:
@@ -120,11 +140,14 @@ class SharedPrompts:
         ids: the prompts, filled up on the right with any token, int64 [B, P].
         lengths: int64 [B], each at least 1.
         room: tokens of beams that will be read at most, over all steps: the sum of their numbers of beams.
+        opening: see :func:`read_prompts`.
     """
 
-    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
+    def __init__(
+        self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int, opening: Opening | None = None
+    ) -> None:
         self._decoder, self._lengths = decoder, lengths
-        self._cache, state = read_prompts(decoder, ids, lengths, room)
+        self._cache, state = read_prompts(decoder, ids, lengths, room, opening)
         self.state = state.unsqueeze(1)
         self._prompt = ids.shape[1]
         # The places behind the prompts of the tokens that each beam has had, [B, K, steps], and how many there are.

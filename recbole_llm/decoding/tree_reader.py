@@ -20,6 +20,7 @@ from recbole_llm.errors import UserError
 
 if TYPE_CHECKING:
     from recbole_llm.decoding.beam_search import BeamSearch
+    from recbole_llm.decoding.opening import Opening
 
 
 class TreeReader(Protocol):
@@ -61,8 +62,10 @@ def tree_behind(search: BeamSearch, prompts: Sequence[Sequence[int]], room: int)
     Raises:
         UserError: see :meth:`~recbole_llm.decoding.beam_search.BeamSearch.lay_out`.
     """
-    kind: type[SharedTree | WholeTree] = SharedTree if search.shares_prompts else WholeTree
-    return kind(search.decoder, *search.lay_out(prompts), room)
+    ids, lengths = search.lay_out(prompts)
+    if search.shares_prompts:
+        return SharedTree(search.decoder, ids, lengths, room, search.opening)
+    return WholeTree(search.decoder, ids, lengths)
 
 
 def check_nodes(nodes: int) -> None:
@@ -79,11 +82,14 @@ class SharedTree:
         ids: the prompts, filled up on the right with any token, int64 [B, P].
         lengths: int64 [B], each at least 1.
         room: nodes of a path and a piece together, at most.
+        opening: see :func:`~recbole_llm.decoding.shared_cache.read_prompts`.
     """
 
-    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int) -> None:
+    def __init__(
+        self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int, opening: Opening | None = None
+    ) -> None:
         self._decoder, self._lengths = decoder, lengths
-        self._cache, self.state = read_prompts(decoder, ids, lengths, room)
+        self._cache, self.state = read_prompts(decoder, ids, lengths, room, opening)
         self._prompt = ids.shape[1]
 
     def read(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ them (:mod:`recbole_llm.decoding.pruned_ranking`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.decoding.beam_search import BeamSearch, Found
+from recbole_llm.decoding.filling import batches_of, budget_of
 from recbole_llm.decoding.full_ranking import FullRanking
+from recbole_llm.decoding.one_user import OneUser
 from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
     from recbole_llm.data.instructions import InstructionWriter
     from recbole_llm.itemid.item_tokens import ItemTokens
+
+# How a search is done.
+AUTO, LATENCY = "auto", "latency"
+# Items whose prompts tell what all prompts begin with.
+OPENINGS = 256
 
 
 class TokenRanking(GuidedSearch):
@@ -61,6 +69,8 @@ class TokenRanking(GuidedSearch):
     _tie_order: Tensor
     _search: tuple[Tensor, BeamSearch] | None = None
     _exact: tuple[BeamSearch, FullRanking | PrunedRanking] | None = None
+    # With the search and the prompt of inference that it is of.
+    _one_user: tuple[BeamSearch, int, OneUser | None] | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
         self.ranking = self.ranked_by(config)
@@ -82,17 +92,19 @@ class TokenRanking(GuidedSearch):
         ranking = str(config["ranking"])
         if ranking != "beam" and config["constraint"] not in (None, "trie"):
             raise UserError(f"ranking: {ranking} scores items alone; with constraint: level set ranking: beam")
+        if ranking != "beam" and config["search_mode"] == LATENCY:
+            raise UserError(f"search_mode: latency is a way of beam search; with ranking: {ranking} leave it auto")
         return ranking
 
     @classmethod
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
         """Settings that mean nothing as the others stand."""
         told = super().idle_settings(config)
-        return (*told, "tree_nodes") if config["ranking"] == "beam" else told
+        return (*told, "tree_nodes" if config["ranking"] == "beam" else "search_mode")
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
-        self._search = None
+        self._search = self._one_user = None
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; the search is made anew, as weights may have changed."""
@@ -128,6 +140,46 @@ class TokenRanking(GuidedSearch):
             kind = FullRanking if self.ranking == "full" else PrunedRanking
             self._exact = search, kind(search, self.config["tree_nodes"])
         return self._exact[1]
+
+    def asks_alone(self, users: int) -> bool:
+        """Whether so many users, where no others are asked about, are searched for one after the other.
+
+        Args:
+            users: how many there are.
+        """
+        mode = self.config["search_mode"]
+        one_by_one = mode == LATENCY or (mode == AUTO and users == 1)
+        return one_by_one and self.ranking == "beam" and self.searches(self.config)
+
+    def _ready(self, search: BeamSearch, alone: bool) -> None:
+        """Have a search read what all prompts of inference open with, and one user after another in kept memory."""
+        known = self._one_user
+        if known is None or known[0] is not search or known[1] != self.asked_with:
+            search.open_with(self._opening())
+            known = self._one_user = search, self.asked_with, None
+        if alone and known[2] is None and search.opening is not None:
+            longest = self.writer.longest_asked(self.history_length, self.asked_with)
+            made = OneUser(search.decoder, search.opening, longest, search.steps)
+            known = self._one_user = *known[:2], made
+        search.one_user = known[2] if alone else None
+
+    def _opening(self) -> list[int]:
+        """The token ids that prompts begin with whatever is in the history, as far as some items tell.
+
+        Where prompts tell of users it goes as far as they are alike for two of them.
+        """
+        items = torch.arange(1, min(self.n_items, OPENINGS + 1))
+        users = items.remainder(2) + 1 if self.tells_user else None
+        asked = self._ask(Ragged.from_lengths(items, torch.ones_like(items)), users).padded(-1)
+        alike = int((asked == asked[0]).all(0).long().cumprod(0).sum())
+        return [int(token) for token in asked[0, :alike]]
+
+    def _parts(self, lengths: Tensor, ranker: BeamSearch | FullRanking | PrunedRanking) -> Sequence[Tensor]:
+        """Rows that are ranked at once, by the lengths of their prompts."""
+        tokens = self.config["inference_tokens"]
+        if tokens is None:
+            tokens = budget_of(lengths, ranker.behind, self.config["inference_batch_size"])
+        return batches_of(lengths, ranker.behind, tokens)
 
     @property
     def visited_share(self) -> float | None:
@@ -172,9 +224,11 @@ class TokenRanking(GuidedSearch):
         ranker = self._ranker(search)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
         scores[:, candidates.to(self.device)] = 0.0
-        for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
-            asked = self._ask(history.take(part), None if users is None else users[part])
-            barred = excluded.take(part)
+        every = self._ask(history, users)
+        alone = self.asks_alone(len(history))
+        self._ready(search, alone)
+        for part in torch.arange(len(history)).split(1) if alone else self._parts(every.lengths, ranker):
+            asked, barred = every.take(part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
             guide = self.guide(interaction, part, search.trie)
             own = scores[part.to(self.device)]

@@ -28,7 +28,10 @@ OWN = (
     "format",
 )  # fmt: skip
 # Settings of the run that say where and how it computes, and change no recommendation.
-PASSED = ("data_path", "output_dir", "gpu_id", "use_gpu", "eval_batch_size", "eval_max_cells", "show_progress")
+PASSED = (
+    "data_path", "output_dir", "gpu_id", "use_gpu", "eval_batch_size", "eval_max_cells", "show_progress", "search_mode",
+    "inference_tokens",
+)  # fmt: skip
 FORMATS = ("table", "json")
 STORE = "topk"
 

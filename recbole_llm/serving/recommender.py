@@ -69,7 +69,8 @@ class Recommender:
     """A trained model and the users of its data set.
 
     Rankings are those of the evaluation: the same scores, exclusions, candidates and order of ties. Users are ranked in
-    batches that are always the same, as the last bit of a score may hang on who is ranked beside him.
+    batches that are always the same, as the last bit of a score may hang on who is ranked beside him. A recommender
+    that searches ranks one who is asked about alone by himself (``search_mode``): what takes a batch's time otherwise.
 
     Args:
         fit: the trained recommender.
@@ -166,10 +167,22 @@ class Recommender:
             number: of the batch: the users from ``number * batch`` on.
             k: how many items.
         """
+        return self._rank_seeded(*self.loader.batch(number), k)
+
+    def rank_alone(self, row: int, k: int) -> Ranked:
+        """The best items of one user, nobody else being ranked.
+
+        Args:
+            row: his.
+            k: how many items.
+        """
+        return self._rank_seeded(*self.loader.some([row]), k)
+
+    def _rank_seeded(self, interaction: Any, excluded: Any, k: int) -> Ranked:
         # A model that draws numbers when it ranks draws the same for a batch, whatever was ranked before.
         with torch.random.fork_rng():
             torch.manual_seed(self.config["seed"])
-            return self._rank(*self.loader.batch(number), k)
+            return self._rank(interaction, excluded, k)
 
     @torch.no_grad()
     def _rank(self, interaction: Any, excluded: Any, k: int) -> Ranked:
@@ -199,6 +212,9 @@ class Recommender:
         """
         rows = [self.row_of(user) for user in users]
         self.check(k)
+        asks_alone = getattr(self.model, "asks_alone", None)
+        if asks_alone is not None and asks_alone(len(rows)):
+            return [self._named(self.rank_alone(row, k), 0) for row in rows]
         batches = {number: self.rank_batch(number, k) for number in sorted({row // self.batch for row in rows})}
         return [self._named(batches[row // self.batch], row % self.batch) for row in rows]
 

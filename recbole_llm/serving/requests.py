@@ -62,7 +62,10 @@ class RequestLoader(RankingLoader):
         Args:
             number: of the batch, from 0; it has the rows from ``number * step`` on.
         """
-        rows = self.order[number * self.step : (number + 1) * self.step]
+        return self.some(self.order[number * self.step : (number + 1) * self.step])
+
+    def some(self, rows: Sequence[int] | np.ndarray) -> tuple[Interaction, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The same of some rows."""
         interaction, excluded, _, _ = self.collate_fn(rows)
         return interaction, excluded
 
