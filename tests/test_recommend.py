@@ -157,6 +157,17 @@ def test_a_store_gives_what_live_gives(model: str, loaded: Callable[..., Recomme
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
 
 
+def test_asked_for_throughput_a_search_gives_the_stores_own_bits(
+    loaded: Callable[..., Recommender], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = loaded("AlignTokenRec")
+    build_store(recommender, tmp_path / "store", k=SHOWN)
+    opened = TopKStore.open(tmp_path / "store", recommender.built_for, SHOWN)
+    monkeypatch.setitem(recommender.model.config.final_config_dict, "search_mode", "throughput")
+    for user in recommender.users[::7]:
+        assert recommender.recommend([user], SHOWN)[0] == opened.look_up(user, SHOWN)
+
+
 def test_a_search_ranks_one_who_is_asked_about_alone_by_himself(
     loaded: Callable[..., Recommender], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,3 @@ def budget_of(lengths: Tensor, behind: int, users: int) -> int:
         users: at least 1.
     """
     return users * (int(lengths.max()) + behind)
-
-
-__all__ = ["batches_of", "budget_of"]
