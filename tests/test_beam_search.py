@@ -196,13 +196,13 @@ def test_what_a_row_must_not_be_shown_never_comes_out_and_moves_no_score(llama: 
             assert_same_ranking(items, found.scores[row], scores)
 
 
-def test_no_invalid_item_in_thousands_of_beams(model: Any) -> None:
+def test_no_invalid_item_in_ten_thousand_beams(model: Any) -> None:
     """Few of the possible codes are items, so that an unconstrained search would hardly meet one."""
     item_tokens = random_codes(24, seed=3)
     generator = torch.Generator().manual_seed(0)
     search = searcher(model, item_tokens, beams=20, normaliser="level")
-    for _ in range(3):
-        lengths = torch.randint(1, 14, (20,), generator=generator).tolist()
+    for _ in range(5):
+        lengths = torch.randint(1, 14, (100,), generator=generator).tolist()
         prompts = [torch.randint(0, LM_SIZE, (length,), generator=generator).tolist() for length in lengths]
         found = search(prompts)
         assert ((found.items >= 1) & (found.items < item_tokens.n_items)).all() and found.scores.isfinite().all()
