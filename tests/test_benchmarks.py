@@ -116,3 +116,16 @@ def test_quick_run_of_what_compares_with_no_other(name: str, tmp_path: Path) -> 
     assert result["name"] == name
     for path in result.get("paths", []):
         assert path["seconds"] > 0 and path["bytes"] > 0 and path["bound"] > 0
+
+
+@pytest.mark.slow
+def test_quick_run_of_products(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(FOLDER / "cpu_products.py"), "--quick"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["name"] == "cpu_products" and result["equal"] is True and len(result["detail"]["ratios"]) == 8
+    # On other processors there is nothing to gain.
+    assert result["ratio"] > 1.1 or not result["detail"]["auto_takes_it"]
