@@ -4,7 +4,8 @@ torch multiplies by MKL, which on AMD's processors stays at AVX2; numpy's OpenBL
 about twice as fast (``docs/performance.md``). Where that is chosen, torch's own kernels of ``mm`` and ``addmm`` on the
 CPU hand large products to it, in torch's own way of replacing a kernel (:func:`torch.library.get_kernel`). So every
 linear layer gains in both directions, whoever's it is, and automatic differentiation, adapters, autocast, compiling and
-counters of operations see what they always see. Sums come in another order: results move in their last bits.
+counters of operations see what they always see. Sums come in another order: products move in their last bits, each
+choice repeats its own, and what is trained for long ends as with another seed.
 """
 
 from __future__ import annotations
