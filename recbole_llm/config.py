@@ -20,7 +20,7 @@ from recbole.config import Config as RecBoleConfig  # noqa: E402
 from recbole.utils import ModelType  # noqa: E402
 from recbole.utils.argument_list import dataset_arguments  # noqa: E402
 
-from recbole_llm import processes, registry  # noqa: E402
+from recbole_llm import processes, products, registry  # noqa: E402
 from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
 from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
@@ -34,7 +34,7 @@ PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
     "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
     "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned",
+    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned", "cpu_products",
 )  # fmt: skip
 
 # RecBole says only "(int)" of its sizes.
@@ -50,7 +50,7 @@ NEUTRAL_KEYS = frozenset({
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
     "cold_item_choice", "tuned", "merge_valid", "continue_from", "train_fold", "search_mode",
-    "inference_tokens",
+    "inference_tokens", "cpu_products",
 })  # fmt: skip
 
 # The fold of train rows that a part is trained without, (number, of how many): whoever asks for the part sets it.
@@ -299,6 +299,7 @@ class Config(StrictSettings, RecBoleConfig):
         check_metrics(self.final_config_dict)
         check_eval_args(self.final_config_dict, self.dataset)
         check_intervals(self.final_config_dict)
+        products.use(final["cpu_products"])
         super()._set_default_parameters()
         final["checkpoint_dir"] = str(final["output_dir"])
 

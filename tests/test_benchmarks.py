@@ -117,3 +117,11 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
 def test_quick_run_of_what_compares_with_no_other(name: str, tmp_path: Path) -> None:
     for path in quick(name, tmp_path).get("paths", []):
         assert path["seconds"] > 0 and path["bytes"] > 0 and path["bound"] > 0
+
+
+@pytest.mark.slow
+def test_quick_run_of_products(tmp_path: Path) -> None:
+    result = quick("cpu_products", tmp_path)
+    assert result["equal"] is True and len(result["detail"]["ratios"]) == 8
+    # On other processors there is nothing to gain.
+    assert result["ratio"] > 1.1 or not result["detail"]["auto_takes_it"]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from recbole.utils import ModelType
 
-from recbole_llm import __version__, processes
+from recbole_llm import __version__, processes, products
 from recbole_llm.config import Config
 from recbole_llm.disk import full_disk_told, write_whole
 from recbole_llm.errors import TrainingStoppedError, UserError
@@ -328,7 +328,7 @@ def _parameters(model: Any, counted: bool) -> dict[str, int]:
 def _device(config: Config) -> str:
     if config["device"].type == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, products by {products.in_use()})"
 
 
 def _version(package: str) -> str | None:
