@@ -225,8 +225,8 @@ class FineTuning:
     def __init__(self, model: Any, batch: Batch, adapter: str = "full") -> None:
         self.batch, self.sizes, self.adapter = batch, Sizes.of(model.config), adapter
         decoder, count = decoder_of(model), LEVELS * CODES
-        settings = read_yaml(properties_dir() / "model" / "AlignTokenRec.yaml")
-        settings |= {"adapter": adapter, "llm_quantization": "none", "lora_dropout": 0.0}
+        shipped = read_yaml(properties_dir() / "model" / "AlignTokenRec.yaml")
+        settings = shipped | {"adapter": adapter, "llm_quantization": "none", "lora_dropout": 0.0}
         self.rank = settings["lora_rank"] if adapter == "lora" else None
         head, weight = Head.of(model), model.get_output_embeddings().weight
         trained = adapt(decoder, settings)
