@@ -55,7 +55,9 @@ def check_count(points: int, size: int) -> None:
         UserError: there are.
     """
     if points < size:
-        raise UserError(f"fewer items than codes: {points} items for {size} codes a level; set code_size to at most {points}")
+        raise UserError(
+            f"fewer items than codes: {points} items for {size} codes a level; set code_size to at most {points}"
+        )
 
 
 def kmeans(
