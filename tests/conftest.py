@@ -88,3 +88,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[kind]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """A tiny Llama with its head, and room for codes behind its vocabulary."""
+    from searches import language_model
+
+    return language_model("llama")

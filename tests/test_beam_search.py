@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_folders import KINDS, WINDOW
+from searches import (
+    CODE_IDS,
+    END,
+    LM_SIZE,
+    NORMALISERS,
+    PROMPTS,
+    SIZES,
+    TITLES,
+    assert_same_ranking,
+    exhaustive,
+    language_model,
+    random_codes,
+    searcher,
+)
+from tiny_folders import KINDS
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from recbole_llm.data.ties import tie_order
 from recbole_llm.decoding.beam_search import BeamSearch, best
@@ -24,83 +36,10 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.itemid.item_tokens import ItemTokens
 
-LM_SIZE = 97
-SIZES = (4, 3, 5)
-END = 2
-NORMALISERS = ("vocabulary", "level", "legal")
-# One prompt is longer than the windows of those models that have one, and it is not the longest's neighbour.
-PROMPTS = [[5, 9, 3], list(range(3, 3 + WINDOW + 5)), [7], [11, 12, 13, 14, 15, 16, 17]]
-
-
-def language_model(kind: str, size: int = LM_SIZE + sum(SIZES)) -> Any:
-    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": None}
-    config = KINDS[kind].config(vocab_size=size, tie_word_embeddings=KINDS[kind].tied, **ids)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
 
 @pytest.fixture(scope="module", params=list(KINDS))
-def model(request: pytest.FixtureRequest) -> Iterator[Any]:
-    yield language_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return language_model("llama")
-
-
-def random_codes(items: int, seed: int = 0, distinct: bool = True) -> ItemTokens:
-    rng = np.random.default_rng(seed)
-    every = np.stack(np.meshgrid(*(np.arange(size) for size in SIZES), indexing="ij"), axis=-1).reshape(-1, len(SIZES))
-    chosen = every[rng.permutation(len(every))[:items] if distinct else rng.integers(0, len(every), items)]
-    return ItemTokens.from_codes(np.concatenate((np.full((1, len(SIZES)), -1), chosen)), SIZES)
-
-
-TITLES = ItemTokens.from_sequences(
-    [[], [5], [5, 6], [5, 6, 7, 8], [9], [5, 7], [9, 10, 11], [5, 6, 7], [12], [9, 10], [5, 6]], END
-)
-# The codes' rows do not lie in the order of the codes, so that a map that is not read shows.
-CODE_IDS = LM_SIZE + torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(0))
-
-
-def searcher(model: Any, item_tokens: ItemTokens, dtype: torch.dtype | None = None, **options: Any) -> BeamSearch:
-    lm_ids = CODE_IDS if item_tokens.kind == "codes" else None
-    return BeamSearch(decoder_of(model), Head.of(model, dtype), item_tokens, lm_ids=lm_ids, **options)
-
-
-@torch.no_grad()
-def exhaustive(model: Any, item_tokens: ItemTokens, prompt: list[int], normaliser: str) -> torch.Tensor:
-    """Every item's score, float64 [n_items], from a plain reading of prompt and tokens, filled up on the right."""
-    lm_ids = CODE_IDS if item_tokens.lm_ids is None else item_tokens.lm_ids
-    sequences = [item_tokens.of(item) for item in range(item_tokens.n_items)]
-    longest = max(map(len, sequences))
-    texts = [[*prompt, *lm_ids[tokens].tolist(), *[0] * (longest - len(tokens))] for tokens in sequences]
-    logits = model(input_ids=torch.tensor(texts)).logits[:, len(prompt) - 1 : -1].double()
-    scores = torch.full((item_tokens.n_items,), -torch.inf, dtype=torch.float64)
-    for item, tokens in enumerate(sequences):
-        total = 0.0 if tokens else -torch.inf
-        for depth, token in enumerate(tokens):
-            if normaliser == "vocabulary":
-                among = list(range(logits.shape[2]))
-            elif normaliser == "legal":
-                begun = [other for other in sequences if other[:depth] == tokens[:depth] and len(other) > depth]
-                among = lm_ids[sorted({other[depth] for other in begun})].tolist()
-            elif item_tokens.kind == "codes":
-                low, high = item_tokens.level_offsets[depth : depth + 2]
-                among = lm_ids[low:high].tolist()
-            else:
-                among = lm_ids[sorted({other[depth] for other in sequences if len(other) > depth})].tolist()
-            total += float(logits[item, depth, lm_ids[token]] - logits[item, depth, among].logsumexp(0))
-        scores[item] = total
-    return scores
-
-
-def assert_same_ranking(items: list[int], scores: torch.Tensor, wanted: torch.Tensor) -> None:
-    """The items are the best, and in order wherever that is not a matter of rounding."""
-    expected = wanted.sort(descending=True).values[: len(items)]
-    torch.testing.assert_close(scores.double(), expected, atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(wanted[items], expected, atol=2e-4, rtol=1e-4)
-    assert len(set(items)) == len(items)
+def model(request: pytest.FixtureRequest) -> Any:
+    return language_model(request.param)
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

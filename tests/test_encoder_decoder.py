@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny_t5
 import torch
+from searches import CODE_IDS, LM_SIZE, NORMALISERS, PROMPTS, SIZES, TITLES, random_codes
 from test_aligntokenrec import OPTIONS, SETTINGS, batch, shipped, tokens
-from test_beam_search import CODE_IDS, LM_SIZE, NORMALISERS, PROMPTS, SIZES, TITLES, random_codes
 from test_glta import N_ITEMS, dataset
 from torch import nn
 from torch.nn import functional as F

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_beam_search import (
+from searches import (
     CODE_IDS,
     LM_SIZE,
     NORMALISERS,
@@ -41,11 +41,6 @@ from recbole_llm.training.runs import run
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(request: pytest.FixtureRequest) -> Any:
     return language_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return language_model("llama")
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from searches import PROMPTS, TITLES, assert_same_ranking, exhaustive, random_codes, searcher
 from test_aligntokenrec import build, users
-from test_beam_search import PROMPTS, TITLES, assert_same_ranking, exhaustive, language_model, random_codes, searcher
 from test_errors import refused
 from test_glta import N_ITEMS
 from test_leakage import SMALL
@@ -25,11 +25,6 @@ from recbole_llm.serving.recommender import Recommender
 from recbole_llm.training.runs import run
 
 KINDS = {"codes": random_codes(12), "shared codes": random_codes(14, distinct=False), "titles": TITLES}
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return language_model("llama")
 
 
 def scores_of(item_tokens: ItemTokens, spread: float = 3.0) -> torch.Tensor:

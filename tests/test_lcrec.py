@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from searches import CODE_IDS, PROMPTS, random_codes
+from searches import SIZES as LEVELS
 from test_aligntokenrec import OPTIONS
-from test_beam_search import CODE_IDS, PROMPTS, language_model, random_codes
-from test_beam_search import SIZES as LEVELS
 from test_leakage import SMALL
 from tiny_folders import KINDS, write
 from transformers import AutoModelForCausalLM
@@ -445,11 +445,6 @@ def test_a_task_of_the_users_own_that_was_edited_is_trained_anew(
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return language_model("llama")
 
 
 @torch.no_grad()

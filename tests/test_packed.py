@@ -54,6 +54,14 @@ def test_a_tree_has_every_opening_once(prompts: list[list[int]]) -> None:
         assert node_of[tuple(prompts[row][: place + 1])] == node
 
 
+def read_alone(decoder: Any, prompts: list[list[int]], rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """States [S, hidden] at places of prompts, each from a plain reading of its prompt."""
+    return torch.stack([
+        decoder(input_ids=torch.tensor([prompts[row]]), use_cache=False).last_hidden_state[0, place]
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True)
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("kind", "checkpointed"), [(kind, again) for kind in KINDS for again in {False, kind not in ROW_BY_ROW}]
 )
@@ -62,10 +70,7 @@ def test_states_and_gradients_are_those_of_prompts_read_alone(kind: str, checkpo
     weights = dict(decoder.named_parameters())
     torch.manual_seed(0)
     wanted = torch.randn(len(ROWS), decoder.config.hidden_size)
-    states = torch.stack([
-        decoder(input_ids=torch.tensor([PROMPTS[row]]), use_cache=False).last_hidden_state[0, place]
-        for row, place in zip(ROWS.tolist(), PLACES.tolist(), strict=True)
-    ])  # fmt: skip
+    states = read_alone(decoder, PROMPTS, ROWS, PLACES)
     expected = torch.autograd.grad((states * wanted).sum(), list(weights.values()))
     if checkpointed:
         checkpoint_layers(decoder)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_aligntokenrec import N_ITEMS, build, loader, shipped
 from test_glta import histories
 from test_leakage import SMALL
-from test_packed import ROW_BY_ROW, padded
+from test_packed import ROW_BY_ROW, padded, read_alone
 from tiny_folders import KINDS
 from torch.nn import functional
 
@@ -114,10 +114,7 @@ def test_bins_have_the_states_and_gradients_of_prompts_read_alone(kind: str, fol
     layout = laid_out(Tree.of(padded(prompts), lengths_of(prompts)), lengths_of(prompts))
     assert layout.ends is not None and len(layout.nodes) < len(prompts)
     wanted = torch.randn(len(rows), decoder.config.hidden_size)
-    alone = torch.stack([
-        decoder(input_ids=torch.tensor([prompts[row]]), use_cache=False).last_hidden_state[0, place]
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True)
-    ])  # fmt: skip
+    alone = read_alone(decoder, prompts, rows, places)
     expected = torch.autograd.grad((alone * wanted).sum(), list(decoder.parameters()))
     found = PackedReader(decoder).states(padded(prompts), rows, places)
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)

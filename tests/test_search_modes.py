@@ -10,9 +10,7 @@ import tiny_t5
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_aligntokenrec import build as build_codes
-from test_aligntokenrec import users
-from test_beam_search import (
+from searches import (
     CODE_IDS,
     LM_SIZE,
     NORMALISERS,
@@ -22,6 +20,8 @@ from test_beam_search import (
     random_codes,
     searcher,
 )
+from test_aligntokenrec import build as build_codes
+from test_aligntokenrec import users
 from test_glta import N_ITEMS, N_USERS
 from test_title_bases import build as build_titles
 from tiny_folders import KINDS, WINDOW
@@ -54,11 +54,6 @@ PROMPTS = [
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(request: pytest.FixtureRequest) -> Any:
     return language_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return language_model("llama")
 
 
 def assert_alike(found: Found, wanted: Found) -> None:
