@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recbole_llm.backbone.tree_attention import Layout, Whole, ends_of, laid_out
-from recbole_llm.decoding.shared_cache import TOLERANCE, windows
+from recbole_llm.decoding.shared_cache import agrees, windows
 
 ATTENTION = "recbole_llm_packed"
 
@@ -67,10 +67,6 @@ class Tree:
         rows, places = own.nonzero(as_tuple=True)
         return cls(unsorted, places, order[rows] * ids.shape[1] + places)
 
-    def to(self, device: torch.device | str) -> Tree:
-        """The same on a device."""
-        return Tree(self.nodes.to(device), self.places.to(device), self.owners.to(device))
-
 
 class PackedReader:
     """Reads the states at some places of many prompts.
@@ -97,8 +93,11 @@ class PackedReader:
         Returns:
             ``[L, H]``, in the decoder's type.
         """
-        states, which = self.read(ids, rows, places, device)
-        return states.index_select(0, which)
+        device = ids.device if device is None else device
+        if not self.packs:
+            return self._row_by_row(ids, rows, places, device)
+        states, nodes = self._packed(ids, rows, places, device)
+        return states.index_select(0, nodes.to(device))
 
     def read(
         self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str | None = None
@@ -113,20 +112,28 @@ class PackedReader:
         """
         device = ids.device if device is None else device
         if not self.packs:
-            states = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
-            return states[rows.to(device), places.to(device)], torch.arange(len(rows), device=device)
+            return self._row_by_row(ids, rows, places, device), torch.arange(len(rows), device=device)
+        states, nodes = self._packed(ids, rows, places, device)
+        read, which = nodes.unique(return_inverse=True)
+        return states.index_select(0, read.to(device)), which.to(device)
+
+    def _row_by_row(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str) -> Tensor:
+        states: Tensor = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        return states[rows.to(device), places.to(device)]
+
+    def _packed(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """The states of all nodes, [N, H], and the node of each row and place, int64 [L], on the CPU."""
         lengths = torch.zeros(len(ids), dtype=torch.long).scatter_reduce(0, rows, places + 1, "amax")
         tree = Tree.of(ids[:, : int(lengths.max())], lengths)
-        read, which = tree.nodes[rows, places].unique(return_inverse=True)
-        read = read.to(device)
-        packed = Packed(self._decoder, tree.to(device), read, self._attention(tree, lengths).to(device))
+        nodes = tree.nodes[rows, places]
+        packed = Packed(self._decoder, nodes.unique().to(device), self._attention(tree, lengths).to(device))
         flat = ids[:, : tree.nodes.shape[1]].flatten()[tree.owners].to(device)
         with packed.reading():
             states = self._decoder(
-                input_ids=flat.unsqueeze(0), position_ids=packed.tree.places.unsqueeze(0), use_cache=False,
+                input_ids=flat.unsqueeze(0), position_ids=tree.places.to(device).unsqueeze(0), use_cache=False,
                 packed=packed,
             ).last_hidden_state[0]  # fmt: skip
-        return states.index_select(0, read), which.to(device)
+        return states, nodes
 
     def _attention(self, tree: Tree, lengths: Tensor) -> Layout | Whole:
         """How the nodes of a tree attend."""
@@ -140,12 +147,12 @@ class PackedReader:
         ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4], [1, 2, 3, 0, 0], [2, 1, 0, 0, 0]])
         rows, places = torch.tensor([0, 0, 1, 1, 2, 3]), torch.tensor([1, 4, 1, 4, 2, 1])
         whole = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        expected = whole[rows.to(device), places.to(device)].float()
+        expected = whole[rows.to(device), places.to(device)]
         self.packs = True
         for flex in dict.fromkeys((self._flex, False)):
             self._flex = flex
             try:
-                found = self.states(ids, rows, places, device).float()
+                found = self.states(ids, rows, places, device)
             except TypeError:
                 # What its layers are given does not reach attention.
                 return False
@@ -154,7 +161,7 @@ class PackedReader:
                 if not flex:
                     raise
                 continue
-            if bool((found - expected).norm() / expected.norm() <= TOLERANCE[whole.element_size()]):
+            if agrees(found, expected):
                 return True
         return False
 
@@ -164,13 +171,12 @@ class Packed:
 
     Args:
         decoder: the model.
-        tree: of the prompts.
         read: int64 ``[R]``, nodes whose last states are read, ascending.
         attention: how nodes attend.
     """
 
-    def __init__(self, decoder: nn.Module, tree: Tree, read: Tensor, attention: Layout | Whole) -> None:
-        self.tree, self._read, self.attention = tree, read, attention
+    def __init__(self, decoder: nn.Module, read: Tensor, attention: Layout | Whole) -> None:
+        self._read, self.attention = read, attention
         self._config: Any = decoder.config
         layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
         last = getattr(layers[-1], "mlp", None) if layers else None

@@ -82,8 +82,8 @@ class TaskLoader(_IndexLoader):
         return -(-self.samples() // self.step)
 
     def __iter__(self) -> Iterator[Interaction]:
-        drawn = self._drawn()
-        for rows in self._batches(drawn):
+        drawn, groups = self._drawn()
+        for rows in self._batches(drawn, groups):
             yield Interaction({name: values[rows] for name, values in drawn.items()})
 
     def _chosen(self) -> Tensor:
@@ -95,7 +95,8 @@ class TaskLoader(_IndexLoader):
         places = Ragged.from_lengths(order, torch.bincount(self.users)).positions
         return order[places < self._each]
 
-    def _drawn(self) -> dict[str, Tensor]:
+    def _drawn(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The samples of an epoch, and which of them stand side by side."""
         chosen = self._chosen()
         drawn = [(number(task.name), task.draw(chosen)) for task in self.tasks]
         samples = {
@@ -105,19 +106,17 @@ class TaskLoader(_IndexLoader):
             "source": torch.cat([samples.sources for _, samples in drawn]),
             "target": torch.cat([samples.targets for _, samples in drawn]),
         }
+        groups = groups_of(samples["start"], samples["stop"], self._packs)
         if self._packs:
             # Here, as a group that is longer than a batch is to draw alike in all.
-            groups = window_groups(samples["start"], samples["stop"])
             draws = torch.rand(int(groups.max()) + 1, generator=self.generator, dtype=torch.double)
             samples[DRAW] = draws[groups]
-        return samples
+        return samples, groups
 
-    def _batches(self, drawn: dict[str, Tensor]) -> list[Tensor]:
+    def _batches(self, drawn: dict[str, Tensor], groups: Tensor) -> list[Tensor]:
         count = len(drawn["task"])
         if not self.shuffle:
             return list(torch.arange(count).split(self.step))
-        grouped = window_groups if self._packs else history_groups
-        groups = grouped(drawn["start"], drawn["stop"])
         places = torch.randperm(int(groups.max()) + 1, generator=self.generator)[groups]
         # The prefixes of a user from the shortest on, should a batch end among them.
         inner = drawn["stop"].argsort(stable=True) if self._packs else torch.arange(count)
@@ -133,6 +132,11 @@ class TaskLoader(_IndexLoader):
         return [batches[place] for place in torch.randperm(len(batches), generator=self.generator).tolist()]
 
 
+def groups_of(starts: Tensor, stops: Tensor, packed: bool) -> Tensor:
+    """:func:`window_groups` with ``packing: user``, else :func:`history_groups`."""
+    return (window_groups if packed else history_groups)(starts, stops)
+
+
 def history_groups(starts: Tensor, stops: Tensor) -> Tensor:
     """Which samples are of one history.
 
@@ -142,8 +146,7 @@ def history_groups(starts: Tensor, stops: Tensor) -> Tensor:
     Returns:
         Numbers from 0, int64 ``[n]``: one for all samples of a history, one for each sample without any.
     """
-    keys = torch.where(stops > starts, stops, int(stops.max()) + 1 + torch.arange(len(stops)))
-    return keys.unique(return_inverse=True)[1]
+    return _alike(stops, starts, stops)
 
 
 def window_groups(starts: Tensor, stops: Tensor) -> Tensor:
@@ -158,8 +161,13 @@ def window_groups(starts: Tensor, stops: Tensor) -> Tensor:
     Returns:
         Numbers from 0, int64 ``[n]``: one for all samples of a group, one for each sample without a history.
     """
-    keys = torch.where(stops > starts, starts, int(stops.max()) + 1 + torch.arange(len(stops)))
-    return keys.unique(return_inverse=True)[1]
+    return _alike(starts, starts, stops)
+
+
+def _alike(keys: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+    """Numbers from 0: one for all samples of one key, one for each sample without a history."""
+    own = torch.where(stops > starts, keys, int(stops.max()) + 1 + torch.arange(len(stops)))
+    return own.unique(return_inverse=True)[1]
 
 
 def packs(config: Any) -> bool:

@@ -231,7 +231,7 @@ class BeamSearch(nn.Module):
         self.check(k, exclude)
         if exclude is not None and exclude.rows != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
-        reader = self._read(prompts, self.behind)
+        reader = self._read(prompts)
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
         beams, ended = _Beams(zeros.long(), zeros, zeros), None
         for depth in range(len(self.levels)):
@@ -248,14 +248,14 @@ class BeamSearch(nn.Module):
         assert ended is not None  # the deepest nodes are leaves
         return self._items(ended, k, exclude, leaked, guide)
 
-    def _read(self, prompts: Sequence[Sequence[int]], beams: int) -> Reader:
-        """Read the prompts, with room for so many tokens of beams each."""
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Reader:
+        """Read the prompts, with room for the tokens of all their beams."""
         ids, lengths = self.lay_out(prompts)
         if self.one_user is not None and len(ids) == 1:
             return self.one_user.begin(ids, lengths)
         if self.opening is not None:
-            return SharedPrompts(self.decoder, ids, lengths, beams, self.opening)
-        return self._reads(self.decoder, ids, lengths, beams)
+            return SharedPrompts(self.decoder, ids, lengths, self.behind, self.opening)
+        return self._reads(self.decoder, ids, lengths, self.behind)
 
     @property
     def behind(self) -> int:
@@ -267,13 +267,18 @@ class BeamSearch(nn.Module):
         """How many beams are read behind a prompt at each step, at most."""
         return [width for width in self._widths[1:] if width]
 
+    @property
+    def can_open(self) -> bool:
+        """Whether what prompts begin with can be read once, which :meth:`open_with` does."""
+        return self._reads is SharedPrompts
+
     def open_with(self, tokens: Sequence[int]) -> None:
         """Read, once, what prompts begin with; an encoder's, and those that beams do not share, are read whole.
 
         Args:
             tokens: the language model's ids; a prompt need not begin with all of them.
         """
-        if self._reads is SharedPrompts:
+        if self.can_open:
             self.opening = Opening(self.decoder, tokens)
 
     def _grow(

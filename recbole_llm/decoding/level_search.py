@@ -88,7 +88,7 @@ class LevelSearch(BeamSearch):
         k = self.beams if k is None else k
         self.check(k, exclude)
         widths = self._kept()
-        reader = self._read(prompts, self.behind)
+        reader = self._read(prompts)
         scores = torch.zeros(len(prompts), 1, device=self.trie.device)
         sequences = torch.zeros(len(prompts), 1, 0, dtype=torch.int64, device=self.trie.device)
         for depth, used in enumerate(self._used):

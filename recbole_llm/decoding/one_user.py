@@ -31,7 +31,7 @@ class OneUser:
         beams: that are read at each step, at most.
     """
 
-    def __init__(self, decoder: nn.Module, opening: Opening | None, longest: int, beams: Sequence[int]) -> None:
+    def __init__(self, decoder: nn.Module, opening: Opening, longest: int, beams: Sequence[int]) -> None:
         self._decoder, self._opening, self._longest, self._beams = decoder, opening, longest, list(beams)
         self._workspace = Workspace()
         self._cache, self._layers = DynamicCache(), list[Roomy]()
@@ -49,12 +49,12 @@ class OneUser:
             lengths: int64 [1], P.
         """
         self._prompt, self._depth, self._read, self._lengths = ids.shape[1], 0, 0, lengths
-        shared = 0 if self._opening is None else self._opening.shared(ids, lengths)
+        shared = self._opening.shared(ids, lengths)
         if not self._layers or self._prompt > self._longest:
             self._make_room(shared or self._prompt)
         for layer in self._layers:
             layer.crop(min(shared, self._opened))
-        if self._opening is not None and shared > self._opened:
+        if shared > self._opened:
             # A prompt that left it was written over it.
             self._opening.write(self._layers, 1, self._opened, shared)
         self._opened = shared

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recbole_llm.decoding.shared_cache import TOLERANCE, Roomy, roomy_cache
+from recbole_llm.decoding.shared_cache import Roomy, agrees, roomy_cache
 
 
 class Opening:
@@ -70,5 +70,4 @@ def continues(decoder: nn.Module) -> bool:
     decoder(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
     behind = decoder(input_ids=ids[:, 2:], past_key_values=cache, use_cache=True).last_hidden_state
     whole = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, 2:]
-    error = (behind.float() - whole.float()).norm() / whole.float().norm()
-    return bool(error <= TOLERANCE[whole.element_size()])
+    return agrees(behind, whole)

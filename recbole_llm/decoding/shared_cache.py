@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
 
 
+def agrees(states: Tensor, plain: Tensor) -> bool:
+    """Whether states are those of a plain reading, but for rounding in their type; both of one shape."""
+    error = (states.float() - plain.float()).norm() / plain.float().norm()
+    return bool(error <= TOLERANCE[plain.element_size()])
+
+
 class Reader(Protocol):
     """Prompts under way."""
 
@@ -249,6 +255,4 @@ def shares(decoder: nn.Module) -> bool:
     except TypeError:
         # What its layers are given does not reach attention.
         return False
-    shared, whole = (reader.state.float() for reader in readers)
-    error = (shared - whole).norm() / whole.norm()
-    return bool(error <= TOLERANCE[readers[0].state.element_size()])
+    return agrees(*(reader.state for reader in readers))

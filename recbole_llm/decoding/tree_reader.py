@@ -121,10 +121,9 @@ class WholeTree:
         decoder: a Hugging Face base model.
         ids: the prompts, filled up on the right with any token, int64 [B, P].
         lengths: int64 [B], each at least 1.
-        room: plays no part.
     """
 
-    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor, room: int = 0) -> None:
+    def __init__(self, decoder: nn.Module, ids: Tensor, lengths: Tensor) -> None:
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._tokens = lengths.new_empty(len(ids), 0)
         self.state = last_states(decoder, ids.unsqueeze(1), lengths.unsqueeze(1))[:, 0]

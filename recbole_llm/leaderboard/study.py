@@ -65,11 +65,12 @@ class Study:
 
     def wanted(self) -> list[Cell]:
         """The cells that by now are known to be run: all but what is still open, or was not chosen."""
-        open_rows = dict.fromkeys((cell.place, cell.row) for cell in self.cells if self._decides(cell))
+        cells = self._to_run()
+        open_rows = dict.fromkeys((cell.place, cell.row) for cell in cells if self._decides(cell))
         settled = {(place, row): self.choice(place, row) for place, row in open_rows}
         return [
             cell
-            for cell in self._to_run()
+            for cell in cells
             if not cell.choice
             or self._decides(cell)
             or cell.choice == (settled[cell.place, cell.row] or {}).get("values")

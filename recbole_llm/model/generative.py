@@ -25,7 +25,7 @@ from recbole_llm.backbone.encoder_decoder import AnswerReader
 from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, check_history_length
-from recbole_llm.data.task_loader import history_groups, packs, window_groups
+from recbole_llm.data.task_loader import groups_of, packs
 from recbole_llm.data.templates import INFERENCE, templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.errors import UserError
@@ -262,7 +262,7 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         Of ``packing: user`` all prefixes in a batch that begin alike have one template and lose the same items.
         """
         starts, stops = interaction["start"], interaction["stop"]
-        groups = (window_groups if self._packs else history_groups)(starts, stops)
+        groups = groups_of(starts, stops, self._packs)
         draws = interaction[DRAW] if self._packs else None
         templates = self.writer.draw(interaction["task"], torch.default_generator, stops > starts, groups, draws)
         shown = Ragged.from_slices(self._moments, starts, stops)

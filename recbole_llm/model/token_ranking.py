@@ -100,7 +100,7 @@ class TokenRanking(GuidedSearch):
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
         """Settings that mean nothing as the others stand."""
         told = super().idle_settings(config)
-        return (*told, "tree_nodes" if config["ranking"] == "beam" else "search_mode")
+        return (*told, "tree_nodes") if config["ranking"] == "beam" else told
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
@@ -155,7 +155,8 @@ class TokenRanking(GuidedSearch):
         """Have a search read what all prompts of inference open with, and one user after another in kept memory."""
         known = self._one_user
         if known is None or known[0] is not search or known[1] != self.asked_with:
-            search.open_with(self._opening())
+            if search.can_open:
+                search.open_with(self._opening())
             known = self._one_user = search, self.asked_with, None
         if alone and known[2] is None and search.opening is not None:
             longest = self.writer.longest_asked(self.history_length, self.asked_with)

@@ -25,11 +25,11 @@ class ProfiledMixin(DescribedMixin):
         config, item_text = self.config, sources.item_text
         assert item_text is not None
         # What the user may have got wrong comes before a language model is made.
-        read_wording(config["profile_prompts"])
+        wording = read_wording(config["profile_prompts"])
         sources.reader, sources.reader_mark, sources.lines = take_backbone(
             config, dataset, item_text, store, named_backbone(config)
         )
-        made = make_profiles(config, dataset, item_text, store, sources.reader, sources.reader_mark)
+        made = make_profiles(config, dataset, wording, item_text, store, sources.reader, sources.reader_mark)
         sources.lines += [stage.as_dict() for stage in made.stages]
         items = torch.from_numpy(vectors_of(config, store, sources, made.items))
         users = torch.from_numpy(vectors_of(config, store, sources, made.users, "user_texts"))

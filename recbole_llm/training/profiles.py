@@ -19,7 +19,7 @@ from recbole_llm.backbone.load import load_with_head
 from recbole_llm.data.histories import Histories
 from recbole_llm.data.item_text import ItemText, first_words
 from recbole_llm.data.keywords import profile_keywords
-from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, profile_source, read_wording
+from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, profile_source
 from recbole_llm.errors import UserError
 from recbole_llm.training.language import backbone_options
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
@@ -46,22 +46,29 @@ class Profiles:
 
 
 def make_profiles(
-    config: Any, dataset: Any, item_text: ItemText, store: StageStore, backbone: Backbone | None, mark: str
+    config: Any,
+    dataset: Any,
+    wording: ProfileWording,
+    item_text: ItemText,
+    store: StageStore,
+    backbone: Backbone | None,
+    mark: str,
 ) -> Profiles:
     """Make (or find) the profiles of all items, and from them those of all users.
 
     Args:
         config: the run's; the keys ``profile_...`` and ``review_column``.
         dataset: the train data set.
+        wording: what the language model is asked, and profiles of templates.
         item_text: the items' texts.
         store: the stage cache.
         backbone: the language model that writes.
         mark: what it is, for the stages' fingerprints.
 
     Raises:
-        UserError: see :func:`~recbole_llm.data.profiles.read_wording`, or a prompt is too long for the language model.
+        UserError: a prompt is too long for the language model.
     """
-    wording, histories = read_wording(config["profile_prompts"]), dataset.train_histories
+    histories = dataset.train_histories
     own = [text if named else "" for text, named in zip(item_text.texts, item_text.named, strict=True)]
     reviews = _reviews(config, dataset)
     writer = _Writer(config, wording, store, backbone, mark)
