@@ -66,7 +66,7 @@ def _full_table(rng: random.Random) -> dict[str, Any]:
         "breakdowns": [_breakdown(rng, *key, labels) for key, labels in GROUPS.items()],
         "users": [_user(rng, number) for number in range(6)],
         "curve": _curve_over_alpha(rng),
-        "paper": None,
+        "papers": [],
     }
 
 
@@ -122,23 +122,25 @@ def _paper_table(rng: random.Random) -> dict[str, Any]:
         "rows": rows,
         "breakdowns": [],
         "users": [],
-        "paper": {
-            "source": "Table 2 of the paper",
-            "note": "The paper trained a language model of 7 billion parameters.",
-            "rows": paper,
-            "missing": [{"name": "P5", "why": "not built here"}],
-            "gains": [{"name": "GLTA", "over": "SASRec", "metric": "ndcg@10", "paper": 0.2571, "ours": 0.074}],
-            "orders": [
-                {
-                    "metric": "ndcg@10",
-                    "systems": 5,
-                    "spearman": -0.7,
-                    "spearman_p": 0.2333,
-                    "kendall": -0.6,
-                    "kendall_p": 0.0004,
-                }
-            ],
-        },
+        "papers": [
+            {
+                "source": "Table 2 of the paper",
+                "note": "The paper trained a language model of 7 billion parameters.",
+                "rows": paper,
+                "missing": [{"name": "P5", "why": "not built here"}],
+                "gains": [{"name": "GLTA", "over": "SASRec", "metric": "ndcg@10", "paper": 0.2571, "ours": 0.074}],
+                "orders": [
+                    {
+                        "metric": "ndcg@10",
+                        "systems": 5,
+                        "spearman": -0.7,
+                        "spearman_p": 0.2333,
+                        "kendall": -0.6,
+                        "kendall_p": 0.0004,
+                    }
+                ],
+            }
+        ],
     }
 
 

@@ -58,11 +58,9 @@ def board(tmp_path: Path) -> dict[str, Any]:
     )
     table = table_of(rows, "toy", "by time", "", "ndcg@10", METRICS, "GLTA", None, 0.05)
     printed = {"T": {"GLTA": {"ndcg@10": 0.6}, "MF": {"ndcg@10": 0.2}, "Pop": {"ndcg@10": 0.1}}}
-    table["paper"] = beside_paper(
-        {"source": "", "beside": {"toy": "T"}, "rows": {"GLTA": "GLTA", "BPR": "MF", "Pop": "Pop"}, "figures": printed},
-        "toy",
-        table,
-    )
+    stand_for = {"GLTA": "GLTA", "BPR": "MF", "Pop": "Pop"}
+    beside = {"source": "", "beside": {"toy": "T"}, "rows": stand_for, "figures": printed}
+    table["papers"] = [beside_paper(beside, "toy", table)]
     table["breakdowns"] = [
         {"name": "user activity", "unit": "users", "metric": "ndcg@10", "rows": {"BPR": [0.25, None]},
          "groups": [{"label": "6-19", "count": 60}, {"label": "20-", "count": 40}]}

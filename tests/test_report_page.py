@@ -347,11 +347,11 @@ def test_another_table_has_the_papers_figures_and_no_empty_sections(driver: Chro
     Select(driver.find_element(By.ID, "table")).select_by_index(1)
     until(driver, lambda: names(driver) == ranked(table=1))
     assert driver.find_element(By.ID, "paper").is_displayed()
-    figures = board()["tables"][1]["paper"]["rows"][0]["metrics"]["ndcg@10"]
-    assert cells(driver, "#paper-rows tbody tr:first-child td")[:2] == [
+    figures = board()["tables"][1]["papers"][0]["rows"][0]["metrics"]["ndcg@10"]
+    assert cells(driver, "#paper-figures tbody tr:first-child td")[:2] == [
         f"{figures[key]:.4f}" for key in ("paper", "ours")
     ]
-    more = driver.find_element(By.ID, "paper-more").text
+    more = driver.find_element(By.ID, "paper-figures").text
     assert "P5: not built here" in more
     assert "5 systems: Spearman's rho −0.70, p = 0.233; Kendall's tau −0.60, p < 0.001" in more
     assert "BPR: valid_rows_in_test_input false" in driver.find_element(By.ID, "facts").text
@@ -377,7 +377,7 @@ def bare_board() -> dict[str, Any]:
     }  # fmt: skip
     table = {
         "dataset": "tiny", "protocol": "", "column": "", "split": None, "evaluation": None, "best_baseline": None,
-        "reference": None, "tests": 0, "rows": [row], "breakdowns": [], "users": [], "paper": None,
+        "reference": None, "tests": 0, "rows": [row], "breakdowns": [], "users": [], "papers": [],
     }  # fmt: skip
     return board() | {"commit": None, "versions": {}, "metrics": ["ndcg@10"], "tables": [table]}
 

@@ -14,7 +14,7 @@ from conftest import SHARED
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.marks import code_of_package
 from recbole_llm.leaderboard.paper import beside_paper
-from recbole_llm.leaderboard.suite import Cell, cells_of, marked, read_suite
+from recbole_llm.leaderboard.suite import Cell, cells_of, marked, read_suite, suite_of
 from recbole_llm.schema import properties_dir
 
 SHIPPED = sorted((properties_dir() / "suite").glob("*.yaml"))
@@ -219,6 +219,8 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"paper": 3}, "paper should read"),
         ({"paper": OF_T | {"beside": ["tiny"], "rows": {"BPR": "B"}, "figures": {"T": {}}}}, "paper.beside should be"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"T": {}}, "gains": [3]}}, "pairs of rows, but has 3"),
+        ({"paper": ["glta"]}, "names the suite 'glta', which has no paper's figures of a row here"),
+        ({"paper": ["glto"]}, "glta"),
         ({"paper": {"sorce": "x"}}, "unknown key 'paper.sorce'; did you mean 'source'"),
         ({"paper": OF_T | {"rows": {"BRP": "B"}, "figures": {"T": {}}}}, "names 'BRP', which is no row"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"U": {}}}}, "figures has no 'T'"),
@@ -272,3 +274,16 @@ def test_a_papers_figures_stand_beside_ours() -> None:
     assert beside["missing"] == [{"name": "Y", "why": "not registered"}]
     assert beside["orders"] == [], "two systems are always in one order or the other"
     assert beside_paper(PAPER, "another", {"rows": rows}) is None
+
+
+def test_papers_of_other_suites_stand_beside_rows_of_the_same_names() -> None:
+    rows = {"LightGCN": {"model": "LightGCN"}, "DCCF": {"model": "DCCF"}, "AlignTokenRec": {"model": "AlignTokenRec"}}
+    suite = suite_of({"datasets": ["ml-100k"], "rows": rows, "paper": ["glta", "aligntokenrec"]}, "own.yaml")
+    glta, aligned = suite.paper
+    assert glta["rows"] == {"LightGCN": "LightGCN"} and glta["gains"] == []
+    assert aligned["rows"] == {"DCCF": "DCCF", "AlignTokenRec": "Ours"}
+    assert aligned["gains"] == [["AlignTokenRec", "DCCF"]]
+    means = [{"name": name, "metrics": {"ndcg@10": {"mean": 0.1}}} for name in rows]
+    beside = beside_paper(aligned, "ml-100k", {"rows": means})
+    assert beside is not None
+    assert {gain["metric"]: gain["ours"] for gain in beside["gains"]}["ndcg@10"] == pytest.approx(0)

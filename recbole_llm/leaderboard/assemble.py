@@ -146,7 +146,7 @@ def table_of(
         "breakdowns": [],
         "users": [],
         "curve": None,
-        "paper": None,
+        "papers": [],
     }
 
 

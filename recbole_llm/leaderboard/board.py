@@ -391,8 +391,8 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequenc
         baselines=suite.baselines,
         alpha=ALPHA,
     )
-    if suite.paper:
-        table["paper"] = beside_paper(suite.paper, dataset, table)
+    beside = [beside_paper(paper, dataset, table) for paper in suite.paper]
+    table["papers"] = [paper for paper in beside if paper is not None]
     if whole and suite.curve:
         table["curve"] = curve_of(table, suite.curve["setting"], suite.curve["metrics"], suite.metric)
     return with_details(table, suite.metric) if whole else table

@@ -41,7 +41,7 @@ def markdown(board: Mapping[str, Any]) -> str:
     ]
     for table in board["tables"]:
         lines += ["", f"## {_plain(title_of(table))}", "", *_quality(board, table), "", *_notes(board, table)]
-        lines += [*_tests(board, table), *_curve(table), *_cost(table), *_breakdowns(table), *_paper(table)]
+        lines += [*_tests(board, table), *_curve(table), *_cost(table), *_breakdowns(table), *_papers(table)]
     packages = ", ".join(f"{name} {version}" for name, version in board["versions"].items())
     return "\n".join([*lines, *(["", f"Versions: {packages}."] if packages else []), ""])
 
@@ -196,10 +196,11 @@ def _breakdowns(table: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _paper(table: Mapping[str, Any]) -> list[str]:
-    paper = table["paper"]
-    if not paper:
-        return []
+def _papers(table: Mapping[str, Any]) -> list[str]:
+    return [line for paper in table["papers"] for line in _paper(paper)]
+
+
+def _paper(paper: Mapping[str, Any]) -> list[str]:
     lines = ["", f"The paper's figures beside ours{': ' + _plain(paper['source']) if paper['source'] else ''}."]
     if paper["note"]:
         lines += ["", _plain(paper["note"])]

@@ -50,6 +50,21 @@ def _check_kinds(path: str, paper: Any) -> None:
             raise UserError(f"{path}: paper.gains should hold pairs of rows, but has {pair!r}")
 
 
+def limited_to(paper: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A suite's ``paper`` for a suite of other rows.
+
+    Args:
+        paper: see :func:`check_paper`.
+        rows: the other suite's; of the paper's, those with the same names stay, and the gains of one over another.
+    """
+    return {
+        **paper,
+        "rows": {name: theirs for name, theirs in paper["rows"].items() if name in rows},
+        "gains": [pair for pair in paper.get("gains", ()) if all(name in rows for name in pair)],
+        "missing": {},
+    }
+
+
 def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any]) -> dict[str, Any] | None:
     """The paper's figures, ours, and how far they are apart.
 

@@ -20,7 +20,7 @@ from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.choice import choices_of, label
 from recbole_llm.leaderboard.curve import check_curve, check_curve_of
 from recbole_llm.leaderboard.marks import bytes_of, code_of_package, mark_of
-from recbole_llm.leaderboard.paper import check_paper
+from recbole_llm.leaderboard.paper import check_paper, limited_to
 from recbole_llm.schema import load_yaml, properties_dir
 
 # What a cell has unless the file or the command line says otherwise.
@@ -58,7 +58,8 @@ class Suite:
         baselines: rows among which the best is chosen on valid; ``None`` for every row that is no language model.
         settings: of every cell. Above them stand the protocol's, the column's, the row's, and the command line's.
         run_memory: GiB that a run is taken to need before one of its row has been measured.
-        paper: figures of a paper to set beside the rows, see :mod:`recbole_llm.leaderboard.paper`.
+        paper: figures of papers to set beside the rows, see :mod:`recbole_llm.leaderboard.paper`. A file has one
+            paper's, or a list of shipped suites, whose papers stand beside the rows that have the same names here.
         curve: the setting over which metrics are drawn, see :mod:`recbole_llm.leaderboard.curve`.
     """
 
@@ -73,7 +74,7 @@ class Suite:
     baselines: tuple[str, ...] | None
     settings: Mapping[str, Any]
     run_memory: float
-    paper: Mapping[str, Any]
+    paper: tuple[Mapping[str, Any], ...]
     curve: Mapping[str, Any]
 
 
@@ -166,7 +167,7 @@ def suite_of(content: Mapping[str, Any], path: str) -> Suite:
         baselines=_words(path, "baselines", content.get("baselines")) or None,
         settings=_varied(path, "settings", {"": content.get("settings") or {}})[""],
         run_memory=positive(path, "run_memory", content.get("run_memory", 2.0)),
-        paper=content.get("paper") or {},
+        paper=_papers(path, content.get("paper"), rows),
         curve=check_curve(path, content.get("curve")),
     )
 
@@ -186,9 +187,23 @@ def _rows(path: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for row in _words(path, key, content.get(key)):
             if row not in rows:
                 raise UserError(f"{path}: {key} '{row}' is no row{did_you_mean(row, rows)}")
-    if content.get("paper"):
-        check_paper(path, content["paper"], rows)
     return rows
+
+
+def _papers(path: str, value: Any, rows: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """A paper's figures, or those of the suites that are named."""
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        check_paper(path, value, rows)
+        return (value,)
+    found: list[Mapping[str, Any]] = []
+    for name in _words(path, "paper", value):
+        kept = [paper for whole in read_suite(name).paper if (paper := limited_to(whole, rows))["rows"]]
+        if not kept:
+            raise UserError(f"{path}: paper names the suite '{name}', which has no paper's figures of a row here")
+        found += kept
+    return tuple(found)
 
 
 def _check_words(path: str, row: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

@@ -289,15 +289,16 @@ function renderSettings() {
     row.runs.map((run) => make("code", { class: "small" }, run)),
   ]));
 }
-function renderPaper() {
-  const paper = table().paper;
-  if (!paper) return;
+function renderPapers() {
+  fill($("paper-figures"), table().papers.flatMap(renderPaper));
+}
+function renderPaper(paper) {
   const metrics = [...new Set(paper.rows.flatMap((row) => Object.keys(row.metrics)))];
   const cells = (value) => [figure(value?.paper), figure(value?.ours), percent(value?.deviation)];
   const list = (lines) => make("ul", {}, lines.map((line) => make("li", {}, line)));
   const headed = (words, lines) => (lines.length ? [make("h3", {}, words), list(lines)] : []);
-  $("paper-source").textContent = [paper.source, paper.note].filter(Boolean).join(". ");
-  grid($("paper-rows"), ["Model", ...metrics.flatMap((metric) => [`${title(metric)}, paper`, "ours", "deviation"])],
+  const figures = make("table", {});
+  grid(figures, ["Model", ...metrics.flatMap((metric) => [`${title(metric)}, paper`, "ours", "deviation"])],
     paper.rows.map((row) => [row.name, ...metrics.flatMap((metric) => cells(row.metrics[metric]))]), "number");
   const gains = (paper.gains ?? []).map((gain) =>
     `${gain.name} over ${gain.over}, ${title(gain.metric)}: ${percent(gain.paper)} in the paper, ${percent(gain.ours)} here`);
@@ -305,8 +306,10 @@ function renderPaper() {
   const orders = (paper.orders ?? []).map((one) => `${title(one.metric)}, ${one.systems} systems: `
     + `${rank("Spearman's rho", one.spearman, one.spearman_p)}; ${rank("Kendall's tau", one.kendall, one.kendall_p)}`);
   const missing = (paper.missing ?? []).map((one) => `${one.name}: ${one.why}`);
-  fill($("paper-more"), headed("Gains", gains), headed("The order of the systems beside the paper's", orders),
-    headed("Not run here", missing));
+  const words = [paper.source, paper.note].filter(Boolean).join(". ");
+  const scroll = { class: "scroll", tabindex: "0", role: "region", "aria-label": `The figures of ${paper.source}, scrolls sideways` };
+  return [make("p", {}, words), make("div", scroll, figures), ...headed("Gains", gains),
+    ...headed("The order of the systems beside the paper's", orders), ...headed("Not run here", missing)];
 }
 
 // --- charts --------------------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ function renderUsers() {
 // --- the page ------------------------------------------------------------------------------------------------------
 /** Sections that a table may lack: is it there, how is it drawn, what to say if not (null: nothing). */
 const SECTIONS = {
-  paper: [() => table().paper, renderPaper, "a paper's figures"],
+  paper: [() => table().papers.length, renderPapers, "a paper's figures"],
   cost: [() => shownCosts().length, renderCost, "quality against cost"],
   curve: [() => table().curve, renderCurve, null], // most boards ask for none
   depth: [() => withFigures().some((row) => Object.keys(row.at_k).length), renderDepth, "curves over K"],
