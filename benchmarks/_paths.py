@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recbole_llm.backbone.adapter import adapt
 from recbole_llm.backbone.code_tokens import ExtendedEmbedding, ExtendedHead
-from recbole_llm.backbone.packed import PackedReader, Tree
+from recbole_llm.backbone.packed import PackedReader, Tree, lengths_of
 from recbole_llm.backbone.tree_attention import CHUNK, laid_out
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.full_ranking import FullRanking
@@ -157,7 +157,7 @@ class Batch:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each prompt that are read."""
-        return torch.zeros(len(self.ids), dtype=torch.long).scatter_reduce(0, self.rows, self.places + 1, "amax")
+        return lengths_of(self.ids, self.rows, self.places)
 
     def read(self) -> Read:
         """How :class:`PackedReader` reads it."""
@@ -168,32 +168,42 @@ class Batch:
         return Read(len(tree.places), tables, side, states, states, None if layout.ends is None else CHUNK)
 
 
-def fine_tuning_batch(samples: int, items: int = 8, opening: int = 60, closing: int = 1) -> Batch:
+def fine_tuning_batch(samples: int, items: int = 8, words: int = LLAMA_WORDS) -> Batch:
     """Pairs of samples of one history, worded alike but for their closing, as a shuffled epoch has them.
 
     By default 96 tokens a sample, 27.5 of them in the tree of 8: about what ``fine_tuning.py`` counts of its own.
+
+    Args:
+        samples: even.
+        items: of each history.
+        words: of the vocabulary, the codes apart.
     """
     draw = torch.Generator().manual_seed(0)
-    start = torch.randint(3, LLAMA_WORDS, (opening,), generator=draw)
+    start = torch.randint(3, words, (60,), generator=draw)
     prompts = []
     for _ in range(samples // 2):
-        history = torch.randint(LLAMA_WORDS, LLAMA_WORDS + CODES, (items * LEVELS,), generator=draw)
+        history = torch.randint(words, words + CODES, (items * LEVELS,), generator=draw)
         for _ in range(2):
-            prompts.append(torch.cat((start, history, torch.randint(3, LLAMA_WORDS, (closing,), generator=draw))))
-    return _answered(prompts, draw)
+            prompts.append(torch.cat((start, history, torch.randint(3, words, (1,), generator=draw))))
+    return _answered(prompts, words, draw)
 
 
-def packed_batch(prefixes: int, shown: int, opening: int = 48, closing: int = 8) -> Batch:
-    """All prefixes of one user, as ``packing: user`` has them."""
+def packed_batch(prefixes: int, words: int = LLAMA_WORDS) -> Batch:
+    """All prefixes of one user, as ``packing: user`` has them.
+
+    Args:
+        prefixes: as many as he has items.
+        words: of the vocabulary, the codes apart.
+    """
     draw = torch.Generator().manual_seed(0)
-    start, end = (torch.randint(3, LLAMA_WORDS, (count,), generator=draw) for count in (opening, closing))
-    items = torch.randint(LLAMA_WORDS, LLAMA_WORDS + CODES, (prefixes, LEVELS), generator=draw)
-    prompts = [torch.cat((start, items[: 1 + last].flatten(), end)) for last in range(prefixes) if last < shown]
-    return _answered(prompts, draw)
+    start, end = (torch.randint(3, words, (count,), generator=draw) for count in (48, 8))
+    items = torch.randint(words, words + CODES, (prefixes, LEVELS), generator=draw)
+    prompts = [torch.cat((start, items[: 1 + last].flatten(), end)) for last in range(prefixes)]
+    return _answered(prompts, words, draw)
 
 
-def _answered(prompts: list[Tensor], draw: torch.Generator) -> Batch:
-    answers = torch.randint(LLAMA_WORDS, LLAMA_WORDS + CODES, (len(prompts), LEVELS), generator=draw)
+def _answered(prompts: list[Tensor], words: int, draw: torch.Generator) -> Batch:
+    answers = torch.randint(words, words + CODES, (len(prompts), LEVELS), generator=draw)
     whole = [torch.cat((prompt, answer[:-1])) for prompt, answer in zip(prompts, answers)]
     ends = torch.tensor([len(one) for one in whole])
     places = (ends.unsqueeze(1) - LEVELS + torch.arange(LEVELS)).flatten()
@@ -223,7 +233,7 @@ class FineTuning:
     """
 
     def __init__(self, model: Any, batch: Batch, adapter: str = "full") -> None:
-        self.batch, self.sizes, self.adapter = batch, Sizes.of(model.config), adapter
+        self.batch, self.sizes = batch, Sizes.of(model.config)
         decoder, count = decoder_of(model), LEVELS * CODES
         shipped = read_yaml(properties_dir() / "model" / "AlignTokenRec.yaml")
         settings = shipped | {"adapter": adapter, "llm_quantization": "none", "lora_dropout": 0.0}
@@ -291,6 +301,6 @@ def training(samples: int, items: int, prefixes: int, layers: int = 4, width: in
     yield Path("fine-tuning, whole step", full.step, full.cost + full.update, each=each)
     light = FineTuning(llama(layers, width), full.batch, "lora")
     yield Path("fine-tuning with LoRA, whole step", light.step, light.cost + light.update, each=each)
-    packed = FineTuning(llama(layers, width), packed_batch(prefixes, prefixes))
+    packed = FineTuning(llama(layers, width), packed_batch(prefixes))
     name = f"packed step, {prefixes} prefixes of a user"
     yield Path(name, packed.step, packed.cost + packed.update, each=(prefixes, "sample"))

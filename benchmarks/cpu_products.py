@@ -11,21 +11,19 @@ and whether ``auto`` takes them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import _paths as paths
 import torch
-from _harness import parser, ratios_of, report
+from _harness import measure_pairs, of_processors, parser, ratios_of, report
 from beam_search import CODES, LEVELS, catalogue
 
 from recbole_llm import products
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.head import Head, decoder_of
 
-KINDS = ("openblas", "torch")
 TOLERANCE = 1e-5
 # Layers, width and vocabulary of the models.
 SIZES = {"embedded": (2, 128, 2_000), "4 layers": (4, 256, 32_000)}
@@ -60,9 +58,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]]
     """Name, and what is timed; it returns what is compared."""
     samples, prefixes, users = (32, 16, 8) if quick else (128, 64, 32)
     for name, (layers, width, words) in SIZES.items():
-        # What batches are drawn from.
-        paths.LLAMA_WORDS = words
-        batch, packed = paths.fine_tuning_batch(samples), paths.packed_batch(prefixes, prefixes)
+        batch, packed = paths.fine_tuning_batch(samples, words=words), paths.packed_batch(prefixes, words)
         for kind, adapter, given in (("full", "full", batch), ("lora", "lora", batch), ("packed user", "full", packed)):
             yield f"{name}, {kind}", trained(paths.FineTuning(paths.llama(layers, width, words), given, adapter))
         yield f"{name}, search", searched(layers, width, words, users)
@@ -76,16 +72,14 @@ def error_of(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 def measured(call: Callable[[], Any], pairs: int) -> tuple[list[float], list[float], float]:
     """Seconds of the processor by each library in turn, and how far their results are apart."""
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     results = {}
-    for pair in range(-1, pairs):
-        for kind in KINDS if pair % 2 else reversed(KINDS):
-            products.use(kind)
-            start = time.process_time()
-            results[kind] = call()
-            if pair >= 0:
-                times[kind].append(time.process_time() - start)
-    return times["openblas"], times["torch"], error_of(results["openblas"], results["torch"])
+
+    def by(kind: str) -> None:
+        products.use(kind)
+        results[kind] = call()
+
+    ours, reference = measure_pairs(lambda: by("openblas"), lambda: by("torch"), pairs, seconds=of_processors)
+    return ours, reference, error_of(results["openblas"], results["torch"])
 
 
 def main() -> None:

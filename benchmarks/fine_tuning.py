@@ -13,8 +13,7 @@ ours brings, what batches of like length bring by themselves, and the arithmetic
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _fine_tuning_reference import Recipe
-from _harness import once, parser, ratios_of, report, timed_parts
+from _harness import of_processors, once, parser, ratios_of, report, timed_parts
 from recbole.data.interaction import Interaction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -104,12 +103,16 @@ def settings(adapter: str, batch_size: int) -> Any:
     })  # fmt: skip
 
 
-def dataset() -> Any:
-    """Users' items: 5 and on average 12 more."""
+def dataset(lengths: np.ndarray | None = None) -> Any:
+    """Users' items at random.
+
+    Args:
+        lengths: of their histories; by default 5 and on average 12 more.
+    """
     rng = np.random.default_rng(2)
-    lengths = np.r_[0, 5 + rng.geometric(1 / 12, N_USERS - 1)]
+    lengths = np.r_[0, 5 + rng.geometric(1 / 12, N_USERS - 1) if lengths is None else lengths]
     histories = SimpleNamespace(offsets=np.r_[0, lengths.cumsum()], items=rng.integers(1, N_ITEMS, lengths.sum()))
-    sizes = {"user_id": N_USERS, "item_id": N_ITEMS}
+    sizes = {"user_id": len(lengths), "item_id": N_ITEMS}
     return SimpleNamespace(
         num=sizes.get, train_histories=histories, item_num=N_ITEMS,
         split=SimpleNamespace(candidates=np.arange(N_ITEMS) > 0),
@@ -117,11 +120,18 @@ def dataset() -> Any:
 
 
 class Ours:
-    """The package's own way, from the samples of its train loader to the optimizer's step."""
+    """The package's own way, from the samples of its train loader to the optimizer's step.
 
-    def __init__(self, folder: Path, adapter: str, batch_size: int, tokens: ItemTokens) -> None:
+    Args:
+        folder: the language model.
+        config: see :func:`settings`.
+        data: see :func:`dataset`.
+        tokens: of its items.
+    """
+
+    def __init__(self, folder: Path, config: Any, data: Any, tokens: ItemTokens) -> None:
         torch.manual_seed(0)
-        self.config, data = settings(adapter, batch_size), dataset()
+        self.config = config
         self.model = AlignTokenRec(self.config, data)
         self.model.prepare(
             item_tokens=tokens, backbone=load_backbone(folder, **OPTIONS),
@@ -213,7 +223,7 @@ def counts(ours: Ours, rows: Sequence[Any]) -> dict[str, float]:
     total, samples = np.zeros(5), 0
     for batch in ours.batches(rows):
         samples += len(batch.ids)
-        lengths = torch.zeros(len(batch.ids), dtype=torch.long).scatter_reduce(0, batch.rows, batch.places + 1, "amax")
+        lengths = packed.lengths_of(batch.ids, batch.rows, batch.places)
         tree = packed.Tree.of(batch.ids, lengths)
         read = tree.nodes[batch.rows, batch.places].unique()
         filled = (batch.ids.shape[1] + 1) * len(batch.ids)  # the reference reads the end token too
@@ -252,12 +262,6 @@ def arithmetic(sizes: dict[str, int], positions: dict[str, float], full: bool) -
     }  # fmt: skip
 
 
-def of_processors(call: Callable[[], Any]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def like_length(ours: Ours, recipe: Recipe, batch_size: int, mixed: Sequence[Any]) -> dict[str, float]:
     """What sorting the same samples by length brings: time in batches of any lengths over time in sorted ones."""
     samples = {name: torch.cat([batch[name] for batch in mixed]) for name in mixed[0].interaction}
@@ -283,7 +287,7 @@ def like_length(ours: Ours, recipe: Recipe, batch_size: int, mixed: Sequence[Any
 def side(folder: Path, adapter: str, quick: bool, tokens: ItemTokens) -> dict[str, Any]:
     """Compare and time one way to train."""
     batch_size, steps, timed_steps, pairs = (4, 3, 2, 2) if quick else (8, 30, 5, 5)
-    ours = Ours(folder, adapter, batch_size, tokens)
+    ours = Ours(folder, settings(adapter, batch_size), dataset(), tokens)
     recipe = Recipe(folder, ours.model, adapter, RATE, CLIP)
     rows = ours.drawn(steps)
     samples = ours.texts(rows)

@@ -63,7 +63,7 @@ def plain_glta(sizes: Sizes) -> Cost:
 def pairs(searched: Sizes, trained: Sizes) -> dict[str, tuple[Cost, Cost]]:
     """The plain way and ours, by what they do."""
     nodes, one = inner_nodes(), 128
-    batch, user = fine_tuning_batch(8), packed_batch(64, 64)
+    batch, user = fine_tuning_batch(8), packed_batch(64)
     found = {
         f"`beam_search`, {BEAMS} beams, a user": (
             counts.generated(searched, 1, one, BEAMS, LEVELS),
@@ -122,7 +122,7 @@ def seven_billion() -> list[str]:
     """The hot paths of Llama-2-7B on one H100."""
     sizes, nodes = LLAMA_2_7B, inner_nodes()
     batch = fine_tuning_batch(USERS)
-    user = packed_batch(USERS, USERS)
+    user = packed_batch(USERS)
     rows = batch.ids.shape
     alone = Read(rows[0] * rows[1], rows[0], rows[1], len(batch.labels), len(batch.labels))
     found: list[tuple[str, Cost, int, str]] = [

@@ -16,21 +16,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import recbole
 import torch
-from _harness import parser, report
-from fine_tuning import N_ITEMS, OPTIONS, Ours, item_tokens, of_processors, settings, without, write_language_model
+from _harness import measure_pairs, of_processors, parser, report
+from fine_tuning import Ours, dataset, item_tokens, settings, without, write_language_model
 
 from recbole_llm.backbone import packed, tree_attention
-from recbole_llm.backbone.load import load_backbone, load_with_head
-from recbole_llm.data.task_loader import TaskLoader
-from recbole_llm.model.aligntokenrec import FINE_TUNING, AlignTokenRec
+from recbole_llm.model.aligntokenrec import FINE_TUNING
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 TOLERANCE = 1e-5
@@ -80,21 +77,13 @@ class Side(Ours):
         packing: ``none`` or ``user``.
     """
 
-    def __init__(self, folder: Path, shape: Shape, packing: str, positions: str = "response") -> None:
-        torch.manual_seed(0)
-        self.config = settings("full", shape.batch_size)
-        self.config |= {
+    def __init__(self, folder: Path, shape: Shape, packing: str) -> None:
+        config = settings("full", shape.batch_size)
+        config |= {
             "tasks": [SEQUENTIAL], "prefixes_per_user": None, "packing": packing, "history_length": shape.shown,
-            "MAX_ITEM_LIST_LENGTH": shape.shown, "train_positions": positions,
+            "MAX_ITEM_LIST_LENGTH": shape.shown,
         }  # fmt: skip
-        data = _dataset(shape.lengths)
-        self.model = AlignTokenRec(self.config, data)
-        self.model.prepare(
-            item_tokens=item_tokens(), backbone=load_backbone(folder, **OPTIONS),
-            head_model=load_with_head(folder, **OPTIONS), tie_order=torch.arange(N_ITEMS), texts={},
-        )  # fmt: skip
-        self.loader = TaskLoader(self.config, data)
-        self.parameters = self.model.begin_stage(FINE_TUNING)
+        super().__init__(folder, config, dataset(shape.lengths), item_tokens())
 
     def chosen(self, count: int) -> list[Any]:
         """Batches at equal shares of an epoch in the order of their lengths."""
@@ -107,8 +96,7 @@ class Side(Ours):
         """Tokens of samples: with filling, one by one, and as they are read."""
         found = np.zeros(3, dtype=int)
         for batch in self.batches(rows):
-            lengths = torch.zeros(len(batch.ids), dtype=torch.long)
-            lengths = lengths.scatter_reduce(0, batch.rows, batch.places + 1, "amax")
+            lengths = packed.lengths_of(batch.ids, batch.rows, batch.places)
             nodes = len(packed.Tree.of(batch.ids, lengths).places)
             found += batch.ids.numel(), int(lengths.sum()), nodes
         return tuple(found.tolist())
@@ -117,16 +105,6 @@ class Side(Ours):
         """Of processors, for one step a batch."""
         loop = self.loop(len(rows))
         return of_processors(lambda: self.run(loop, rows))
-
-
-def _dataset(lengths: np.ndarray) -> Any:
-    rng, lengths = np.random.default_rng(2), np.r_[0, lengths]
-    histories = SimpleNamespace(offsets=np.r_[0, lengths.cumsum()], items=rng.integers(1, N_ITEMS, lengths.sum()))
-    sizes = {"user_id": len(lengths), "item_id": N_ITEMS}
-    return SimpleNamespace(
-        num=sizes.get, train_histories=histories, item_num=N_ITEMS,
-        split=SimpleNamespace(candidates=np.arange(N_ITEMS) > 0),
-    )  # fmt: skip
 
 
 def error_of(ours: Side, rows: Any) -> float:
@@ -156,17 +134,15 @@ def compare(folder: Path, shape: Shape) -> dict[str, Any]:
     _, their_alone, their_read = reference.tokens(theirs)
     shortest = min(rows, key=lambda batch: float(ours.model.sample_lengths(batch).sum()))
     error = error_of(ours, shortest)
-    seconds: dict[str, list[float]] = {"ours": [], "reference": []}
-    calls: dict[str, Callable[[], float]] = {
-        "ours": lambda: ours.seconds(rows) / alone, "reference": lambda: reference.seconds(theirs) / their_alone,
-    }  # fmt: skip
     ours.seconds(rows[:1])
     reference.seconds(theirs[:1])
-    for pair in range(shape.pairs):
-        for name in ("ours", "reference") if pair % 2 else ("reference", "ours"):
-            seconds[name].append(calls[name]())
+    # Steps that call the clock themselves, which begins behind the optimizer that each makes.
+    seconds = measure_pairs(
+        lambda: ours.seconds(rows) / alone, lambda: reference.seconds(theirs) / their_alone, shape.pairs, warmup=0,
+        seconds=lambda call: call(),
+    )  # fmt: skip
     # The least: what else the machine does makes processors' time longer too.
-    mine, theirs_least = min(seconds["ours"]) * alone, min(seconds["reference"]) * alone
+    mine, theirs_least = (min(times) * alone for times in seconds)
     times = -(-shape.pairs // 2)
     with without(ours, sharing=False):
         apart = min(ours.seconds(rows) for _ in range(times))
@@ -178,7 +154,7 @@ def compare(folder: Path, shape: Shape) -> dict[str, Any]:
     finally:
         tree_attention.MASKED = pair_cost
     return {
-        "seconds": (seconds["ours"], seconds["reference"]), "error": error,
+        "seconds": seconds, "error": error,
         "detail": {
             "against packing: none": share(theirs_least / mine, (their_read / their_alone) / (read / alone)),
             "against the same samples apart": share(apart / mine, alone / read),

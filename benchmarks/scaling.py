@@ -28,6 +28,7 @@ from beam_search import BEAMS, CODES, LEVELS, catalogue
 from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.decoding.full_ranking import FullRanking
 from recbole_llm.decoding.head import Head, decoder_of
+from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.trie import Trie
 from recbole_llm.objectives.soft_labels import CollaborativeTokenizer
 
@@ -41,10 +42,10 @@ def exponent(grows: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(grows), np.log(costs), 1)[0])
 
 
-def search_of(model: Any, items: int, normaliser: str = "level") -> BeamSearch:
-    """Among so many items."""
+def search_of(model: Any, items: ItemTokens, normaliser: str = "level") -> BeamSearch:
+    """Among such items."""
     return BeamSearch(
-        decoder_of(model), Head.of(model), catalogue(items), beams=BEAMS,
+        decoder_of(model), Head.of(model), items, beams=BEAMS,
         lm_ids=LLAMA_WORDS + torch.arange(LEVELS * CODES), normaliser=normaliser,
     )  # fmt: skip
 
@@ -62,7 +63,7 @@ def by_items(sizes: Sequence[int], budget: float, users: int) -> list[dict[str, 
         draw = torch.Generator().manual_seed(0)
         tokens = made.padded(torch.randint(1, items + 1, (160,), generator=draw))[0]
         first, second = (trie.walk(tokens[:, :depth])[:, -1] for depth in (1, 2))
-        search = search_of(model, items)
+        search = search_of(model, made)
         tokenizer = CollaborativeTokenizer(made)
         logits = torch.randn(16, items + 1, generator=draw)
         targets = torch.randint(1, items + 1, (16,), generator=draw)
@@ -98,7 +99,7 @@ def counted(sizes: Sizes, prompt: int, attends: bool = True) -> Cost:
 
 def by_users_at_once(sizes: Sequence[int], budget: float, _: int) -> list[dict[str, float]]:
     """Of a search: what a user costs beside others."""
-    search = search_of(llama(4, 256, SIZE), 12_000)
+    search = search_of(llama(4, 256, SIZE), catalogue(12_000))
     rows = []
     for users in sizes:
         taken = seconds_of(partial(search, prompts_of(users, 128)), budget)
@@ -109,7 +110,7 @@ def by_users_at_once(sizes: Sequence[int], budget: float, _: int) -> list[dict[s
 def by_history(sizes: Sequence[int], budget: float, users: int) -> list[dict[str, float]]:
     """Items shown of a history, 4 tokens each."""
     model, rows = llama(4, 256, SIZE), []
-    search = search_of(model, 12_000)
+    search = search_of(model, catalogue(12_000))
     for shown in sizes:
         length = OPENING + LEVELS * shown
         prompts = prompts_of(users, length)
@@ -127,11 +128,11 @@ def by_history(sizes: Sequence[int], budget: float, users: int) -> list[dict[str
 
 def by_model(shapes: Sequence[tuple[int, int]], budget: float, users: int) -> list[dict[str, float]]:
     """Layers and width."""
-    rows, prompts = [], prompts_of(users, 128)
+    rows, prompts, items = [], prompts_of(users, 128), catalogue(12_000)
     for layers, width in shapes:
         model = llama(layers, width, SIZE)
         step = FineTuning(llama(layers, width), fine_tuning_batch(users))
-        level, vocabulary = (search_of(model, 12_000, kind) for kind in ("level", "vocabulary"))
+        level, vocabulary = (search_of(model, items, kind) for kind in ("level", "vocabulary"))
         rows.append({
             "weights of the layers": step.sizes.weights, "layers": layers, "width": width,
             "search, GFLOP a user": counted(step.sizes, 128).flops / 1e9,

@@ -12,7 +12,6 @@ is read once. Times are of processors.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import parser, report, timed_parts
+from _harness import measure_pairs, of_processors, parser, report, timed_parts
 from beam_search import CODES, LEVELS, catalogue, language_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,13 +66,6 @@ def prompts_of(users: int) -> list[list[int]]:
     return [opening + rng.integers(3, WORDS, LEVELS * int(items) + CLOSING).tolist() for items in shown]
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Of processors."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def error_of(found: Sequence[Found], wanted: Sequence[Found]) -> tuple[bool, float]:
     """Whether the same items were found, but for those whose scores differ by rounding alone, and the largest error."""
     error = max((one.scores - other.scores).abs().max().item() for one, other in zip(found, wanted, strict=True))
@@ -104,7 +96,7 @@ def one_user(search: BeamSearch, kept: BeamSearch, prompts: list[list[int]]) -> 
         way([prompts[0]])
     for number, prompt in enumerate(prompts):
         for name in list(ways)[:: 1 if number % 2 else -1]:
-            times[name].append(1e3 * seconds(lambda n=name, p=prompt: found[n].append(ways[n]([p]))))
+            times[name].append(1e3 * of_processors(lambda n=name, p=prompt: found[n].append(ways[n]([p]))))
     parts: dict[str, dict[str, float]] = {}
     for name, way, owner, begin in (("plain", search, SharedPrompts, "__init__"), ("kept", kept, OneUser, "begin")):
         told: dict[str, float] = {}
@@ -149,7 +141,7 @@ def many_users(search: BeamSearch, opened: BeamSearch, prompts: list[list[int]],
         for turn in range(runs):
             for name in list(ways)[:: 1 if turn % 2 else -1]:
                 way, parts = ways[name]
-                times[name].append(seconds(lambda w=way, p=parts: [rows(w, prompts, part) for part in p]))
+                times[name].append(of_processors(lambda w=way, p=parts: [rows(w, prompts, part) for part in p]))
         in_order = [[found[name][row] for row in range(len(prompts))] for name in ways]
         table[f"{at_once} at once"] = {
             "batches": {name: len(parts) for name, (_, parts) in ways.items()},
@@ -203,10 +195,10 @@ def main() -> None:
     print(f"{len(prompts)} users: {many}", flush=True)
     plain, kept = search(20), with_memory(20)
     kept([prompts[0]])
-    ours, reference = [], []
-    for turn in range(2 if quick else 5):
-        reference.append(seconds(lambda: plain(prompts[:AT_ONCE])))
-        ours.append(seconds(lambda t=turn: kept([prompts[t]])))
+    turn = iter(prompts)
+    ours, reference = measure_pairs(
+        lambda: kept([next(turn)]), lambda: plain(prompts[:AT_ONCE]), 2 if quick else 5, warmup=0, seconds=of_processors
+    )
     report(
         "search_modes", ours, reference,
         equal=all(one["equal"] for one in (*alone.values(), *many.values())),

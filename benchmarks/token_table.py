@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recbole_llm.backbone.embedded import SPECIAL_TOKENS, byte_tokenizer
 from recbole_llm.data.token_table import TokenTable
+from recbole_llm.training.store import peak_memory_mb, reset_peak_memory
 
 WORDS, BATCH, LIMIT = 20_000, 128, 512
 WAYS = ("table", "lists")
@@ -50,45 +51,34 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Callable[[Any], list[list[
     return lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
-class Peak:
-    """Resident memory of this process: what it is and the most it was since the kernel's mark was put back, in MiB."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = self.now()
-
-    @staticmethod
-    def now() -> float:
-        return psutil.Process().memory_info().rss / 2**20
-
-    def highest(self) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+def held_mb() -> float:
+    """Resident memory of this process, in MiB."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def memory_of(way: str, count: int) -> dict[str, float]:
     """Memory and time of one way, in a process that does nothing else."""
-    bare = Peak().now()
+    bare = held_mb()
     reviews = reviews_of(count)
     encode = encoder_of(tokenizer_of(reviews))
     encode(reviews[:1_000])
-    held, peak = Peak.now() - bare, Peak()
+    before = held_mb()
+    reset_peak_memory()
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if way == "table":
             kept: Any = TokenTable.write(Path(folder), reviews, encode, LIMIT)
         else:
             kept = [row[:LIMIT] for row in encode(reviews)]
-        seconds, highest = time.process_time() - start, peak.highest() - peak.before
-        gc.collect()
+        seconds, highest = time.process_time() - start, peak_memory_mb() - before
         if way == "table":
             for rows in torch.randint(count, (20_000,)).split(BATCH):
                 kept.take(rows)
-        after = Peak.now() - peak.before
+        after = held_mb() - before
         disk = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
     return {
-        "seconds": round(seconds, 2), "reviews_mb": round(held, 1), "peak_mb": round(highest, 1),
+        "seconds": round(seconds, 2), "reviews_mb": round(before - bare, 1), "peak_mb": round(highest, 1),
         "kept_mb": round(after, 1), "disk_mb": round(disk, 1),
     }  # fmt: skip
 

@@ -121,10 +121,9 @@ class TestDecoding:
 class TestTraining:
     @pytest.mark.parametrize("adapter", ["full", "lora"])
     @pytest.mark.parametrize("kind", ["shared openings", "packed user"])
-    def test_a_step(self, adapter: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(paths, "LLAMA_WORDS", 300)
+    def test_a_step(self, adapter: str, kind: str) -> None:
         torch.manual_seed(0)
-        batch = paths.fine_tuning_batch(6, 4) if kind == "shared openings" else paths.packed_batch(40, 40)
+        batch = paths.fine_tuning_batch(6, 4, 300) if kind == "shared openings" else paths.packed_batch(40, 300)
         read = batch.read()
         assert read.tokens < batch.lengths.sum()
         # More than one chunk of queries attends.
@@ -133,9 +132,8 @@ class TestTraining:
         assert step.reader.packs
         assert flops_of(lambda: step.loss().backward()) == step.cost.flops
 
-    def test_a_step_row_by_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(paths, "LLAMA_WORDS", 300)
-        batch = paths.fine_tuning_batch(4, 3)
+    def test_a_step_row_by_row(self) -> None:
+        batch = paths.fine_tuning_batch(4, 3, 300)
         model = paths.llama(2, 64, 1_324).requires_grad_(True)
 
         def plain() -> None:
@@ -152,9 +150,8 @@ class TestTraining:
         assert float(batch.lengths.float().mean()) == pytest.approx(96, abs=1)
         assert batch.read().tokens / 8 == pytest.approx(27, abs=1)
 
-    def test_the_pass_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(paths, "LLAMA_WORDS", 300)
-        step = paths.FineTuning(paths.llama(2, 64, 300), paths.fine_tuning_batch(4, 3))
+    def test_the_pass_forward(self) -> None:
+        step = paths.FineTuning(paths.llama(2, 64, 300), paths.fine_tuning_batch(4, 3, 300))
         assert flops_of(step.loss) == step.forward.flops
         with Counted() as counted:
             step.loss()

@@ -68,6 +68,19 @@ class Tree:
         return cls(unsorted, places, order[rows] * ids.shape[1] + places)
 
 
+def lengths_of(ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """Tokens of each prompt up to the last whose state is asked for.
+
+    Args:
+        ids: int64 ``[B, T]``.
+        rows, places: int64 ``[L]``, where states are asked for.
+
+    Returns:
+        int64 ``[B]``; 0 where none is.
+    """
+    return torch.zeros(len(ids), dtype=torch.long).scatter_reduce(0, rows, places + 1, "amax")
+
+
 class PackedReader:
     """Reads the states at some places of many prompts.
 
@@ -123,7 +136,7 @@ class PackedReader:
 
     def _packed(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The states of all nodes, [N, H], and the node of each row and place, int64 [L], on the CPU."""
-        lengths = torch.zeros(len(ids), dtype=torch.long).scatter_reduce(0, rows, places + 1, "amax")
+        lengths = lengths_of(ids, rows, places)
         tree = Tree.of(ids[:, : int(lengths.max())], lengths)
         nodes = tree.nodes[rows, places]
         packed = Packed(self._decoder, nodes.unique().to(device), self._attention(tree, lengths).to(device))
