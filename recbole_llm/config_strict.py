@@ -47,27 +47,33 @@ class StrictSettings:
         known = known_keys(model, model_class) | set(self._specs)
         parts = registry.parts_of(model_class)
         for key, value in given.items():
-            prefix, dot, _ = key.partition(".")
-            if key in known or (dot and prefix in parts):
-                _require(f"{file}: {key}", value, self._specs.get(key))
+            prefix, dot, own = key.rpartition(".")
+            specs, has = (self._part(prefix) if prefix in parts else ({}, set())) if dot else (self._specs, known)
+            if own in has:
+                _require(f"{file}: {key}", value, specs.get(own))
                 continue
-            others = other_models_keys()
-            if (prefix if dot else key) not in others:
-                raise UserError(f"{file}: unknown setting '{key}'{did_you_mean(key, known | others)}")
+            others = known | other_models_keys()
+            if own not in others or (dot and prefix not in others):
+                near = did_you_mean(key, {f"{prefix}.{other}" for other in others} if prefix in others else others)
+                raise UserError(f"{file}: unknown setting '{key}'{near}")
             del self.internal_config_dict[key]
 
     def _check_part_key(self, key: str, prefix: str, rest: str, parts: tuple[str, ...], model: str) -> None:
         if prefix not in parts:
             owned = f"; its parts: {', '.join(parts)}" if parts else ""
             raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}")
-        name = self._setting(prefix)
-        part_class = registry.get_model(name)
-        specs = dict(base_specs()) | model_specs(name)
-        if rest not in known_keys(name, part_class) | set(specs):
-            raise UserError(f"unknown setting '{key}' for {name}{did_you_mean(rest, known_keys(name, part_class))}")
+        specs, known = self._part(prefix)
+        if rest not in known:
+            raise UserError(f"unknown setting '{key}' for {self._setting(prefix)}{did_you_mean(rest, known)}")
         if isinstance(self.external_config_dict[key], str):
             self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
         _require(key, self.external_config_dict[key], specs.get(rest))
+
+    def _part(self, part: str) -> tuple[dict[str, Spec], set[str]]:
+        """Types of the keys of the model that is this part, and all keys that it knows."""
+        name = self._setting(part)
+        specs = base_specs() | model_specs(name)
+        return specs, known_keys(name, registry.get_model(name)) | set(specs)
 
     def _check_model(self, model: str, model_class: Any) -> None:
         """Refuse what cannot be run, before any work starts."""

@@ -348,27 +348,42 @@ def test_settings_beside_the_data_lie_under_files_and_the_command_line(lamps: Pa
         ("item_titel: x", "unknown setting 'item_titel'.*mean 'item_title'"),
         ("short_users: 3", "short_users should be str"),
         ("graf_model.epochs: 3", "unknown setting 'graf_model.epochs'"),
+        ("graph_model.epochz: 3", "unknown setting 'graph_model.epochz'; did you mean 'graph_model.epochs'"),
     ],
 )
-def test_settings_beside_the_data_are_as_strict_as_others(lamps: Path, tmp_path: Path, line: str, message: str) -> None:
+@pytest.mark.parametrize("model", ["BPR", "GLTA"])
+def test_settings_beside_the_data_are_as_strict_as_others(
+    lamps: Path, tmp_path: Path, line: str, message: str, model: str
+) -> None:
     shutil.copytree(lamps / "made", tmp_path / "made")
     beside = tmp_path / "made" / "made.yaml"
     beside.write_text(f"{beside.read_text()}\n{line}\n")
     with pytest.raises(UserError, match=f"made.yaml: {message}"):
-        Config("BPR", "made", config_dict={"data_path": str(tmp_path)}, command_line=[])
+        Config(model, "made", config_dict={"data_path": str(tmp_path)}, command_line=[])
 
 
 def test_settings_beside_the_data_are_for_every_model(lamps: Path, tmp_path: Path) -> None:
     shutil.copytree(lamps / "made", tmp_path / "made")
     beside = tmp_path / "made" / "made.yaml"
-    beside.write_text(f"{beside.read_text()}\nnegative_ratio: 2\ngraph_model.epochs: 3\n")
+    beside.write_text(f"{beside.read_text()}\nnegative_ratio: 2\ngraph_model.epochs: 3\ngraph_model.n_layers: 2\n")
 
-    def settings(model: str) -> dict[str, Any]:
-        return Config(model, "made", config_dict={"data_path": str(tmp_path)}, command_line=[]).final_config_dict
+    def settings(model: str, **more: Any) -> dict[str, Any]:
+        given = {"data_path": str(tmp_path), **more}
+        return Config(model, "made", config_dict=given, command_line=[]).final_config_dict
 
     bpr = settings("BPR")
     assert not {"negative_ratio", "graph_model.epochs", "item_title"} & set(bpr)
     assert settings("AlignTokenRec")["negative_ratio"] == 2 and settings("GLTA")["graph_model.epochs"] == 3
+    assert settings("GLTA")["graph_model.n_layers"] == 2
+    assert "graph_model.n_layers" not in settings("GLTA", graph_model="BPR"), "a part that has no layers"
+
+
+def test_a_parts_settings_beside_the_data_have_the_parts_types(lamps: Path, tmp_path: Path) -> None:
+    shutil.copytree(lamps / "made", tmp_path / "made")
+    beside = tmp_path / "made" / "made.yaml"
+    beside.write_text(f"{beside.read_text()}\ngraph_model.epochs: many\n")
+    with pytest.raises(UserError, match=r"made\.yaml: graph_model\.epochs should be int"):
+        Config("GLTA", "made", config_dict={"data_path": str(tmp_path)}, command_line=[])
 
 
 @pytest.mark.slow
