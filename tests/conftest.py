@@ -54,6 +54,14 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_ml100k(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="session")
+def three_worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same train rows; the test items exchanged in the second, the valid items in the third."""
+    from worlds import worlds_of
+
+    return worlds_of(small_data, tmp_path_factory)
+
+
 @pytest.fixture
 def settings_of(small_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a quick run on ``small``; keyword arguments are added."""

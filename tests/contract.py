@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ML100K, small_ml100k
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm import registry
 
@@ -58,7 +58,7 @@ def settings_for(model: str) -> dict[str, Any]:
     """
     entry = registry.entries()[model]
     assert model in SMALL or (entry.kind != "language" and "backbone" not in entry.stages), (
-        f"{model} is registered and SMALL in tests/test_leakage.py has no row for it: add the settings with which it "
+        f"{model} is registered and SMALL in tests/small_models.py has no row for it: add the settings with which it "
         "trains in seconds (llm_train_steps: 2, ...)"
     )
     kinds = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SMALL
 from test_glta import generator, model
-from test_leakage import SMALL
 from tiny_folders import KINDS, write
 from tiny_lm import gpt2, llama
 from transformers import AutoModel

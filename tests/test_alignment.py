@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation import alignment

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from peft.tuners.lora import LoraLayer
+from small_models import SMALL
 from test_glta import N_ITEMS, N_USERS, dataset, histories
-from test_leakage import SMALL
 from test_processes import FILES, LAUNCH, command
 from transformers import AutoModelForCausalLM
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import SMALL
 from test_errors import refused
-from test_leakage import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.data.folds import deal_folds

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from small_models import SMALL
 from test_aligntokenrec import FINE_TUNING, N_ITEMS, OPTIONS, SETTINGS, batch, dataset, shipped, users
-from test_leakage import SMALL
 from tiny_folders import KINDS
 from transformers import AutoModelForCausalLM
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_leakage import SMALL, assert_same, fitted_state, settings_of, write_rows
+from small_models import SMALL
 from test_split import Rows, rows_strategy, split_of
+from worlds import assert_same, fitted_state, settings_of, write_rows
 
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_leakage import SMALL
+from small_models import SMALL
 from tiny_folders import KINDS, write
 
 from recbole_llm.config import Config

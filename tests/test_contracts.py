@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from contract import ours
-from test_leakage import SMALL
+from small_models import SMALL
 
 import recbole_llm
 from recbole_llm import registry

@@ -22,7 +22,7 @@ from searches import (
     random_codes,
     searcher,
 )
-from test_leakage import SMALL
+from small_models import SMALL
 from tiny_folders import KINDS
 
 from recbole_llm.data.ties import tie_order

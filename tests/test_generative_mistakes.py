@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.data.templates import read_templates

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from searches import PROMPTS, TITLES, assert_same_ranking, exhaustive, random_codes, searcher
+from small_models import SMALL
 from test_aligntokenrec import build, users
 from test_errors import refused
 from test_glta import N_ITEMS
-from test_leakage import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.decoding.guide import Guide

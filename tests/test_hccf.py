@@ -12,8 +12,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 from recbole.data.interaction import Interaction
+from small_models import SMALL
 from test_dccf import N_ITEMS, N_USERS, batch, dense_adjacency, dense_nce, gradients, pairs, unit
-from test_leakage import SMALL
 
 from recbole_llm import Config, compat, run
 from recbole_llm.data.phases import TRAIN

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS, SETTINGS, SimpleConfig, loader, users
 from test_errors import refused
 from test_glta import N_ITEMS, dataset, histories
-from test_leakage import SMALL
 from test_projected_tokens import USERS, vectors, world
 from test_tca4rec import own as tca_settings
 from test_tca4rec import scores as teacher_scores

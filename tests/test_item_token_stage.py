@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_leakage import SMALL
+from small_models import SMALL
 from tiny_lm import TinyBackbone, llama
 
 from recbole_llm.cli import main

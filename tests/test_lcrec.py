@@ -18,8 +18,8 @@ import yaml
 from conftest import ROOT
 from searches import CODE_IDS, PROMPTS, random_codes
 from searches import SIZES as LEVELS
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS
-from test_leakage import SMALL
 from tiny_folders import KINDS, write
 from transformers import AutoModelForCausalLM
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import SMALL
 from test_item_token_stage import COLD, Recorder, quick, tokenized
-from test_leakage import SMALL
 from test_rqvae import Cut, assert_same, clusters, settings, untrained
 from test_tca4rec import build, sampled
 from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_leakage import SMALL
+from small_models import SMALL
 from tiny_folders import KINDS, write
 from transformers import AutoModel, AutoModelForCausalLM
 

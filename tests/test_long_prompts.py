@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SMALL
 from test_aligntokenrec import build, loader, users
-from test_leakage import SMALL
 from tiny_folders import KINDS, write
 
 from recbole_llm.config import Config

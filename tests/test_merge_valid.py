@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_leakage import SMALL, assert_same, fitted_state, three_worlds
+from small_models import SMALL
+from worlds import assert_same, fitted_state
 
 from recbole_llm.config import Config
 from recbole_llm.data.phases import TEST, TRAIN, VALID
@@ -22,7 +23,6 @@ from recbole_llm.training.prepare import prepare
 from recbole_llm.training.runs import run
 
 Settings = Callable[..., dict[str, Any]]
-__all__ = ["three_worlds"]
 
 
 @pytest.mark.parametrize("model", ["BPR", "SASRecAllPositions", "GLTA", "AlignTokenRec"])

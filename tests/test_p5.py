@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from test_leakage import SMALL
+from small_models import SMALL
 from torch import nn
 
 from recbole_llm.backbone.whole_words import START, WORDS, WordedEmbedding, numbered, without_marks

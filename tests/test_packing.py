@@ -13,9 +13,9 @@ import test_title_bases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SMALL
 from test_aligntokenrec import N_ITEMS, build, loader, shipped
 from test_glta import histories
-from test_leakage import SMALL
 from test_packed import ROW_BY_ROW, padded, read_alone
 from tiny_folders import KINDS
 from torch.nn import functional

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.data.phases import VALID

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_leakage import settings_of
+from worlds import settings_of
 
 from recbole_llm.config import Config
 from recbole_llm.training.pipeline import fit, store_of

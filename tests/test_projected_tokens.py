@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS
 from test_glta import N_ITEMS, N_USERS, histories
-from test_leakage import SMALL
 from transformers import AutoModelForCausalLM
 
 from recbole_llm.backbone.load import load_backbone

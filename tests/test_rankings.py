@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_leakage import SMALL, settings_of
+from small_models import SMALL
+from worlds import settings_of
 
 from recbole_llm.config import Config
 from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD

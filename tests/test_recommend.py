@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from test_leakage import SMALL
+from small_models import SMALL
 from test_prepare import write_new
 
 from recbole_llm.cli import main

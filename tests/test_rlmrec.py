@@ -15,10 +15,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
+from small_models import SMALL
 from test_dccf import N_ITEMS, N_USERS, batch, gradients, unit
 from test_hccf import WIDTH, leaky
 from test_hccf import make as make_graph_model
-from test_leakage import SMALL, rows_of, write_by_phase
+from worlds import rows_of, write_by_phase
 
 from recbole_llm import Config, UserError, run
 from recbole_llm.data.histories import Histories

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from catalogues import dictionary
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS, SETTINGS, loader, shipped, tokens
 from test_errors import refused
 from test_glta import N_ITEMS, dataset, histories
-from test_leakage import SMALL
 from test_soft_labels import naive
 from tiny_folders import KINDS, write
 

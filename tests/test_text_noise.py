@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm.data.item_text import ItemText
 from recbole_llm.data.text_noise import with_noise

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS, SETTINGS, loader, tokens, users
 from test_glta import N_ITEMS, dataset, histories
-from test_leakage import SMALL
 
 from recbole_llm import registry
 from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings, make_embedded_t5

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_models import SMALL
 from test_aligntokenrec import OPTIONS, SETTINGS, loader, users
 from test_errors import refused
 from test_glta import N_ITEMS, dataset, histories
-from test_leakage import SMALL
 from test_ranking import Fixed
 from test_tca4rec import own as wrappers
 from test_tca4rec import scores

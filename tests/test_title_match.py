@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_leakage import SMALL
+from small_models import SMALL
 
 from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.leaderboard.rows import RowRuns, Run, admit

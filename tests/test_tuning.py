@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 from optuna.trial import TrialState
-from test_leakage import settings_of as leakage_settings
-from test_leakage import write_by_phase
+from worlds import settings_of as leakage_settings
+from worlds import write_by_phase
 
 from recbole_llm.config import Config
 from recbole_llm.data.loaders import RankingLoader
