@@ -47,6 +47,28 @@ def searcher(model: Any, item_tokens: ItemTokens, dtype: torch.dtype | None = No
     return BeamSearch(decoder_of(model), Head.of(model, dtype), item_tokens, lm_ids=lm_ids, **options)
 
 
+def rivals(item_tokens: ItemTokens, begun: list[int], normaliser: str, words: int) -> list[int]:
+    """The language model's ids that a token's probability is relative to, behind what an item has begun with.
+
+    Args:
+        item_tokens: of all items.
+        begun: an item's first tokens.
+        normaliser: ``vocabulary``, ``level`` or ``legal``.
+        words: of the language model.
+    """
+    if normaliser == "vocabulary":
+        return list(range(words))
+    lm_ids = CODE_IDS if item_tokens.lm_ids is None else item_tokens.lm_ids
+    depth = len(begun)
+    if normaliser == "level" and item_tokens.kind == "codes":
+        low, high = item_tokens.level_offsets[depth : depth + 2]
+        return [int(token) for token in lm_ids[low:high]]
+    longer = [tokens for item in range(item_tokens.n_items) if len(tokens := item_tokens.of(item)) > depth]
+    if normaliser == "legal":
+        longer = [tokens for tokens in longer if tokens[:depth] == begun]
+    return [int(token) for token in lm_ids[sorted({tokens[depth] for tokens in longer})]]
+
+
 @torch.no_grad()
 def exhaustive(model: Any, item_tokens: ItemTokens, prompt: list[int], normaliser: str) -> torch.Tensor:
     """Every item's score, float64 [n_items], from a plain reading of prompt and tokens, filled up on the right."""
@@ -59,16 +81,7 @@ def exhaustive(model: Any, item_tokens: ItemTokens, prompt: list[int], normalise
     for item, tokens in enumerate(sequences):
         total = 0.0 if tokens else -torch.inf
         for depth, token in enumerate(tokens):
-            if normaliser == "vocabulary":
-                among = list(range(logits.shape[2]))
-            elif normaliser == "legal":
-                begun = [other for other in sequences if other[:depth] == tokens[:depth] and len(other) > depth]
-                among = lm_ids[sorted({other[depth] for other in begun})].tolist()
-            elif item_tokens.kind == "codes":
-                low, high = item_tokens.level_offsets[depth : depth + 2]
-                among = lm_ids[low:high].tolist()
-            else:
-                among = lm_ids[sorted({other[depth] for other in sequences if len(other) > depth})].tolist()
+            among = rivals(item_tokens, tokens[:depth], normaliser, logits.shape[2])
             total += float(logits[item, depth, lm_ids[token]] - logits[item, depth, among].logsumexp(0))
         scores[item] = total
     return scores

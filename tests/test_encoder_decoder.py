@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_t5
 import torch
-from searches import CODE_IDS, LM_SIZE, NORMALISERS, PROMPTS, SIZES, TITLES, random_codes
+from searches import CODE_IDS, LM_SIZE, NORMALISERS, PROMPTS, SIZES, TITLES, random_codes, rivals
 from test_aligntokenrec import OPTIONS, SETTINGS, batch, shipped, tokens
 from test_glta import N_ITEMS, dataset
 from torch import nn
@@ -53,25 +53,16 @@ def searcher(model: Any, item_tokens: ItemTokens, kind: type[BeamSearch] = BeamS
 def exhaustive(model: Any, item_tokens: ItemTokens, prompt: list[int], normaliser: str) -> torch.Tensor:
     """Every item's score, float64 [n_items]: transformers' own forward pass with the item's tokens as labels."""
     lm_ids = CODE_IDS if item_tokens.lm_ids is None else item_tokens.lm_ids
-    sequences = [item_tokens.of(item) for item in range(item_tokens.n_items)]
     scores = torch.full((item_tokens.n_items,), -torch.inf, dtype=torch.float64)
-    for item, own in enumerate(sequences):
+    for item in range(item_tokens.n_items):
+        own = item_tokens.of(item)
         if not own:
             continue
         labels = lm_ids[own].unsqueeze(0)
         logits = model(input_ids=torch.tensor([prompt]), labels=labels).logits[0].double()
         total = 0.0
         for depth, token in enumerate(own):
-            begun = [other for other in sequences if other[:depth] == own[:depth] and len(other) > depth]
-            if normaliser == "vocabulary":
-                among = list(range(logits.shape[1]))
-            elif normaliser == "legal":
-                among = lm_ids[sorted({other[depth] for other in begun})].tolist()
-            elif item_tokens.kind == "codes":
-                low, high = item_tokens.level_offsets[depth : depth + 2]
-                among = lm_ids[low:high].tolist()
-            else:
-                among = lm_ids[sorted({other[depth] for other in sequences if len(other) > depth})].tolist()
+            among = rivals(item_tokens, own[:depth], normaliser, logits.shape[1])
             total += float(logits[depth, lm_ids[token]] - logits[depth, among].logsumexp(0))
         scores[item] = total
     return scores

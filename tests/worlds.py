@@ -58,11 +58,7 @@ def write_by_phase(source: Path, target: Path, swap: int | None, seed: int = 0) 
     for phase in range(len(PHASES)):
         for row in np.flatnonzero((split.phases == phase) & keep):
             lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{times[row]:.0f}")
-    (target / "small").mkdir(parents=True)
-    (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for file in (source / "small").iterdir():
-        if file.suffix != ".inter":
-            shutil.copy(file, target / "small" / file.name)
+    _write(source, target, lines)
 
 
 def worlds_of(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -123,6 +119,13 @@ def write_rows(source: Path, target: Path, split: Any, tokens: Any, items: Any, 
     lines = ["user_id:token\titem_id:token\ttimestamp:float", *first]
     for row in np.argsort(split.phases != TRAIN, kind="stable"):
         lines.append(f"{tokens[0][split.users[row]]}\t{tokens[1][items[row]]}\t{split.ranks[row]}")
+    _write(source, target, lines)
+
+
+def _write(source: Path, target: Path, lines: list[str]) -> None:
+    """``small`` with other interactions and the same files beside them."""
     (target / "small").mkdir(parents=True)
     (target / "small" / "small.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (target / "small" / "small.item").write_bytes((source / "small" / "small.item").read_bytes())
+    for file in (source / "small").iterdir():
+        if file.suffix != ".inter":
+            shutil.copy(file, target / "small" / file.name)

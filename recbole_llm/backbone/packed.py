@@ -109,8 +109,8 @@ class PackedReader:
         device = ids.device if device is None else device
         if not self.packs:
             return self._row_by_row(ids, rows, places, device)
-        states, nodes = self._packed(ids, rows, places, device)
-        return states.index_select(0, nodes.to(device))
+        states, read, which = self._packed(ids, rows, places, device)
+        return states.index_select(0, read[which])
 
     def read(
         self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str | None = None
@@ -126,27 +126,28 @@ class PackedReader:
         device = ids.device if device is None else device
         if not self.packs:
             return self._row_by_row(ids, rows, places, device), torch.arange(len(rows), device=device)
-        states, nodes = self._packed(ids, rows, places, device)
-        read, which = nodes.unique(return_inverse=True)
-        return states.index_select(0, read.to(device)), which.to(device)
+        states, read, which = self._packed(ids, rows, places, device)
+        return states.index_select(0, read), which
 
     def _row_by_row(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str) -> Tensor:
         states: Tensor = self._decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
         return states[rows.to(device), places.to(device)]
 
-    def _packed(self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The states of all nodes, [N, H], and the node of each row and place, int64 [L], on the CPU."""
+    def _packed(
+        self, ids: Tensor, rows: Tensor, places: Tensor, device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The states of all nodes, [N, H], those asked for, int64 [R], and which of these each place is, int64 [L]."""
         lengths = lengths_of(ids, rows, places)
         tree = Tree.of(ids[:, : int(lengths.max())], lengths)
-        nodes = tree.nodes[rows, places]
-        packed = Packed(self._decoder, nodes.unique().to(device), self._attention(tree, lengths).to(device))
+        read, which = (one.to(device) for one in tree.nodes[rows, places].unique(return_inverse=True))
+        packed = Packed(self._decoder, read, self._attention(tree, lengths).to(device))
         flat = ids[:, : tree.nodes.shape[1]].flatten()[tree.owners].to(device)
         with packed.reading():
             states = self._decoder(
                 input_ids=flat.unsqueeze(0), position_ids=tree.places.to(device).unsqueeze(0), use_cache=False,
                 packed=packed,
             ).last_hidden_state[0]  # fmt: skip
-        return states, nodes
+        return states, read, which
 
     def _attention(self, tree: Tree, lengths: Tensor) -> Layout | Whole:
         """How the nodes of a tree attend."""
