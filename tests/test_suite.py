@@ -221,6 +221,7 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"T": {}}, "gains": [3]}}, "pairs of rows, but has 3"),
         ({"paper": ["glta"]}, "names the suite 'glta', which has no paper's figures of a row here"),
         ({"paper": ["glto"]}, "glta"),
+        ({"paper": ["all"]}, "names the suite 'all', which names others in its turn; name those"),
         ({"paper": {"sorce": "x"}}, "unknown key 'paper.sorce'; did you mean 'source'"),
         ({"paper": OF_T | {"rows": {"BRP": "B"}, "figures": {"T": {}}}}, "names 'BRP', which is no row"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"U": {}}}}, "figures has no 'T'"),

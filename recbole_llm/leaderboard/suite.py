@@ -129,10 +129,16 @@ def read_suite(name: str | Path, own: Mapping[str, Any] | None = None) -> Suite:
     Raises:
         UserError: it is missing or broken, a key is unknown or of the wrong kind, or a row that it names is none.
     """
+    content, path = _content(name)
+    return suite_of(content | dict(own or {}), path)
+
+
+def _content(name: str | Path) -> tuple[dict[str, Any], str]:
+    """What a suite's file holds, and its path."""
     shipped = properties_dir() / "suite" / f"{name}.yaml"
     path = shipped if not Path(name).suffix and not Path(name).is_file() else Path(name)
     # Not through the cache of shipped files: a user edits his between two studies of one process.
-    return suite_of(load_yaml(path) | dict(own or {}), str(path))
+    return load_yaml(path), str(path)
 
 
 def suite_of(content: Mapping[str, Any], path: str) -> Suite:
@@ -199,7 +205,10 @@ def _papers(path: str, value: Any, rows: Mapping[str, Any]) -> tuple[Mapping[str
         return (value,)
     found: list[Mapping[str, Any]] = []
     for name in _words(path, "paper", value):
-        kept = [paper for whole in read_suite(name).paper if (paper := limited_to(whole, rows))["rows"]]
+        content, its_path = _content(name)
+        if isinstance(content.get("paper"), list):
+            raise UserError(f"{path}: paper names the suite '{name}', which names others in its turn; name those")
+        kept = [paper for whole in suite_of(content, its_path).paper if (paper := limited_to(whole, rows))["rows"]]
         if not kept:
             raise UserError(f"{path}: paper names the suite '{name}', which has no paper's figures of a row here")
         found += kept
