@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,7 +169,3 @@ class HybridRecommender(TitleRecommender):
         # In the prompts' text there is nobody: each gets the number of its own user once it is written.
         asked = super()._ask(history, None)
         return asked if users is None else Ragged(self._told_users(asked.values, users[asked.rows]), asked.offsets)
-
-    def _opening(self) -> list[int]:
-        # Whoever stands for nobody has no vector.
-        return list(takewhile(lambda token: token < self._first_vector, super()._opening()))
