@@ -178,7 +178,8 @@ def test_settings_file_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:
-    for guide in GUIDES:
+    pages = [path.relative_to(ROOT) for path in sorted((ROOT / "docs").rglob("*.md"))]
+    for guide in (*GUIDES, *pages):
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / guide).read_text(encoding="utf-8")):
             if not re.match(r"https?:", link):
                 assert ((ROOT / guide).parent / link).exists(), f"{guide} links to {link}"
