@@ -11,7 +11,9 @@ import numpy as np
 
 from recbole_llm.evaluation.rankings import RECENT, Rankings
 
-EVALUATION = {"policy": "unified", "exclude_history": True, "eval_unit": "user", "ranking": "full", "topk": [2]}
+EVALUATION = {
+    "policy": "unified", "exclude_history": True, "eval_unit": "user", "ranking": "full", "counted": None, "topk": [2],
+}  # fmt: skip
 STAGE = {"name": "train", "fingerprint": "a", "seconds": 2.0, "cached": False, "peak_memory_mb": 100.0, "tokens": 0}
 
 

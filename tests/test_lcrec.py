@@ -555,4 +555,5 @@ def test_all_prompts_give_the_mean_of_each(settings_of: Any) -> None:
         assert value == pytest.approx(np.mean([part.metrics[name] for part in parts]))
         np.testing.assert_allclose(mean.per_user[name], np.mean([part.per_user[name] for part in parts], axis=0))
     assert np.array_equal(mean.items, parts[0].items)
+    assert mean.prompts == asked and parts[0].prompts == 1
     assert model.asked_with == 0

@@ -16,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.assemble import table_of
+from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.words import agreement, own_bases, unshared
@@ -145,6 +146,7 @@ def damage_archive(run: Path) -> None:
         ({"exclude_history": False}, None, "exclude_history False .*True"),
         ({"eval_unit": "row"}, None, "eval_unit row .*user"),
         ({"ranking": "sampled"}, None, "ranking sampled .*full"),
+        ({"counted": "0123456789abcdef"}, None, "counted 0123456789abcdef .*is None"),
         ({"fingerprint": None}, None, "no fingerprint"),
         ({"users": [f"v{number}" for number in range(200)]}, None, "other users: .* both have 0"),
         ({"seed": 1}, None, "seed 1 stands twice"),
@@ -256,11 +258,26 @@ def test_metrics_at_every_k_come_from_the_rankings(tmp_path: Path) -> None:
     recall = {1: (1 + 0 + 0) / 3, 2: (1 + 0.5 + 0) / 3, 3: (1 + 1 + 0) / 3}
     ndcg = (1 + (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3)) + 0) / 3
     values = {"recall@2": np.array([1, 0.5, 0])}
-    run = write_run(tmp_path / "run", "BPR", 1, values, rankings="rankings.npz")
+    more = {"rankings": "rankings.npz", "config": {"dataset": "toy", "data_path": str(tmp_path)}}
+    run = write_run(tmp_path / "run", "BPR", 1, values, **more)
     write_rankings(run, lists, wanted, 4)
     found = table([RowRuns("BPR", [run])], metric="recall@2", metrics=[])["rows"][0]
     assert found["at_k"]["recall"] == pytest.approx(list(recall.values()))
     assert found["at_k"]["ndcg"][2] == pytest.approx(ndcg)
+
+    other = write_run(tmp_path / "other", "LCRec", 1, {"recall@2": np.array([0.5, 0.5, 0])}, **more)
+    write_rankings(other, lists, wanted, 4)
+    (refused,) = table([RowRuns("LCRec", [other])], metric="recall@2")["rows"][0]["refused"]
+    assert "does not agree" in refused["reason"]
+    result = json.loads((other / "result.json").read_text(encoding="utf-8"))
+    result["evaluation"]["prompts"] = 3
+    (other / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    both = table([RowRuns("BPR", [run]), RowRuns("LCRec", [other])], metric="recall@2", metrics=[])
+    assert named(both, "LCRec")["at_k"] == {} and named(both, "LCRec")["seeds"] == [1]
+    detailed = with_details(both, "recall@2")
+    assert detailed["users"] and "LCRec" not in str([detailed["users"], detailed["breakdowns"]])
+    (other / "rankings.npz").unlink()
+    assert with_details(table([RowRuns("LCRec", [other])], metric="recall@2"), "recall@2")["users"] == []
 
     write_rankings(run, lists[:2], wanted[:2], 4)
     (refused,) = table([RowRuns("BPR", [run])], metric="recall@2")["rows"][0]["refused"]

@@ -97,6 +97,13 @@ def test_global_time_puts_every_test_row_after_every_train_row() -> None:
     assert 0.75 < split.count(TRAIN) / 300 < 0.85
 
 
+def test_global_time_takes_the_share_that_was_asked_for() -> None:
+    rows = [(1, item, item) for item in range(1, 11)]
+    for ratios in ([0.7, 0.1, 0.2], [0.1, 0.7, 0.2], [0.6, 0.3, 0.1], [0.8, 0.1, 0.1]):
+        split = split_of(rows, kind="TS", ratios=tuple(ratios), drop_repeats=False)
+        assert [split.count(phase) for phase in (TRAIN, VALID, TEST)] == [round(10 * ratio) for ratio in ratios]
+
+
 def test_time_is_exact_where_float32_is_not() -> None:
     base = 1_700_000_000
     rows = [(1, 3, base + 2), (1, 1, base), (1, 2, base + 1), (1, 4, base + 3)]

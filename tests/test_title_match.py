@@ -32,6 +32,9 @@ def test_rankings_are_of_titles_as_the_metrics_are(tmp_path: Path, more: dict[st
     assert read.at_k["ndcg"][4] == pytest.approx(result["test"]["ndcg@5"])
     rankings = Rankings.read(Path(result["result_file"]).parent / "rankings.npz")
     assert len(np.unique(rankings.targets)) < 20, "no titles are shared; the test would pass blindly"
+    if not more:
+        other = made(tmp_path, title_match=True, item_title="{genre} {title}")
+        assert other["evaluation"]["counted"] != result["evaluation"]["counted"] == read.judged()["counted"]
 
 
 def test_agreement_is_of_titles_too(tmp_path: Path) -> None:

@@ -299,8 +299,10 @@ def _by_global_time(clock: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
     """Two moments cut the whole data; rows of one moment stay on one side."""
     train, valid, _ = _shares(ratios)
     ordered = np.sort(clock)
-    last_train = ordered[max(int(len(ordered) * train) - 1, 0)]
-    last_valid = ordered[max(int(len(ordered) * (train + valid)) - 1, 0)]
+    # Of 10 rows .7 and .1 are 8, though floats add up to less.
+    last_train, last_valid = (
+        ordered[max(int(round(len(ordered) * share, 6)) - 1, 0)] for share in (train, train + valid)
+    )
     return np.where(clock <= last_train, TRAIN, np.where(clock <= last_valid, VALID, TEST)).astype(np.int8)
 
 

@@ -33,6 +33,8 @@ class Measured:
         users: int64 [U], internal user ids in the arrays' order.
         items: int64 [U, K], the ranked items; 0, the padding item, where fewer may be recommended to a user.
         counts_as: int64 [n_items], the item as which each was ranked and met; ``None``, itself.
+        prompts: how many evaluations, each with a prompt of its own, the metrics are the mean of; the ranked items are
+            the first one's.
     """
 
     metrics: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -40,6 +42,7 @@ class Measured:
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     counts_as: np.ndarray | None = None
+    prompts: int = 1
 
 
 def mean_of(parts: Sequence[Measured]) -> Measured:
@@ -47,7 +50,7 @@ def mean_of(parts: Sequence[Measured]) -> Measured:
     first = parts[0]
     metrics = OrderedDict((name, float(np.mean([part.metrics[name] for part in parts]))) for name in first.metrics)
     per_user = {name: np.mean([part.per_user[name] for part in parts], axis=0) for name in first.per_user}
-    return Measured(metrics, per_user, first.users, first.items, first.counts_as)
+    return Measured(metrics, per_user, first.users, first.items, first.counts_as, len(parts))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.evaluation.results import result_file
 from recbole_llm.leaderboard.breakdown import breakdowns
 from recbole_llm.leaderboard.examples import examples, titles
+from recbole_llm.leaderboard.rows import rankings_of
 
 
 def with_details(table: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def with_details(table: dict[str, Any], metric: str) -> dict[str, Any]:
         metric: what users are judged by, e.g. ``ndcg@10``.
 
     Returns:
-        The same table; rows whose runs kept no rankings are left out of both.
+        The same table; rows whose runs have no rankings are left out of both.
     """
     rankings: dict[str, list[Rankings]] = {}
     names: dict[str, str] = {}
@@ -28,8 +29,9 @@ def with_details(table: dict[str, Any], metric: str) -> dict[str, Any]:
         for run in row["runs"]:
             file = result_file(run)
             result = json.loads(file.read_text(encoding="utf-8"))
-            if result.get("rankings"):
-                seeds.append(Rankings.read(file.parent / result["rankings"]))
+            found = rankings_of(file, result)
+            if found is not None:
+                seeds.append(found)
                 names = names or titles(result)
         if seeds and len(seeds) == len(row["runs"]):
             rankings[row["name"]] = seeds

@@ -18,7 +18,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.evaluation.results import read_run, result_file
 
 # What, beside the split, must be the same for two rows to mean the same thing.
-JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "leaking_ids")
+JUDGED_BY = ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "counted", "leaking_ids")
 NEEDED = ("model", "seed", "split", "evaluation", "valid", "test", "stages", "parameters", "throughput")
 # A file's own rounding; more than that between the users' values and the metrics means that one was altered.
 AGREE = 1e-9
@@ -111,10 +111,30 @@ class Run:
         return judged | {"ranking": ranking} | {key: bool(judged[key]) for key in ("title_match", "leaking_ids")}
 
 
+def rankings_of(file: Path, result: Mapping[str, Any]) -> Rankings | None:
+    """The rankings that a run's metrics were taken from.
+
+    Args:
+        file: the run's ``result.json``.
+        result: its content.
+
+    Returns:
+        ``None`` where none were kept, the file is not there any more, or the metrics are the mean over several prompts,
+        of which one prompt's rankings are kept.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    name = result.get("rankings")
+    if not name or result["evaluation"].get("prompts", 1) > 1 or not (file.parent / name).is_file():
+        return None
+    return Rankings.read(file.parent / name)
+
+
 def _at_k(file: Path, result: Mapping[str, Any], users: np.ndarray) -> dict[str, np.ndarray]:
-    if not result.get("rankings") or not (file.parent / result["rankings"]).is_file():
+    rankings = rankings_of(file, result)
+    if rankings is None:
         return {}
-    rankings = Rankings.read(file.parent / result["rankings"])
     if not np.array_equal(rankings.user_id, users):
         raise UserError(f"{result['rankings']} and {result['per_user']} of {file.parent} are of different users")
     hits, targets = rankings.hits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -169,7 +170,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "split": split.as_dict()
         if split
         else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
-        "evaluation": _evaluation(config, test_users, fitted),
+        "evaluation": _evaluation(config, measured, fitted),
         "valid": dict(valid),
         "test": dict(test),
         "per_user": "per_user.npz" if measured.per_user else None,
@@ -280,9 +281,10 @@ def _curves(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
+def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, Any]:
     invalid = getattr(fitted.model, "invalid_share", None)
     visited = getattr(fitted.model, "visited_share", None)
+    counts_as = measured.counts_as
     recbole, sequential = config["policy"] == "recbole", fitted.test_data.is_sequential
     return {
         "policy": config["policy"],
@@ -291,19 +293,29 @@ def _evaluation(config: Config, test_users: int, fitted: Fit) -> dict[str, Any]:
         # A search finds the best of the whole catalogue, and nothing of the order below them.
         "ranking": getattr(fitted.model, "ranking", "full"),
         "topk": config["topk"],
-        # Items of equal titles are one.
-        **({"title_match": True} if getattr(fitted.model, "counts_as", None) is not None else {}),
+        # Items of equal titles are one, and which these are depends on what is taken for a title.
+        **({} if counts_as is None else {"title_match": True, "counted": _counted(counts_as, fitted.dataset)}),
+        # The figures are the mean over so many prompts, the rankings that are kept the first one's.
+        **({} if measured.prompts == 1 else {"prompts": measured.prompts}),
         # Items are named by ids that tell of test rows, as was asked for.
         **({LEAKING: True} if _leaks(fitted) else {}),
         # Of a search that may say what no item is: how much of it was.
         **({} if invalid is None else {"invalid_share": invalid}),
         **({} if visited is None else {"visited_share": visited}),
-        "test_users": test_users,
+        "test_users": len(measured.users),
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,
         "refit_on_valid": bool(config["refit_on_valid"]),
         "merge_valid": bool(config["merge_valid"]),
     }
+
+
+def _counted(counts_as: np.ndarray, dataset: Any) -> str:
+    """A hash of which items count as which other one, by their raw ids, whatever numbers they have here."""
+    tokens = dataset.field2id_token[dataset.iid_field].astype(str)
+    moved = np.flatnonzero(counts_as != np.arange(len(counts_as)))
+    pairs = sorted(f"{tokens[item]}\t{tokens[counts_as[item]]}" for item in moved)
+    return hashlib.sha256("\n".join(pairs).encode()).hexdigest()[:16]
 
 
 def _leaks(fitted: Fit) -> bool:
