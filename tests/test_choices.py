@@ -132,6 +132,22 @@ def test_a_value_that_fails_is_named_and_another_is_chosen(tmp_path: Path) -> No
     assert row["failed"][0]["reason"].startswith(f"data_path {tmp_path}") and "data: failed" in " ".join(text.split())
 
 
+def test_a_value_that_failed_in_an_earlier_call_leaves_its_row_its_figures(tmp_path: Path) -> None:
+    rows = {
+        "Pop": {"model": "Pop"},
+        "EASE": {"model": "EASE", "choose": {"data_path": [str(broken(tmp_path)), "dataset"]}},
+    }
+    words = [suite(tmp_path / "s.yaml", rows=rows), f"--output={tmp_path / 'out'}"]
+    first = run(*words)
+    before = row_of(tmp_path / "out", "EASE")
+    assert first[2] == 1 and before["metrics"]
+    _, lines, failed = run(*words, "--only=Pop")
+    assert (lines, failed) == ([], 0)
+    assert row_of(tmp_path / "out", "EASE") == before
+    # It is tried again where its row is run.
+    assert len(run(*words)[1]) == 1
+
+
 def test_where_no_value_runs_nothing_is_chosen_and_no_further_seed_runs(tmp_path: Path) -> None:
     nowhere = [str(broken(tmp_path / place)) for place in "ab"]
     rows = {"EASE": {"model": "EASE", "choose": {"data_path": nowhere}}}

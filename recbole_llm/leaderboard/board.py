@@ -30,7 +30,7 @@ from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.report import write_page
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
-from recbole_llm.leaderboard.study import Study
+from recbole_llm.leaderboard.study import REASON, Study
 from recbole_llm.leaderboard.suite import (
     Cell,
     Suite,
@@ -250,6 +250,7 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
         reason = _reason(cell, study, end, asked)
         if reason:
             study.reasons[cell] = reason
+            study.file(cell).with_suffix(REASON).write_text(reason, encoding="utf-8")
         left = (time.monotonic() - start) / count * (whole - found - count)
         rest = f", about {clock(left)} left" if found + count < whole else ""
         outcome = f"failed: {reason}" if reason else _value(study.file(cell), asked.suite.metric)
@@ -268,7 +269,7 @@ def _job(cell: Cell, study: Study, asked: Asked) -> Job:
     spec = {
         "model": settings.pop("model"), "dataset": cell.dataset, "settings": settings,
         "command_line": arguments_of(cell, asked.command_line, asked.of_row),
-        "result": str(file), "reason": str(file.with_suffix(".reason.txt")),
+        "result": str(file), "reason": str(file.with_suffix(REASON)),
     }  # fmt: skip
     spec_file = file.with_suffix(".spec.json")
     spec_file.write_text(json.dumps(spec, indent=1), encoding="utf-8")
@@ -300,7 +301,7 @@ def _memory(cell: Cell, study: Study, asked: Asked) -> float:
 
 def _tidy(file: Path) -> None:
     """Take away what only an unfinished run needs."""
-    for suffix in (".spec.json", ".reason.txt", ".log"):
+    for suffix in (".spec.json", REASON, ".log"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
@@ -318,8 +319,8 @@ def _reason(cell: Cell, study: Study, end: Ended, asked: Asked) -> str:
         raise DiskFullError(told)
     if end.status is None:
         return f"it took {end.peak:.1f} GiB, more than the budget of {asked.budget.memory:g}; raise --memory"
-    if file.with_suffix(".reason.txt").is_file():
-        return file.with_suffix(".reason.txt").read_text(encoding="utf-8")
+    if file.with_suffix(REASON).is_file():
+        return file.with_suffix(REASON).read_text(encoding="utf-8")
     if end.status < 0:
         return f"it was stopped by signal {-end.status} (its log: {log})"
     return f"it ended with status {end.status} (its log: {log})"
@@ -363,7 +364,8 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequenc
     place = dataset, protocol, column = members[0].place
     for row, given in suite.rows.items():
         cells = [cell for cell in members if cell.row == row]
-        choice = study.choice(place, row)
+        # Rows that are not run now have what they had: a value that failed in an earlier call has failed.
+        choice = study.choice(place, row, final=False)
         taken = (choice or {}).get("values") or {}
         settings = settings_of(given) | taken
         del settings["model"]
@@ -371,9 +373,9 @@ def _table(members: Sequence[Cell], study: Study, suite: Suite, metrics: Sequenc
             name=row,
             files=[study.file(cell) for cell in cells if cell.choice == taken and study.done(cell)],
             failed=[
-                {"seed": cell.seed, "reason": ": ".join(filter(None, (label(cell.choice), study.reasons[cell])))}
+                {"seed": cell.seed, "reason": ": ".join(filter(None, (label(cell.choice), study.reason(cell))))}
                 for cell in cells
-                if cell in study.reasons
+                if study.reason(cell)
             ],
             settings=settings,
             model=str(given["model"]),

@@ -11,6 +11,9 @@ from recbole_llm.evaluation.results import read_run
 from recbole_llm.leaderboard.choice import decide
 from recbole_llm.leaderboard.suite import Cell
 
+# Of the file beside a cell's result that says why there is none.
+REASON = ".reason.txt"
+
 
 @dataclass
 class Study:
@@ -21,7 +24,7 @@ class Study:
         folder: where results go.
         metric: by which settings are chosen on valid.
         only: the rows to run; ``None``, all. What others have is shown all the same.
-        reasons: why a cell has failed.
+        reasons: why a cell has failed in this call; :meth:`reason` knows of earlier ones too.
     """
 
     cells: list[Cell]
@@ -46,21 +49,28 @@ class Study:
             self._whole.add(file)
         return file in self._whole
 
-    def choice(self, place: tuple[str, str, str], row: str) -> dict[str, Any] | None:
+    def reason(self, cell: Cell) -> str:
+        """Why a cell has no result, as this call or an earlier one found; empty where nothing is known."""
+        file = self.file(cell).with_suffix(REASON)
+        if cell in self.reasons or self.done(cell) or not file.is_file():
+            return self.reasons.get(cell, "")
+        return file.read_text(encoding="utf-8")
+
+    def choice(self, place: tuple[str, str, str], row: str, final: bool = True) -> dict[str, Any] | None:
         """How a row's open settings are chosen.
 
         Args:
             place: the row's table.
             row: its name.
+            final: runs that failed in an earlier call are still to be tried; without, they count as failed.
 
         Returns:
             See :func:`recbole_llm.leaderboard.choice.decide`; ``None`` where nothing is open, or as long as the runs
             that decide are not over.
         """
         tried = [cell for cell in self.cells if (cell.place, cell.row) == (place, row) and self._decides(cell)]
-        runs = [
-            (cell.choice, self.file(cell) if self.done(cell) else None, self.reasons.get(cell, "")) for cell in tried
-        ]
+        why = self.reasons.get if final else self.reason
+        runs = [(cell.choice, self.file(cell) if self.done(cell) else None, why(cell) or "") for cell in tried]
         return decide(runs, self.metric.lower(), tried[0].seed) if tried else None
 
     def wanted(self) -> list[Cell]:
