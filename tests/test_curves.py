@@ -17,7 +17,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.evaluation.pictures import can_draw
 from recbole_llm.leaderboard.assemble import table_of
 from recbole_llm.leaderboard.board import leaderboard
-from recbole_llm.leaderboard.curve import curve_of, picture_lines, write_curves
+from recbole_llm.leaderboard.curve import _names, curve_of, picture_lines, write_curves
 from recbole_llm.leaderboard.rows import RowRuns
 from recbole_llm.leaderboard.suite import suite_of
 
@@ -167,6 +167,25 @@ def test_where_nothing_can_draw_it_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert "matplotlib is not installed" in line and made["curve"]["picture"] is None
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("TCA4Rec (A, S, alpha {}, beta 2.0)", "TCA4Rec (A, S, alpha {}, beta 1.0)"),
+         ["TCA4Rec (A, S, beta 2.0)", "TCA4Rec (A, S, beta 1.0)"]),
+        (("K 10, {}", "K 20, {}"), ["K 10", "K 20"]),
+        (("Llama-3.1, alpha {}", "Llama-3.2, alpha {}"), ["Llama-3.1", "Llama-3.2"]),
+        (("TCA4Rec (alpha {})", "alpha={} of B"), ["TCA4Rec", "of B"]),
+        (("A (alpha {}, beta 1)", "{} of 0.33"), ["A (beta 1)", "of 0.33"]),
+        (("same", "same {}"), ["same", "same 0.1"]),
+    ],
+)  # fmt: skip
+def test_a_line_is_called_what_its_rows_are_without_the_setting(names: tuple[str, ...], expected: list[str]) -> None:
+    lines = [[{"row": name.format(value), "value": value} for value in (0.1, 0.3)] for name in names]
+    assert _names(lines, "alpha") == expected
+    whole = [[{"row": names[0].format(form), "value": value} for form, value in (("0", 0.0), ("1", 1.0))]]
+    assert _names(whole, "alpha") == expected[:1]
+
+
 def test_compare_draws_runs_over_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(run) for row in rows_of(tmp_path, ("SASRec",)) for run in row.files]
     out = tmp_path / "out"
@@ -229,6 +248,7 @@ def test_a_curve_that_cannot_be_drawn_is_refused(curve: Any, words: str) -> None
         ({"setting": "reg_weigth", "metrics": ["NDCG@10"]}, "no row has 'reg_weigth'; did you mean 'reg_weight'"),
         ({"setting": "reg_weight", "metrics": ["NGCD@10"]}, "no row measures 'NGCD@10'; did you mean 'ndcg@10'"),
         ({"setting": "reg_weight", "metrics": ["consistency@20"]}, "no row measures 'consistency@20'"),
+        ({"setting": "reg_weight", "metrics": ["consistency@10"]}, "no row measures 'consistency@10'"),
         ({"setting": "seed", "metrics": ["NDCG@10"]}, "no two rows have different numbers for seed"),
         ({"setting": "model", "metrics": ["NDCG@10"]}, "no two rows have different numbers for model"),
     ],

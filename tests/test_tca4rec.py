@@ -165,6 +165,12 @@ def test_skipped_and_dropped_labels_are_not_in_the_mean(folder: Path) -> None:
     # Two codes tell the items apart, so the third is forced; the end token, no item's, counts.
     _, counted = forced.soft_labels(batch)
     assert counted is not None and counted.tolist() == [True, True, False, True] * len(batch.ids)
+    # Soft labels on the items shown leave these in the mean.
+    shown = sequential | {"train_positions": "all", "skip_forced": True, "alpha": 0.0}
+    pair = [build(folder, TCA4Rec, forced.item_tokens, soft_history=soft, **shown) for soft in (False, True)]
+    batches = [sampled(model)[1] for model in pair]
+    masks = [model.soft_labels(batch)[1] for model, batch in zip(pair, batches, strict=True)]
+    assert masks[0] is not None and not masks[0].all() and torch.equal(*masks)
     quirky = build(folder, TCA4Rec, official_quirks=True, alpha=0.0, **sequential)
     _, batch = sampled(quirky)
     _, counted = quirky.soft_labels(batch)
@@ -410,9 +416,14 @@ def test_a_run_with_alpha_0_takes_the_bases_steps(settings_of: Callable[..., dic
     assert all(cached[name] for name in shared)
 
 
-def test_a_run_reads_labels_made_before(settings_of: Callable[..., dict[str, Any]]) -> None:
+def test_a_run_reads_labels_made_before(
+    settings_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = small(settings_of, epochs=1, eval_step=0)
-    live = run("TCA4Rec", "small", config_dict=settings)
+    live = run("TCA4Rec", "small", config_dict=settings | {"evaluate_parts": True})
+    # Frozen since, it has trained all that it has.
+    taught = live["parts"]["cf_model"]["parameters"]
+    assert taught["trainable"] == taught["total"] > 0
     made = run("TCA4Rec", "small", config_dict=settings | {"teacher_cache_mib": 64})
     assert [stage["name"] for stage in made["stages"] if not stage["cached"]] == ["teacher_labels", "fine_tuning"]
     assert made["curves"]["loss"] == pytest.approx(live["curves"]["loss"], rel=1e-5)
@@ -422,6 +433,10 @@ def test_a_run_reads_labels_made_before(settings_of: Callable[..., dict[str, Any
     assert [stage["name"] for stage in other["stages"] if not stage["cached"]] == ["fine_tuning"]
     (line,) = [stage for stage in other["stages"] if stage["name"] == "teacher_labels"]
     assert line["dropped_max"] < 1e-6 < line["mib"] < 64
+    # What was learned from labels made otherwise is learned anew.
+    monkeypatch.setattr("recbole_llm.training.teacher_labels.LABELS_VERSION", -1)
+    anew = run("TCA4Rec", "small", config_dict=settings | {"teacher_cache_mib": 64, "alpha": 0.2})
+    assert [stage["name"] for stage in anew["stages"] if not stage["cached"]] == ["teacher_labels", "fine_tuning"]
     # Raw ids have one position with all items: a mebibyte keeps few of them.
     few = {"teacher_cache_mib": 1, "item_tokens": "raw"}
     few = {key: value for key, value in settings.items() if not key.startswith(("code_", "embedding_model"))} | few
@@ -499,6 +514,7 @@ def test_a_run_is_found_with_its_base() -> None:
         ("alpha=-0.1", ["alpha should be float 0..1"]),
         ("teacher_cache_mib=-1", ["teacher_cache_mib should be int >= 0"]),
         ("beta=0", ["beta should be float > 0"]),
+        ("beta=.inf", ["beta is the temperature", "not inf"]),
         ("tau=0", ["tau should be float > 0"]),
         ("tca_loss=ce", ["tca_loss should be", "log_mixture", "soft_ce", "kl"]),
     ],

@@ -81,10 +81,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(KINDS["llama"], tmp_path_factory.mktemp("plain"))
 
 
+def own_settings(name: str, **settings: Any) -> dict[str, Any]:
+    told = {"model": name, "domain": "game", "gradient_accumulation_steps": 1}
+    return {**shipped(name), **wrappers(), **SETTINGS, **told, **settings}
+
+
 def build(folder: Path, model: Any, name: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     backbone = load_backbone(folder, **OPTIONS, with_head=True)
-    made = model({**shipped(name), **wrappers(), **SETTINGS, "model": name, "domain": "game", **settings}, dataset())
+    made = model(own_settings(name, **settings), dataset())
     made.prepare(
         item_tokens=ItemTokens.from_sequences([[], *backbone.encode_batch(TITLES[1:])], backbone.eos_id),
         backbone=backbone, head_model=backbone.causal, tie_order=torch.arange(N_ITEMS), texts={},
@@ -268,6 +273,37 @@ def test_msl_adapts_its_temperature_to_first_tokens_and_averages_it(tmp_path: Pa
     model.eval()
     model.label_loss(logits, batch)
     assert float(model.running_temperature) == pytest.approx(running, rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", ["processes", "batches"])
+def test_msl_does_not_adapt_to_a_part_of_a_batch(parts: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parts == "processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    steps = 1 if parts == "processes" else 2
+    with pytest.raises(UserError, match="temperature: ats is taken from a whole batch"):
+        MSL(own_settings("MSL", temperature="ats", gradient_accumulation_steps=steps), dataset())
+    MSL(own_settings("MSL", gradient_accumulation_steps=steps), dataset())
+
+
+@pytest.mark.parametrize(
+    ("base", "answer", "words"),
+    [
+        ("TALLRec", "{target}.", r"should end with \{target\} for TALLRec.*but is '\{target\}.'"),
+        ("MSL", "The title is {target}", r"should be \{target\} for MSL"),
+        ("TALLRec", "The title is {target}", ""),
+    ],
+)
+def test_answers_that_the_loss_cannot_take_are_refused(base: str, answer: str, words: str, tmp_path: Path) -> None:
+    asked = {"ask": "After {history}", "answer": answer}
+    content = {"wrapper": "{instruction}", "separator": ", ", "inference": "After {history}", "sequential": [asked]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    settings = own_settings(base, prompts=str(tmp_path / "own.yaml"))
+    if not words:
+        assert BASES[base](settings, dataset()).templates.tasks["sequential"][0].answer == answer
+        return
+    for model in (BASES[base], TCA4Rec.over(base)):
+        with pytest.raises(UserError, match=words):
+            model(settings, dataset())
 
 
 @pytest.mark.parametrize("base", ["TALLRec", "MSL"])

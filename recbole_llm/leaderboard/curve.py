@@ -66,11 +66,17 @@ def check_curve_of(curve: Mapping[str, Any], configs: Sequence[Config]) -> None:
         raise UserError(f"curve.setting: no two rows have different numbers for {setting}")
     cuts = sorted({cut for config in configs for cut in config["topk"]})
     measured = {f"{name}@{cut}".lower() for config in configs for name in config["metrics"] for cut in config["topk"]}
-    measured |= {f"{NAME}@{cut}" for cut in cuts}
+    if any({*config.parts()} & {*_compared(config.model_class)} for config in configs):
+        measured |= {f"{NAME}@{cut}" for cut in cuts}
     for metric in curve["metrics"]:
         # Of several teachers each has its own: consistency@10 (cf_model).
         if metric.lower().partition(" ")[0] not in measured:
             raise UserError(f"curve.metrics: no row measures '{metric}'{did_you_mean(metric.lower(), measured)}")
+
+
+def _compared(model: Any) -> tuple[str, ...]:
+    """The parts whose rankings a model's are compared with."""
+    return (*getattr(model, "teachers", ()), *getattr(model, "guides", ()))
 
 
 def curve_of(table: Mapping[str, Any], setting: str, metrics: Sequence[str], metric: str) -> dict[str, Any] | None:
@@ -114,7 +120,9 @@ def curve_of(table: Mapping[str, Any], setting: str, metrics: Sequence[str], met
         "setting": setting,
         "metrics": [name for name in metrics if any(name in point["metrics"] for line in lines for point in line)],
         "metric": metric.lower(),
-        "lines": [{"name": _name([point["row"] for point in points], setting), "points": points} for points in lines],
+        "lines": [
+            {"name": name, "points": points} for name, points in zip(_names(lines, setting), lines, strict=True)
+        ],
         "ticks": [{"value": value, "at": places[value]} for value in values],
         "scaled": scaled,
         "picture": None,
@@ -148,12 +156,29 @@ def _places(values: Sequence[float]) -> tuple[dict[float, float], bool]:
     return {value: math.asinh(value / min(sizes)) for value in values}, True
 
 
-def _name(rows: Sequence[str], setting: str) -> str:
-    """What the names of a line's rows have in common, without the setting's name and what stands around it."""
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*rows, strict=False))
-    shared = "".join(letters[0] for letters in alike)
-    shared = re.sub(rf"[\s,.:;=(\[\d]*(\b{re.escape(setting)}[\s=:.\d]*)?$", "", shared)
-    return f"{shared})" if shared.count("(") > shared.count(")") else shared or rows[0]
+def _names(lines: Sequence[Sequence[Mapping[str, Any]]], setting: str) -> list[str]:
+    """A name for each line: its rows' own without the setting and its value, or what these have in common."""
+    names = []
+    for points in lines:
+        rows = [point["row"] for point in points]
+        bare = {_without(point["row"], setting, point["value"]) for point in points}
+        alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*rows, strict=False))
+        shared = "".join(letters[0] for letters in alike).rstrip(" ,.:;=([")
+        names.append(bare.pop() if len(bare) == 1 else shared or rows[0])
+    return [name if names.count(name) == 1 else points[0]["row"] for name, points in zip(names, lines, strict=True)]
+
+
+def _without(row: str, setting: str, value: float) -> str:
+    """A row's name without a setting's value, and without the setting's name before it."""
+    written = "|".join(re.escape(form) for form in sorted({json.dumps(value), f"{value:g}"}, key=len, reverse=True))
+    for named in (rf"\b{re.escape(setting)}[\s=:]*", ""):
+        found = list(re.finditer(rf"{named}(?<![\w.])(?:{written})(?![\w.])", row))
+        if found:
+            # The value stands behind what the row is called otherwise.
+            before, behind = row[: found[-1].start()].rstrip(" ,;"), row[found[-1].end() :]
+            behind = behind.lstrip(" ,;") if before.endswith(("(", "[")) else behind
+            return re.sub(r"\s*(\(\)|\[\])", "", before + behind).strip(" ,;:=")
+    return row
 
 
 def write_curves(tables: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recbole_llm import processes
 from recbole_llm.data.counted_batch import counting
 from recbole_llm.data.instructions import TokenBatch
+from recbole_llm.errors import UserError
 from recbole_llm.model.titles import TitleRecommender
 from recbole_llm.objectives.adaptive_temperature import SHARE, adaptive_temperature
 from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels
@@ -38,6 +40,9 @@ class MSL(TitleRecommender):
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories``.
 
+    Raises:
+        UserError: ``temperature: ats`` with batches that are read in parts.
+
     Attributes:
         forced_in_mean: whether labels that only one token can stand for, whose loss is 0, count in the mean.
         running_temperature: float64 scalar, part of the state, of ``temperature: ats``: the mean over the steps so far;
@@ -52,6 +57,12 @@ class MSL(TitleRecommender):
         self.forced_in_mean: bool = config["forced_in_mean"]
         self._adapts = config["temperature"] == ADAPTIVE
         if self._adapts:
+            # Of a part of a batch's rows it is another temperature, and the steps would be others.
+            if processes.count() > 1 or config["gradient_accumulation_steps"] > 1:
+                raise UserError(
+                    f"temperature: {ADAPTIVE} is taken from a whole batch, and here there are several processes or "
+                    "gradient_accumulation_steps; set a number, e.g. 4.5"
+                )
             self.register_buffer("running_temperature", torch.zeros((), dtype=torch.float64))
 
     def take_item_tokens(self, tokens: ItemTokens) -> None:

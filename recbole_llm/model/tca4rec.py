@@ -25,7 +25,7 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.aligntokenrec import AlignTokenRec
 from recbole_llm.objectives.quirks import behaviour
-from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels
+from recbole_llm.objectives.soft_labels import CollaborativeTokenizer, SoftLabels, check_beta
 from recbole_llm.objectives.soft_loss import SoftLabelLoss
 from recbole_llm.objectives.teacher_cache import TeacherCache
 
@@ -67,6 +67,7 @@ class CollaborativeLabels:
         super().__init__(config, dataset)  # type: ignore[call-arg]
         self._quirks = behaviour(config["official_quirks"])
         _check_choices(config)
+        check_beta(config["beta"])
         if not self._quirks.skip_forced and self.legal_only:
             self.forced_in_mean = True
         self.soft_loss = SoftLabelLoss(
@@ -187,7 +188,9 @@ class CollaborativeLabels:
             places = self._undropped(batch, places, targets, counted)
         elif self.config["skip_forced"]:
             nodes = self.tokenizer.positions(targets.to(self.device)).nodes
-            counted[places[(self.tokenizer.children_count(nodes) == 1).cpu()]] = False
+            forced = (self.tokenizer.children_count(nodes) == 1).cpu()
+            # Shown items are no answers, soft labels or not.
+            counted[places[forced & batch.answers[places]]] = False
         return places, moments, counted
 
     def _expected(self, moments: Tensor) -> SoftLabels:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from recbole_llm.backbone.live_head import live_head
 from recbole_llm.data.prompts import Ragged
+from recbole_llm.data.templates import Templates
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.generative import GenerativeRecommender
 from recbole_llm.tasks import active_tasks
+from recbole_llm.tasks.base import TARGET
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 
@@ -26,8 +28,8 @@ class TitleRecommender(GenerativeRecommender):
         dataset: RecBole-like, with ``train_histories``.
 
     Raises:
-        UserError: nothing of the language model trains, or a task other than the sequential one, or labels other than
-            answers, are asked for.
+        UserError: nothing of the language model trains, or a task other than the sequential one, labels other than
+            answers, or answers with words that the loss cannot take are asked for.
     """
 
     item_kind = "titles"
@@ -39,6 +41,18 @@ class TitleRecommender(GenerativeRecommender):
         if others:
             raise UserError(f"tasks: {config['model']} learns next items alone; {others[0]} is no task of its")
         super().__init__(config, dataset)
+        self._check_answers(self.templates)
+
+    def _check_answers(self, templates: Templates) -> None:
+        """Refuse answers in which a title's end token would not be the last, or whose words the loss cannot take."""
+        for wording in templates.tasks.get(SEQUENTIAL, ()):
+            before, _, behind = wording.answer.partition(f"{{{TARGET}}}")
+            if behind or (before and self.legal_only):
+                wanted = "be" if self.legal_only else "end with"
+                raise UserError(
+                    f"prompts: the answer of {SEQUENTIAL} should {wanted} {{{TARGET}}} for {self.config['model']}, as "
+                    f"a title ends with a token of its own, but is {wording.answer!r}"
+                )
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         head, own = live_head(head_model, self.backbone.embed_tokens.weight)

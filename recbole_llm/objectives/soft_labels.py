@@ -153,6 +153,16 @@ class Children:
     nodes: Tensor
 
 
+def check_beta(beta: float) -> None:
+    """Refuse a temperature of items that is none.
+
+    Raises:
+        UserError: it is not above 0, or infinite.
+    """
+    if not 0 < beta < float("inf"):
+        raise UserError(f"beta is the temperature of a softmax over items and must be above 0, not {beta}")
+
+
 class CollaborativeTokenizer:
     """Turns logits over items into next-token distributions along target items.
 
@@ -176,8 +186,7 @@ class CollaborativeTokenizer:
         self, item_tokens: ItemTokens, lm_ids: Tensor | None = None, *, beta: float = 1.0, standardise: bool = False,
         drop_last: int = 0, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        if not 0 < beta < float("inf"):
-            raise UserError(f"beta is the temperature of a softmax over items and must be above 0, not {beta}")
+        check_beta(beta)
         self.item_tokens, self.trie = item_tokens, item_tokens.trie
         self.beta, self.standardise, self.drop_last, self.dtype = beta, standardise, drop_last, dtype
         given = item_tokens.lm_ids if lm_ids is None else lm_ids

@@ -134,14 +134,14 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             texts=tables,
             codebook=_codebook(config, made),
         )
-        if config["teacher_cache_mib"]:
-            self.stages.append(cached_labels(config, dataset, self.model, store))
+        labels = [cached_labels(config, dataset, self.model, store)] if config["teacher_cache_mib"] else []
+        self.stages += labels
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
-        self._upstream += teachers
+        self._upstream += [*teachers, *(line["fingerprint"] for line in labels)]
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)

@@ -51,6 +51,7 @@ class Fit:
         folder: where the weights are.
         fingerprint: of the last stage.
         parts: fits of the recommenders trained first, by config key.
+        trainable: weights that trained; a recommender that is frozen afterwards has none that do.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Fit:
     folder: Path
     fingerprint: str
     parts: dict[str, Fit] = field(default_factory=dict)
+    trainable: int = 0
 
 
 def store_of(config: Config, run_folder: Path | None = None) -> StageStore:
@@ -223,6 +225,7 @@ def _fit_once(
         trainer=trainer, stages=lines, valid=before.valid if before else stage.facts["valid"],
         facts=stage.facts, folder=stage.folder, fingerprint=stage.fingerprint,
         parts=trainer.part_fits,
+        trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "best_epoch": fitted.facts["best_epoch"] + 1,
         "curves": _curves(config, fitted.facts),
         "stages": fitted.stages,
-        "parameters": _parameters(fitted.model, counted=config["MODEL_TYPE"] != ModelType.TRADITIONAL),
+        "parameters": _parameters(fitted, counted=config["MODEL_TYPE"] != ModelType.TRADITIONAL),
         "throughput": {
             "test_users_per_second": round(test_users / seconds, 2) if test_users else None,
             "test_seconds": round(seconds, 3),
@@ -323,17 +323,17 @@ def _leaks(fitted: Fit) -> bool:
     return leaks(fitted.config) or any(_leaks(part) for part in fitted.parts.values())
 
 
-def _parameters(model: Any, counted: bool) -> dict[str, int]:
+def _parameters(fitted: Fit, counted: bool) -> dict[str, int]:
     # RecBole's models in closed form carry one weight that nothing reads, for its trainer's sake.
-    parameters = list(model.parameters()) if counted else []
-    backbone = getattr(model, "backbone", None)
+    parameters = list(fitted.model.parameters()) if counted else []
+    backbone = getattr(fitted.model, "backbone", None)
     own = {id(weight) for weight in parameters}  # an adapter's stand in the backbone as well
     rest = backbone.decoder.parameters() if backbone is not None else ()
     # A weight that DeepSpeed shards is empty between two calls.
     frozen = sum(getattr(weight, "ds_numel", weight.numel()) for weight in rest if id(weight) not in own)
     return {
         "total": sum(weight.numel() for weight in parameters) + frozen,
-        "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),
+        "trainable": fitted.trainable if counted else 0,
     }
 
 
