@@ -215,6 +215,11 @@ def test_rows_of_one_model_are_called_by_what_differs(tmp_path: Path) -> None:
         "BPR (epochs 1, refit_on_valid null)", "BPR (epochs 2, refit_on_valid null)",
         "BPR (epochs 2, refit_on_valid true)",
     ]  # fmt: skip
+    # Its parts have other settings, which its own do not tell.
+    tuned = [
+        str(write_run(tmp_path / f"tuned{seed}", "GLTA", seed, values, config={"tuned": seed == 5})) for seed in (4, 5)
+    ]
+    assert [row.name for row in rows_of(tuned)] == ["GLTA (tuned null)", "GLTA (tuned true)"]
     many = str(write_run(tmp_path / "many", "BPR", 9, values, config={key: 1 for key in "abcdef"}))
     assert rows_of([*paths, many])[-1].name == f"BPR ({many})"
 

@@ -139,21 +139,28 @@ def test_marks_follow_the_files_that_settings_name(tmp_path: Path, monkeypatch: 
     shutil.copytree(properties_dir() / "prompts", shipped / "prompts")
     monkeypatch.setattr("recbole_llm.data.templates.properties_dir", lambda: shipped)
     own, tokens, run = tmp_path / "own.yaml", tmp_path / "tiny.index.json", tmp_path / "run"
+    profile, reader = tmp_path / "profile.yaml", tmp_path / "reader"
     run.mkdir()
-    files = {"shipped": shipped / "prompts/lcrec.yaml", "own": own, "index": tokens, "folder": run / "items"}
+    reader.mkdir()
+    files = {
+        "shipped": shipped / "prompts/lcrec.yaml", "own": own, "index": tokens, "folder": run / "items",
+        "profile": profile, "reader": reader / "model.safetensors",
+    }  # fmt: skip
     for file in files.values():
         file.touch()
     rows = {
         "shipped": {"model": "LCRec"}, "own": {"model": "LCRec", "prompts": str(own)},
         "index": {"model": "LCRec", "code_tokens": str(tokens), "prompts": str(own)},
         "folder": {"model": "LCRec", "code_tokens": str(run), "prompts": str(own)}, "BPR": {"model": "BPR"},
+        "profile": {"model": "RLMRecCon", "profile_prompts": str(profile)},
+        "reader": {"model": "TIGER", "text_llm": str(reader)},
     }  # fmt: skip
 
     def marks() -> dict[str, str]:
         return {cell.row: cell.mark for cell in cells(tmp_path, rows=rows, columns={}, seeds=[1], settings={})}
 
     before = marks()
-    moves = {"shipped": {"shipped"}, "index": {"index"}, "folder": {"folder"}, "own": {"own", "index", "folder"}}
+    moves = {name: {name} for name in files} | {"own": {"own", "index", "folder"}}
     for changed, moved in moves.items():
         with open(files[changed], "a", encoding="utf-8") as file:
             file.write("# another\n")
@@ -210,6 +217,7 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"settings": {"result_file": "x.json"}}, "settings: result_file cannot be set here"),
         ({"settings": {"model": "BPR"}}, "settings cannot name a model"),
         ({"settings": {"policy": "recbole"}, "columns": {}}, "EASE, seed 1: under policy: recbole"),
+        ({"settings": {"eval_args": {"split": {"LS": "valid_only"}}}, "columns": {}}, "a split without test rows"),
         ({"run_memory": float("nan")}, "run_memory should be a number above 0"),
         (
             {"metric": "GiniIndex@10", "settings": {"metrics": ["NDCG", "GiniIndex"]}},

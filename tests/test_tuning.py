@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from recbole_llm.leaderboard import search as search_module
 from recbole_llm.leaderboard import tuned_file, tuning
 from recbole_llm.leaderboard.search import read_arguments
 from recbole_llm.leaderboard.space import find_space, read_space
-from recbole_llm.schema import load_yaml
+from recbole_llm.schema import load_yaml, properties_dir
 from recbole_llm.training import trainer
 from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run
@@ -186,6 +187,20 @@ def test_a_study_is_of_its_space_model_data_and_protocol(words: Callable[..., li
     (tmp_path / "quick.yaml").write_text(SPACE.replace("0.05,", "0.06,"), encoding="utf-8")
     others.append(mark())
     assert len({plain, *others}) == len(others) + 1
+
+
+def test_a_study_is_of_the_files_that_settings_name(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "space: {adapter_learning_rate: {low: 0.001, high: 0.01, log: true}}", encoding="utf-8"
+    )
+    shutil.copy(properties_dir() / "prompts" / "lcrec.yaml", tmp_path / "own.yaml")
+    words = ["--model=LCRec", "--dataset=tiny", f"--space={tmp_path / 'space.yaml'}", f"--output_dir={tmp_path}"]
+    words.append(f"--prompts={tmp_path / 'own.yaml'}")
+    before = read_arguments(words).mark
+    assert read_arguments(words).mark == before
+    with (tmp_path / "own.yaml").open("a", encoding="utf-8") as file:
+        file.write("# another\n")
+    assert read_arguments(words).mark != before
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

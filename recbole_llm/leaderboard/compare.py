@@ -145,8 +145,8 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
     """The settings that make two runs of a model seeds of one row rather than two rows."""
     config = result.get("config", {})
     settings = {key: value for key, value in config.items() if key not in NEUTRAL_KEYS and key != "seed"}
-    # A run of before a setting existed is a run without it.
-    return settings | {key: config[key] for key in MOVING if config.get(key)}
+    # A run of before a setting existed is a run without it. Searched settings of parts stand in no run's config.
+    return settings | {key: config[key] for key in (*MOVING, "tuned") if config.get(key)}
 
 
 def _differs(key: str, rivals: Sequence[dict[str, Any]]) -> bool:

@@ -38,8 +38,17 @@ def mark_of(config: Config, data: str, code: str) -> str:
     # A part has shipped settings of its own.
     parts = [config.part(part) for part in config.parts()]
     beneath: list[Any] = [part.stage_keys() for part in parts]
-    beneath += [[_named_by(one), code_mark(one.model_class)] for one in (config, *parts)]
+    beneath += [beneath_settings(one) for one in (config, *parts)]
     return fingerprint_of([config["model"], config["dataset"], final, data, code, beneath])
+
+
+def beneath_settings(config: Config) -> list[Any]:
+    """What a model's figures depend on that its settings only name: files, and code from elsewhere.
+
+    Args:
+        config: of a run, or of a part of one.
+    """
+    return [_named_by(config), code_mark(config.model_class)]
 
 
 def code_of_package() -> str:
@@ -66,12 +75,12 @@ def bytes_of(folder: Path, pattern: str = "*", leave_out: Sequence[str] = ()) ->
 def _named_by(config: Config) -> dict[str, Any]:
     """What is in the files that settings name: they may be written anew, and no setting tells of it."""
     final = config.final_config_dict
-    prompts = [str(final[key]) for key in ("prompts", "text_prompts") if final.get(key)]
+    prompts = [str(final[key]) for key in ("prompts", "text_prompts", "profile_prompts") if final.get(key)]
     files = [file_of(name) for given in prompts for name in (given, f"{given}-official")]
     found: dict[str, Any] = {file.name: _hash(file) for file in files if file.is_file()}
     for path in (Path(str(final[key])) for key in ("code_tokens", "continue_from") if final.get(key)):
         found[str(path)] = bytes_of(path) if path.is_dir() else _hash(path) if path.is_file() else None
-    return found | {"llm": _stamps_of(str(final.get("llm")))}
+    return found | {key: _stamps_of(str(final.get(key))) for key in ("llm", "text_llm")}
 
 
 def _stamps_of(llm: str) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from recbole_llm.config import INPUT_KEYS, Config
 from recbole_llm.errors import UserError
+from recbole_llm.leaderboard.marks import beneath_settings
 from recbole_llm.leaderboard.space import Space, find_space, read_space
 from recbole_llm.training.pipeline import TRAIN_VERSION, data_mark, prepared
 from recbole_llm.training.runs import writable
@@ -159,5 +160,6 @@ def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | Non
     inputs = {
         "space": space.as_plain(), "start": dict(start), "settings": keys, "parts": parts, "protocol": protocol,
         "moving": {key: base[key] for key in INPUT_KEYS}, "files": data_mark(base), "version": TRAIN_VERSION,
+        "beneath": [beneath_settings(one) for one in (base, *(base.part(part) for part in sorted(named)))],
     }  # fmt: skip
     return fingerprint_of(inputs), fingerprint_of(protocol)

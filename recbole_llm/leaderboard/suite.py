@@ -368,3 +368,5 @@ def _check_counts(cell: Cell, config: Config) -> None:
             f"{cell}: under policy: recbole nothing shows that two runs have one split, so no table counts them; "
             "see recbole-llm run"
         )
+    if config["eval_args"]["split"].get("LS") == "valid_only":
+        raise UserError(f"{cell}: a split without test rows (LS: valid_only) leaves a table nothing; hold one out")
