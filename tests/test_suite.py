@@ -29,6 +29,7 @@ STUDY: dict[str, Any] = {
 
 
 OF_T = {"source": "x", "beside": {"tiny": "T"}}
+OF_B = OF_T | {"rows": {"BPR": "B"}}
 
 
 def write(path: Path, **changes: Any) -> str:
@@ -230,6 +231,10 @@ def test_a_cell_names_the_models_that_it_trains_first(tmp_path: Path) -> None:
         ({"paper": ["glta"]}, "names the suite 'glta', which has no paper's figures of a row here"),
         ({"paper": ["glto"]}, "glta"),
         ({"paper": ["all"]}, "names the suite 'all', which names others in its turn; name those"),
+        ({"paper": OF_B | {"figures": {"T": None}}}, r"figures.T should read `row: \{metric"),
+        ({"paper": OF_B | {"figures": {"T": {"B": 0.1}}}}, "T.B should read `metric: figure`"),
+        ({"paper": OF_B | {"figures": {"T": {"B": {"ndcg@5": None}}}}}, "B.ndcg@5 should be a number"),
+        ({"paper": OF_B | {"figures": {"T": {"B": {"ndcg@5": "0.1*"}}}}}, "a number, but is '0.1"),
         ({"paper": {"sorce": "x"}}, "unknown key 'paper.sorce'; did you mean 'source'"),
         ({"paper": OF_T | {"rows": {"BRP": "B"}, "figures": {"T": {}}}}, "names 'BRP', which is no row"),
         ({"paper": OF_T | {"rows": {"BPR": "B"}, "figures": {"U": {}}}}, "figures has no 'T'"),

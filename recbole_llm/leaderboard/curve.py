@@ -120,9 +120,7 @@ def curve_of(table: Mapping[str, Any], setting: str, metrics: Sequence[str], met
         "setting": setting,
         "metrics": [name for name in metrics if any(name in point["metrics"] for line in lines for point in line)],
         "metric": metric.lower(),
-        "lines": [
-            {"name": name, "points": points} for name, points in zip(_names(lines, setting), lines, strict=True)
-        ],
+        "lines": [{"name": name, "points": points} for name, points in zip(_names(lines, setting), lines, strict=True)],
         "ticks": [{"value": value, "at": places[value]} for value in values],
         "scaled": scaled,
         "picture": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) ->
         rows: the suite's.
 
     Raises:
-        UserError: a key or a row is unknown.
+        UserError: a key or a row is unknown, or a figure is no number.
     """
     _check_kinds(path, paper)
     for key in ("source", "beside", "rows", "figures"):
@@ -35,6 +36,20 @@ def check_paper(path: str, paper: Mapping[str, Any], rows: Mapping[str, Any]) ->
     for data in paper["beside"].values():
         if data not in paper["figures"]:
             raise UserError(f"{path}: paper.figures has no '{data}'{did_you_mean(str(data), paper['figures'])}")
+    for data, rows_of in paper["figures"].items():
+        _check_figures(f"{path}: paper.figures.{data}", rows_of)
+
+
+def _check_figures(where: str, rows: Any) -> None:
+    if not isinstance(rows, Mapping):
+        raise UserError(f"{where} should read `row: {{metric: figure}}`, but is {rows!r}")
+    for row, cells in rows.items():
+        if not isinstance(cells, Mapping):
+            raise UserError(f"{where}.{row} should read `metric: figure`, but is {cells!r}")
+        for metric, figure in cells.items():
+            number = isinstance(figure, int | float) and not isinstance(figure, bool)
+            if not isinstance(metric, str) or not number or not math.isfinite(figure):
+                raise UserError(f"{where}.{row}.{metric} should be a number, but is {figure!r}")
 
 
 def _check_kinds(path: str, paper: Any) -> None:
@@ -98,7 +113,7 @@ def beside_paper(paper: Mapping[str, Any], dataset: str, table: Mapping[str, Any
     for name, over in paper.get("gains", ()):
         theirs, base = figures.get(paper["rows"].get(name), {}), figures.get(paper["rows"].get(over), {})
         for metric in theirs:
-            if metric in base:
+            if base.get(metric):
                 mine, other = ours.get(name, {}).get(metric), ours.get(over, {}).get(metric)
                 gains.append({
                     "name": name, "over": over, "metric": metric, "paper": theirs[metric] / base[metric] - 1,
