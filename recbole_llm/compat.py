@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from filelock import FileLock
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_llm.atomic import open_atomic
@@ -271,18 +272,32 @@ class AtomicMixin:
         It calls ``torch.distributed.barrier()`` without a process group, and asks a question where nobody
         may be there to answer.
         """
-        from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+        download(self.dataset_name, Path(self.dataset_path))  # type: ignore[attr-defined]
 
-        name, folder = self.dataset_name, self.dataset_path  # type: ignore[attr-defined]
-        where = f"put {name}.inter (and .item, .user) into {Path(folder).parent / name}/, or set --data_path"
-        try:
-            url = self._get_download_url("url")  # type: ignore[attr-defined]
-        except ValueError:
-            known = known_datasets(Path(folder).parent)
-            raise UserError(
-                f"no data set '{name}' in dataset/ or {Path(folder).parent}, and RecBole knows none of that name"
-                f"{did_you_mean(name, known)}; {where}"
-            ) from None
+
+def download(name: str, folder: Path) -> None:
+    """Fetch a data set that RecBole knows, whole or not at all; where another process does so, wait for it.
+
+    Args:
+        name: of the data set.
+        folder: where its files go.
+
+    Raises:
+        UserError: RecBole knows none of that name, or it cannot be fetched.
+    """
+    from recbole.utils.url import download_url, extract_zip, rename_atomic_files
+
+    where = f"put {name}.inter (and .item, .user) into {folder.parent / name}/, or set --data_path"
+    url = _urls().get(name)
+    if url is None:
+        raise UserError(
+            f"no data set '{name}' in dataset/ or {folder.parent}, and RecBole knows none of that name"
+            f"{did_you_mean(name, known_datasets(folder.parent))}; {where}"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder.with_name(f".{name}.lock"))):
+        if folder.is_dir():
+            return
         # Beside the others only when it is whole: an interrupted download must not look like a data set.
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -294,18 +309,23 @@ class AtomicMixin:
                 raise UserError(
                     f"data set '{name}' is not here and could not be downloaded ({error}); {where}"
                 ) from None
-            part = Path(folder).with_name(f"{name}.part")
+            part = folder.with_name(f"{name}.part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(scratch, part)
             part.rename(folder)
 
 
-def known_datasets(data_path: Path) -> set[str]:
-    """Names of the data sets that are here, that come with RecBole, or that it can download."""
+def _urls() -> dict[str, str]:
+    """Where RecBole's data sets can be fetched, by name."""
     import recbole
     import yaml
 
-    urls = Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml"
+    file = Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def known_datasets(data_path: Path) -> set[str]:
+    """Names of the data sets that are here, that come with RecBole, or that it can download."""
     folders = {Path("dataset"), Path(__file__).parent.parent / "dataset", data_path}
     here = {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()}
-    return here | {"ml-100k"} | set(yaml.safe_load(urls.read_text(encoding="utf-8")))
+    return here | {"ml-100k"} | set(_urls())

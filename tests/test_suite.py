@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SHARED
+from recbole.utils import url
 
+from recbole_llm.compat import download
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.marks import code_of_package
 from recbole_llm.leaderboard.paper import beside_paper
@@ -168,6 +172,40 @@ def test_marks_follow_the_files_that_settings_name(tmp_path: Path, monkeypatch: 
         after = marks()
         assert {row for row in rows if after[row] != before[row]} == moved
         before = after
+
+
+def test_data_that_are_missing_are_fetched_once_and_before_marks_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+        archive.writestr("ml-1m.inter", "user_id:token\titem_id:token\ttimestamp:float\n1\t1\t1\n")
+    monkeypatch.setattr("recbole_llm.compat._urls", lambda: {"ml-1m": (tmp_path / "ml-1m.zip").as_uri()})
+    fetched, fetch = [], url.download_url
+    monkeypatch.setattr(url, "download_url", lambda *given: fetched.append(given) or fetch(*given))
+
+    def marks(fetch: bool = True, **row: Any) -> list[str]:
+        rows = {"EASE": {"model": "EASE"}, "BPR": {"model": "BPR", **row}}
+        suite = suite_of({"datasets": ["ml-1m"], "rows": rows, "settings": {"data_path": str(tmp_path / "data")}}, "s")
+        return [cell.mark for cell in marked(suite, tmp_path, [], {}, fetch=fetch)]
+
+    nothing = marks(fetch=False)
+    with pytest.raises(UserError, match="unknown setting 'epoch'"):
+        marks(epoch=3)
+    assert not fetched and not (tmp_path / "data").exists()
+    first = marks()
+    assert first == marks() != nothing and len(fetched) == 1
+    assert [file.name for file in (tmp_path / "data" / "ml-1m").iterdir()] == ["ml-1m.inter"]
+    # Runs side by side wait for whoever came first.
+    shutil.rmtree(tmp_path / "data" / "ml-1m")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: download("ml-1m", tmp_path / "data" / "ml-1m"), range(4)))
+    assert len(fetched) == 2 and first == marks()
+    with pytest.raises(UserError, match="RecBole knows none of that name"):
+        download("ml-2m", tmp_path / "data" / "ml-2m")
+    (tmp_path / "ml-1m.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        download("ml-1m", tmp_path / "other" / "ml-1m")
+    assert not (tmp_path / "other" / "ml-1m").exists()
 
 
 def test_marks_follow_the_code_that_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

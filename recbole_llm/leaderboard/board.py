@@ -99,7 +99,7 @@ def leaderboard(arguments: Sequence[str], say: Callable[[str], None] | None = No
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     asked = asked_for(arguments)
-    cells = marked(asked.suite, asked.folder, asked.command_line, asked.of_row)
+    cells = marked(asked.suite, asked.folder, asked.command_line, asked.of_row, fetch=True)
     study = Study(cells, asked.folder, asked.suite.metric, asked.only)
     writable(asked.folder / "cells" / "any", "--output")
     _run_missing(study, asked, say)

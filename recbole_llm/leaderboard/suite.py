@@ -14,7 +14,7 @@ from typing import Any
 
 from recbole.evaluator import smaller_metrics
 
-from recbole_llm.compat import known_datasets
+from recbole_llm.compat import download, known_datasets
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.choice import choices_of, label
@@ -293,7 +293,9 @@ def arguments_of(cell: Cell, command_line: Sequence[str], of_row: Mapping[str, S
     return [argument for argument in command_line if argument.partition("=")[0] not in keys] + own
 
 
-def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]]) -> list[Cell]:
+def marked(
+    suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapping[str, Sequence[str]], fetch: bool = False
+) -> list[Cell]:
     """The cells, every one's settings checked, with the marks that their results are found by.
 
     Where anything that a mark is of changes (see :func:`recbole_llm.leaderboard.marks.mark_of`), the cell is measured
@@ -304,6 +306,7 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         folder: where its runs go.
         command_line: ``--key=value`` settings of every cell.
         of_row: more of them, by row.
+        fetch: download data sets that are missing and that RecBole knows, once all cells are seen to be in order.
 
     Raises:
         UserError: a cell's model does not take a setting, or does not measure the suite's metric; the cell is named.
@@ -311,8 +314,9 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
     """
     code = code_of_package()
     check_larger_is_better(suite.metric)
-    data: dict[Path, str] = {}
-    cells, configs = [], []
+    sources: dict[Path, str] = {}
+    cells: list[Cell] = []
+    configs = []
     for cell in cells_of(suite):
         settings = {"output_dir": str(folder / "saved"), **cell.settings}
         model = settings.pop("model")
@@ -329,15 +333,22 @@ def marked(suite: Suite, folder: Path, command_line: Sequence[str], of_row: Mapp
         if f"{name}@{k}".lower() not in measured:
             raise UserError(f"{cell}: metric {suite.metric} is not among {config['metrics']} at {config['topk']}")
         source = Path(config["data_path"])
-        if source not in data:
-            known = set() if source.is_dir() else known_datasets(source.parent)
-            if not source.is_dir() and cell.dataset not in known:
-                raise UserError(f"{cell}: there is no data set {source}{did_you_mean(cell.dataset, known)}")
-            data[source] = bytes_of(source)
+        if source not in sources and not source.is_dir() and cell.dataset not in known_datasets(source.parent):
+            near = did_you_mean(cell.dataset, known_datasets(source.parent))
+            raise UserError(f"{cell}: there is no data set {source}{near}")
+        sources[source] = cell.dataset
         parts = tuple(config[part] for part in config.parts())
-        mark = mark_of(config, data[source], code)
-        cells.append(replace(cell, settings={**settings, "model": model}, parts=parts, mark=mark))
+        cells.append(replace(cell, settings={**settings, "model": model}, parts=parts))
         configs.append(config)
+    for source, name in sources.items():
+        # Now, as marks are of the files, and runs side by side would each see that they are missing.
+        if fetch and not source.is_dir():
+            download(name, source)
+    data = {source: bytes_of(source) for source in sources}
+    cells = [
+        replace(cell, mark=mark_of(config, data[Path(config["data_path"])], code))
+        for cell, config in zip(cells, configs, strict=True)
+    ]
     _check_apart(cells)
     if suite.curve:
         check_curve_of(suite.curve, configs)
