@@ -7,6 +7,7 @@ shifted silently. Here every field is what stands between two separators, and a 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from dataclasses import dataclass
@@ -112,12 +113,21 @@ def open_atomic(path: Path, separator: str = "\t", encoding: str = "utf-8") -> A
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise UserError(f"encoding: there is no '{encoding}', e.g. utf-8 or latin-1") from None
+    if len(separator) != 1 or separator in "\r\n":
+        raise UserError(f"field_separator should be one character, but is {separator!r}")
     data = path.read_bytes()
     try:
-        data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: byte {data[error.start]:#04x} is no {encoding} text") from None
+    if "\0" in text:
+        # Whoever reads it after this would end the field there, and ids that differ behind it would be one.
+        raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a null character in a field")
     header = data.split(b"\n", 1)[0].decode(encoding).lstrip("\ufeff").rstrip("\r")
     names, types = _parse_header(path, header, separator)
     _check_rows(path, data, separator.encode(encoding), len(names))

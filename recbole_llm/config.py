@@ -21,12 +21,13 @@ from recbole.utils import ModelType  # noqa: E402
 from recbole.utils.argument_list import dataset_arguments  # noqa: E402
 
 from recbole_llm import processes, products, registry  # noqa: E402
-from recbole_llm.config_checks import check_eval_args, check_intervals, check_metrics  # noqa: E402
+from recbole_llm.config_checks import check_columns, check_eval_args, check_intervals, check_metrics  # noqa: E402
 from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
-from recbole_llm.refusals import check_runs, with_columns  # noqa: E402
+from recbole_llm.named_files import check_weights  # noqa: E402
+from recbole_llm.refusals import check_models_own, check_runs, check_unread, with_columns  # noqa: E402
 from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
 
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
@@ -130,9 +131,12 @@ class Config(StrictSettings, RecBoleConfig):
     def _merge_external_config_dict(self) -> None:
         super()._merge_external_config_dict()
         files = self.external_config_dict.pop("config_files", None)
-        if isinstance(files, str):
+        if files:
             # Files named on the command line lie below the dict, as in RecBole's run_recbole.py.
-            self.file_config_dict.update(self._load_config_files(files.split()))
+            names = files.split() if isinstance(files, str) else files
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise UserError(f"config_files should be a list of files, but is {files!r}")
+            self.file_config_dict.update(self._load_config_files(names))
             self.external_config_dict = self.file_config_dict | self.variable_config_dict | self.cmd_config_dict
             self.external_config_dict.pop("config_files", None)
 
@@ -145,8 +149,10 @@ class Config(StrictSettings, RecBoleConfig):
             raise UserError(f"no {missing} is named; add --{missing}=NAME (recbole-llm models lists the models)")
         if not isinstance(dataset, str):
             raise UserError(f"dataset should be a name, but is {dataset!r}")
-        if not isinstance(model, str):
+        if isinstance(model, type):
             return model.__name__, model, dataset
+        if not isinstance(model, str):
+            raise UserError(f"model should be a name or a class, but is {model!r}")
         model = registry.variant_of(model, given)
         check_runs(model, given.get("policy"))
         model_class = registry.class_of(model, given)
@@ -299,6 +305,10 @@ class Config(StrictSettings, RecBoleConfig):
         check_metrics(self.final_config_dict)
         check_eval_args(self.final_config_dict, self.dataset)
         check_intervals(self.final_config_dict)
+        check_columns(self.final_config_dict)
+        check_unread(self.external_config_dict)
+        check_models_own(self.model, self.final_config_dict)
+        check_weights(self.final_config_dict)
         products.use(final["cpu_products"])
         super()._set_default_parameters()
         final["checkpoint_dir"] = str(final["output_dir"])

@@ -33,6 +33,8 @@ def check_metrics(final: dict[str, Any]) -> None:
             raise UserError(f"unknown metric '{metric}'{did_you_mean(str(metric), metric_types)}")
         if final["policy"] == "unified" and metric_types[metric.lower()] != EvaluatorType.RANKING:
             raise UserError(f"metric '{metric}' judges ratings, not rankings; it works under policy: recbole only")
+    if not final["topk"]:
+        raise UserError("topk is empty; a run keeps the first K items of every user, e.g. topk: [10]")
     for k in final["topk"]:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise UserError(f"topk should hold whole numbers of 1 or more, but has {k!r}")
@@ -69,6 +71,27 @@ def check_negatives(model: str, kind: Any, given: Mapping[str, Any], loss: Any) 
     pairwise = loss != "CE" and getattr(kind, "input_type", by_loss) == InputType.PAIRWISE
     if pairwise and (asked is None or asked.get("distribution") == "none"):
         raise UserError(f"{model} learns from negatives, and train_neg_sample_args would draw none")
+    if asked and asked.get("dynamic") and not asked.get("candidate_num"):
+        raise UserError("train_neg_sample_args: dynamic takes the hardest of candidate_num negatives; set that above 0")
+
+
+def check_columns(final: Mapping[str, Any]) -> None:
+    """``load_col`` and ``unload_col`` are lists of columns, ``seq_len`` holds lengths.
+
+    Args:
+        final: the run's settings.
+
+    Raises:
+        UserError: they are not.
+    """
+    for key in ("load_col", "unload_col"):
+        for suffix, columns in (final.get(key) or {}).items():
+            named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+            if columns is not None and columns != "*" and not named:
+                raise UserError(f"{key}.{suffix} should be a list of columns, but is {columns!r}")
+    for column, length in (final.get("seq_len") or {}).items():
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise UserError(f"seq_len.{column} should be a whole number of 1 or more, but is {length!r}")
 
 
 def check_table(part: str, name: str, kind: Any, items_only: bool) -> None:
@@ -157,8 +180,8 @@ def check_eval_args(final: dict[str, Any], dataset: str) -> None:
     _one_of("eval_args.order", args["order"], ("TO", "RO"))
     args["group_by"] = args["group_by"] or "none"
     _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
-    modes = set(args["mode"].values()) if isinstance(args["mode"], dict) else {args["mode"]}
-    if modes != {"full"}:
+    modes = list(args["mode"].values()) if isinstance(args["mode"], dict) else [args["mode"]]
+    if any(mode != "full" for mode in modes):
         raise UserError(
             "eval_args.mode should be full: everything is ranked on the whole catalogue "
             f"(sampled candidates, {args['mode']!r}, work under policy: recbole)"

@@ -33,6 +33,55 @@ def check_runs(model: str, policy: Any) -> None:
         raise UserError(f"{model} needs the package '{PACKAGES[model]}', which is not installed; {_WITHOUT}")
 
 
+# KD_DAGFM evaluates the name of its teacher as Python.
+_TEACHERS = ("CIN", "CINComp", "CrossNet", "DAGFM")
+# Settings of RecBole's that nothing here reads, and what does what they promise.
+_UNREAD = {
+    "device": "say gpu_id, or gpu_id= and nothing for the CPU",
+    "nproc": "start the run with accelerate launch --num_processes=N",
+    "save_dataset": "a run keeps its split's fingerprint, and its data are not pickled",
+    "dataset_save_path": "a run keeps its split's fingerprint, and its data are not pickled",
+    "save_dataloaders": "a run keeps its split's fingerprint, and its data are not pickled",
+    "dataloaders_save_path": "a run keeps its split's fingerprint, and its data are not pickled",
+}
+
+
+def check_unread(given: Mapping[str, Any]) -> None:
+    """Refuse settings that would be ignored.
+
+    Args:
+        given: what the user has set.
+
+    Raises:
+        UserError: one of them is set, to something.
+    """
+    for key, instead in _UNREAD.items():
+        one_process = key == "nproc" and given.get(key) == 1
+        if given.get(key) and not one_process:
+            raise UserError(f"{key} is not read here; {instead}")
+
+
+def check_models_own(model: str, final: Mapping[str, Any]) -> None:
+    """Refuse what a model of RecBole would run as code, or cannot do without a package that nothing here installs.
+
+    Args:
+        model: its name.
+        final: the run's settings.
+
+    Raises:
+        UserError: there is such a setting.
+    """
+    if final.get("learner") == "sparse_adam":
+        raise UserError("learner: sparse_adam steps on sparse gradients, and no model here has any; take adam")
+    if model == "KD_DAGFM" and final.get("teacher") not in _TEACHERS:
+        raise UserError(f"teacher should be one of {', '.join(_TEACHERS)}, but is {final.get('teacher')!r}")
+    if model == "LDiffRec" and (final.get("n_cate") or 1) > 1:
+        raise UserError(
+            "n_cate above 1 needs the package 'kmeans_pytorch' and reads item embeddings from a pickle, which may run "
+            "anything; set n_cate: 1"
+        )
+
+
 def with_columns(model_class: Any, settings: Mapping[str, Any], load_col: Any) -> Any:
     """``load_col`` with what a model reads beyond interactions, where a data set's shipped settings leave it out.
 

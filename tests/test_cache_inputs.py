@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 from conftest import small_ml100k
 
+from recbole_llm.config import Config
 from recbole_llm.errors import UserError
 from recbole_llm.training import trainer as trainer_module
+from recbole_llm.training.pipeline import code_mark, data_mark
 from recbole_llm.training.runs import run
 
 Settings = Callable[..., dict[str, Any]]
@@ -51,11 +55,54 @@ def test_changed_data_is_another_stage_and_unchanged_data_is_not(
     assert trained(run("BPR", "small", config_dict=settings))
 
 
+def test_weights_to_begin_with_are_told_by_their_content(settings_of: Settings, tmp_path: Path) -> None:
+    def mark() -> str:
+        config = Config("NAIS", "small", config_dict=settings_of(pretrain_path=str(tmp_path / "begin.pth")))
+        return data_mark(config)
+
+    (tmp_path / "begin.pth").write_bytes(b"one")
+    first = mark()
+    assert mark() == first
+    (tmp_path / "begin.pth").write_bytes(b"two")
+    assert mark() != first != data_mark(Config("NAIS", "small", config_dict=settings_of()))
+
+
+def test_data_of_any_name_are_told_by_their_content(settings_of: Settings, tmp_path: Path) -> None:
+    folder = small_ml100k(tmp_path / "data") / "small"
+    folder.rename(folder.with_name("a[1]"))
+    file = folder.with_name("a[1]") / "small.inter"
+    file = file.rename(file.with_name("a[1].inter"))
+    config = Config("BPR", "a[1]", config_dict=settings_of(data_path=str(tmp_path / "data")))
+    first = data_mark(config)
+    head, *rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([head, *rows[::-1]]) + "\n", encoding="utf-8")
+    assert data_mark(config) != first
+
+
+@pytest.mark.parametrize("edited", ["base", "beside"])
+def test_a_model_of_ones_own_is_all_that_its_files_hold(
+    edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "base": "from recbole.model.general_recommender.bpr import BPR\nclass Base(BPR):\n    factor = 1\n",
+        "beside": "from base_of_mine import Base\nFACTOR = 1\nclass Mine(Base):\n    pass\n",
+    }
+    names = {"base": "base_of_mine", "beside": "all_of_mine"}
+    for name, text in files.items():
+        (tmp_path / f"{names[name]}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module("all_of_mine").Mine
+    first = code_mark(mine)
+    assert first is not None and code_mark(mine) == first
+    (tmp_path / f"{names[edited]}.py").write_text(files[edited].replace("= 1", "= 2"), encoding="utf-8")
+    assert code_mark(mine) != first
+    for name in names.values():
+        del sys.modules[name]
+
+
 def test_an_edited_model_of_ones_own_is_another_stage(
     settings_of: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
     module = tmp_path / "mine.py"
     text = "from recbole.model.general_recommender.bpr import BPR\nclass Mine(BPR):\n    sign = {sign}\n"
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_ml100k
+from conftest import ROOT, small_ml100k
 
 from recbole_llm.cli import main
 from recbole_llm.config import Config
+from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.errors import UserError
 from recbole_llm.training.runs import run
 
@@ -54,6 +57,25 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--seed=99999999999999999999"], ["seed should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--topk=[10,1000]"], ["1000 items, but only 80"]),
         (["run", "--model=BPR", "--dataset=tiny", "--eval_args={split: {RS: [0.8, 0.1, .inf]}}"], ["three shares"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--encoding=utf8x"], ["there is no 'utf8x'"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--field_separator=::"], ["should be one character", "'::'"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--field_separator="], ["should be one character"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--learner=sparse_adam"], ["sparse gradients", "take adam"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--topk=[]"], ["topk is empty"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--eval_args={mode: [full]}"], ["whole catalogue"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--load_col={inter: 5}"], ["load_col.inter should be a list"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--seq_len={title: x}"], ["seq_len.title should be a whole number"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--device=cuda:3"], ["device is not read here", "gpu_id"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--nproc=4"], ["nproc is not read here", "accelerate launch"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--save_dataset=true"], ["save_dataset is not read here"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--policy=recbole", "--dataloaders_save_path=x"], ["not read here"]),
+        (["run", "--model=NAIS", "--dataset=tiny", "--pretrain_path=no.pth"], ["pretrain_path: there is no file no"]),
+        (["run", "--model=LDiffRec", "--dataset=tiny", "--n_cate=2"], ["n_cate above 1", "pickle"]),
+        (
+            ["run", "--model=BPR", "--dataset=tiny",
+             "--train_neg_sample_args={distribution: uniform, sample_num: 1, dynamic: true}"],
+            ["candidate_num"],
+        ),
         (["run", "--model=GLTA", "--dataset=tiny", "--llm_quantization=nf4"], ["bitsandbytes"]),
         (["run", "--model=GLTA", "--dataset=tiny", "--graph_model=GLTA"], ["graph_model should be"]),
         (["run", "--model=GLTA", "--dataset=tiny", "--graph_model.eval_args={order: RO}"], ["LightGCN on another"]),
@@ -88,6 +110,50 @@ def test_values_are_yaml_and_never_python() -> None:
     )
     assert config["topk"] == [3, 7]
     assert "__import__" in str(config.external_config_dict["data_path"])
+
+
+@pytest.mark.parametrize("place", ["beside the data", "command line"])
+def test_a_teacher_is_a_name_and_no_python(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "dataset" / "tiny", tmp_path / "dataset" / "mine")
+    for file in (tmp_path / "dataset" / "mine").glob("tiny.*"):
+        file.rename(file.with_name(f"mine{file.suffix}"))
+    code = f"open('{tmp_path / 'evaluated'}', 'w')"
+    given = ["run", "--model=KD_DAGFM", "--dataset=mine", "--policy=recbole", "--metrics=[AUC]", "--valid_metric=AUC"]
+    if place == "command line":
+        given.append(f"--teacher={code}")
+    else:
+        (tmp_path / "dataset" / "mine" / "mine.yaml").write_text(f'teacher: "{code}"\n', encoding="utf-8")
+    assert "teacher should be one of" in refused(capsys, *given)
+    assert not (tmp_path / "evaluated").exists()
+
+
+def test_loaders_of_an_earlier_run_are_not_unpickled(tmp_path: Path, small_data: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(tmp_path / "unpickled"), "w")
+
+    path = tmp_path / "small-for-BPR-dataloader.pth"
+    path.write_bytes(pickle.dumps([(Evil(), None)] * 3))
+    config = Config("BPR", "small", config_dict={
+        "policy": "recbole", "output_dir": str(tmp_path), "data_path": str(small_data), "gpu_id": "",
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    })  # fmt: skip
+    train_data, _, _ = data_preparation(config, create_dataset(config))
+    assert len(train_data) and not (tmp_path / "unpickled").exists()
+
+
+def test_settings_files_are_a_list_or_words(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 7\n", encoding="utf-8")
+    for files in (str(tmp_path / "a.yaml"), [str(tmp_path / "a.yaml")]):
+        assert Config("BPR", "tiny", config_dict={"config_files": files})["epochs"] == 7
+    for files in ([str(tmp_path / "b.yaml")], [3]):
+        with pytest.raises(UserError, match=r"b\.yaml does not exist|should be a list of files"):
+            Config("BPR", "tiny", config_dict={"config_files": files})
+    with pytest.raises(UserError, match="model should be a name or a class, but is 5"):
+        Config(5, "tiny")
 
 
 def test_a_missing_llm_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -127,6 +193,7 @@ def broken(tmp_path: Path, change: Any) -> dict[str, Any]:
         (lambda lines: [lines[0].replace("user_id:token", "uesr_id:token"), *lines[1:]], r"'user_id'.*mean 'uesr_id'"),
         (lambda lines: [lines[0].replace(":float", ""), *lines[1:]], r"line 1: column 'rating' should read name:type"),
         (lambda lines: [*lines[:5], "1\t2\t3\t", *lines[6:]], r"1 interactions have no timestamp"),
+        (lambda lines: [*lines[:5], "1\0a\t2\t3\t4", *lines[6:]], r"line 6: a null character"),
     ],
 )  # fmt: skip
 def test_a_broken_atomic_file_is_named_by_line_and_column(tmp_path: Path, change: Any, words: str) -> None:

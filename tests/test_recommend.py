@@ -618,6 +618,12 @@ def test_without_titles_ids_stand_alone(output: Path) -> None:
     assert told.splitlines()[1].split() == ["rank", "item", "score"] and len(told.splitlines()) == 13
 
 
+def test_titles_that_cannot_be_read_leave_ids(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = run("Pop", "tiny", config_dict=settings_of("Pop", output, item_text="{nowhere}"))
+    told = recommend([f"--run={Path(result['result_file']).parent}", "--user=u3"])
+    assert told.splitlines()[1].split() == ["rank", "item", "score"] and "shown by their ids" in caplog.text
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "says"),

@@ -66,8 +66,11 @@ def data_preparation(config: Any, dataset: Any) -> tuple[Any, Any, Any]:
         rows are train rows.
     """
     if config["policy"] == "recbole":
+        from recbole.data import utils
         from recbole.data.utils import data_preparation as stock
 
+        # It would unpickle whatever lies at the path that it takes for loaders of an earlier run.
+        utils.load_split_dataloaders = lambda config: None
         with compat.recbole_says():
             return stock(config, dataset)
     from recbole_llm.data.loaders import make_loaders

@@ -9,6 +9,7 @@ from typing import Any
 
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.data.templates import file_of
+from recbole_llm.named_files import hash_of, weights_of
 from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.store import fingerprint_of
 
@@ -68,7 +69,7 @@ def bytes_of(folder: Path, pattern: str = "*", leave_out: Sequence[str] = ()) ->
     for file in sorted(folder.glob(pattern)):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and not name.startswith(tuple(leave_out)):
-            digest.update(f"{name} {_hash(file)}\n".encode())
+            digest.update(f"{name} {hash_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -77,9 +78,10 @@ def _named_by(config: Config) -> dict[str, Any]:
     final = config.final_config_dict
     prompts = [str(final[key]) for key in ("prompts", "text_prompts", "profile_prompts") if final.get(key)]
     files = [file_of(name) for given in prompts for name in (given, f"{given}-official")]
-    found: dict[str, Any] = {file.name: _hash(file) for file in files if file.is_file()}
+    found: dict[str, Any] = {file.name: hash_of(file) for file in files if file.is_file()}
+    found |= {key: hash_of(file) for key, file in weights_of(final).items()}
     for path in (Path(str(final[key])) for key in ("code_tokens", "continue_from") if final.get(key)):
-        found[str(path)] = bytes_of(path) if path.is_dir() else _hash(path) if path.is_file() else None
+        found[str(path)] = bytes_of(path) if path.is_dir() else hash_of(path) if path.is_file() else None
     return found | {key: _stamps_of(str(final.get(key))) for key in ("llm", "text_llm")}
 
 
@@ -87,8 +89,3 @@ def _stamps_of(llm: str) -> list[list[Any]]:
     """Names, sizes and times of the files of a language model's folder, whose bytes are too many; none for a name."""
     files = sorted(path for path in Path(llm).glob("*") if path.is_file()) if Path(llm).is_dir() else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

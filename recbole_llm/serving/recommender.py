@@ -355,9 +355,17 @@ def _titles(config: Any, new_items: Path | None) -> dict[str, str]:
     if not config["item_text"]:
         return titles
     for file in [path for path in (own, new_items) if path is not None and (path.is_file() or path is new_items)]:
-        found = read_titles(
-            file, config["ITEM_ID_FIELD"], config["item_text"], config["field_separator"], config["encoding"] or "utf-8"
-        )
+        try:
+            found = read_titles(
+                file, config["ITEM_ID_FIELD"], config["item_text"], config["field_separator"],
+                config["encoding"] or "utf-8",
+            )  # fmt: skip
+        except UserError as error:
+            # They are only shown, and a model that reads no text runs without.
+            if file is new_items:
+                raise
+            logger.warning("items are shown by their ids: %s", error)
+            continue
         titles = found | titles
     return titles
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 import inspect
 import logging
@@ -21,6 +22,7 @@ from recbole_llm.data.loaders import make_loaders
 from recbole_llm.data.phases import TRAIN
 from recbole_llm.disk import remove
 from recbole_llm.errors import UserError
+from recbole_llm.named_files import hash_of, weights_of
 from recbole_llm.refusals import check_sizes
 from recbole_llm.training.state import RESUME_FILE, WEIGHTS
 from recbole_llm.training.store import Stage, StageStore
@@ -270,7 +272,7 @@ def _train(
 
 
 def data_mark(config: Config) -> str:
-    """SHA-256 of the atomic files that a model reads.
+    """SHA-256 of the atomic files that a model reads, and of weights that it begins with.
 
     The split's fingerprint says who did what when, and nothing of ratings, features, or the order of the rows, which
     internal ids (and so the rows of every weight) follow.
@@ -279,22 +281,30 @@ def data_mark(config: Config) -> str:
     suffixes = ("inter", "user", "item", "kg", "link", "net") if loaded is None else tuple(loaded)
     digest = hashlib.sha256()
     for suffix in sorted({*suffixes, *(config["additional_feat_suffix"] or ())}):
-        for file in sorted(Path(config["data_path"]).glob(f"{config['dataset']}*.{suffix}")):
-            with file.open("rb") as stream:
-                digest.update(f"{suffix} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        for file in sorted(Path(config["data_path"]).glob(f"{glob.escape(config['dataset'])}*.{suffix}")):
+            digest.update(f"{suffix} {hash_of(file)}\n".encode())
+    for key, file in weights_of(config.final_config_dict).items():
+        digest.update(f"{key} {hash_of(file)}\n".encode())
     return digest.hexdigest()
 
 
-def code_mark(model_class: type) -> str | None:
-    """SHA-256 of a user's own model class, which may be edited between runs; ``None`` for RecBole's and ours.
+# Whose versions do not change from run to run, or whose code has a version of its own in the fingerprints.
+_INSTALLED = frozenset({"recbole", "recbole_llm", "torch", "builtins", "abc", "typing"})
 
-    Of a class that is made around another one it is the other's.
+
+def code_mark(model_class: type) -> str | None:
+    """SHA-256 of the files of a user's own model, which may be edited between runs; ``None`` for RecBole's and ours.
+
+    They are those of its class and of its bases, whole, as a class reads what stands beside it. Of a class that is made
+    around another one it is the other's.
     """
     model_class = getattr(model_class, "wrapped", model_class)
-    if model_class.__module__.startswith(("recbole.", "recbole_llm.")):
+    own = [kind for kind in model_class.__mro__ if kind.__module__.partition(".")[0] not in _INSTALLED]
+    if not own:
         return None
     try:
-        return hashlib.sha256(inspect.getsource(model_class).encode()).hexdigest()
+        files = sorted({inspect.getfile(kind) for kind in own})
+        return hashlib.sha256("".join(hash_of(Path(file)) for file in files).encode()).hexdigest()
     except (OSError, TypeError):
         # Typed into an interpreter: nothing tells whether it changed, so it is never found again.
         return uuid.uuid4().hex
