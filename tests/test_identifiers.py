@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -305,3 +306,31 @@ def test_given_tokens_that_leak_are_known_as_such(tmp_path: Path) -> None:
     assert taken.tokens.fingerprint() == made.tokens.fingerprint()
     with pytest.raises(UserError, match="do not leak"):
         tokenized(quick(tmp_path, code_tokens=str(plain.stage.folder), leaking_ids=True))
+
+
+def test_given_tokens_that_are_a_language_models_own_are_refused(tmp_path: Path) -> None:
+    """Another language model has other words at these numbers."""
+    pieces = tokenized(quick(tmp_path / "made", item_tokens="random", id_spelling="pieces")).stage.folder
+    raw_ids = create_dataset(Config("SASRecCodes", "tiny", config_dict=quick(tmp_path))).field2id_token["item_id"]
+    titles = tmp_path / "titles"
+    titles.mkdir()
+    ItemTokens.from_sequences([[], *([item] for item in range(1, 81))], 0, raw_ids.tolist()).save(titles)
+    for folder in (pieces, titles):
+        with pytest.raises(UserError, match="tokens of the language model that they were made with") as caught:
+            tokenized(quick(tmp_path / "taken", code_tokens=str(folder)))
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not list((tmp_path / "taken").rglob("stage.json"))
+
+
+@pytest.mark.parametrize("method", ["raw", "random"])
+def test_equal_ids_of_other_rows_are_told_from_them(method: str, tmp_path: Path) -> None:
+    """A run finds no stage that says of its tokens that they are made from another's rows."""
+    plain, merged = (tokenized(quick(tmp_path, item_tokens=method, merge_valid=merge)) for merge in (False, True))
+    assert plain.sources.seen.tolist() == merged.sources.seen.tolist()
+    assert plain.tokens.fingerprint() == merged.tokens.fingerprint()
+    rows = [json.loads((made.stage.folder / ORIGIN).read_text())["train"] for made in (plain, merged)]
+    assert rows[0] < rows[1]
+    # Handed on, they are taken for what they are.
+    with pytest.raises(UserError, match="made from other train rows"):
+        tokenized(quick(tmp_path, code_tokens=str(plain.stage.folder), merge_valid=True))
+    assert tokenized(quick(tmp_path, code_tokens=str(merged.stage.folder), merge_valid=True)).tokens.n_items == 81
