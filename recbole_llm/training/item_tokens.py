@@ -16,7 +16,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.data.phases import TRAIN
+from recbole_llm.data.phases import TRAIN, VALID
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid import quality
@@ -128,6 +128,13 @@ def tokenize_items(
     given = known = None
     if config["code_tokens"] is not None:
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
+        if known and config["refit_on_valid"] and dataset.split.count(VALID):
+            # The second training has other train rows; it would refuse them once the first is done.
+            raise UserError(
+                f"refit_on_valid: true trains again on train + valid rows, and the item tokens in "
+                f"{config['code_tokens']} were made from train rows alone; leave code_tokens out, so that they are "
+                "made anew, or set refit_on_valid: false"
+            )
     sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
         keys = {
