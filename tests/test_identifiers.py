@@ -22,7 +22,7 @@ from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
 from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, spelled
+from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, of_pieces, spelled
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.spectral import cluster_paths, co_occurrence
 from recbole_llm.training.identifiers import METHODS
@@ -72,6 +72,19 @@ def test_named_tokens_are_kept_whole(tmp_path: Path) -> None:
     for wrong, says in (([[0], [1]], "padding"), ([[], [3]], "not among 3"), ([[], [-1]], "not among 3")):
         with pytest.raises(ValueError, match=says):
             ItemTokens.named(wrong, made.names)
+
+
+def test_a_number_that_has_no_token_is_told_and_the_padding_item_needs_none() -> None:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[int(digit) for digit in text if digit != "0"] for text in texts]
+
+    numbers = spelled(np.array([3, 1, 2]))
+    assert numbers == ["", "1", "2", "0"]
+    with pytest.raises(UserError, match="no token for '0', the number of item 'c'; set id_spelling: digits") as caught:
+        of_pieces(numbers, encode, lambda used: list(map(str, used)), ["[PAD]", "a", "b", "c"])
+    assert "\n" not in str(caught.value)
+    made = of_pieces(["", "1", "2", "12"], encode, lambda used: list(map(str, used)))
+    assert made.lengths.tolist() == [0, 1, 1, 2]
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------

@@ -275,6 +275,11 @@ def test_models_that_need_a_causal_one_refuse_it(model: str, tmp_path: Path, fol
     ("more", "words"),
     [
         ({"tasks": [SEQUENTIAL, NEGATIVE]}, "prompts: ~ has no words that tell the task negative from sequential"),
+        (
+            {"item_tokens": "random", "id_spelling": "pieces"},
+            "user_tokens: 20 adds tokens to the vocabulary, and id_spelling: pieces takes the language model's own "
+            "alone; set user_tokens: 0",
+        ),
         ({"prompts": "aligntokenrec"}, "prompts: TIGER tells of the user in every template"),
         ({"ranking": "full"}, "ranking: full needs a causal language model, and this one has an encoder"),
         ({"text_llm": "nowhere/at all"}, "llm 'nowhere/at all': no such folder"),
