@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from recbole_llm import registry
 from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings, make_embedded_t5
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.config import Config
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.tca4rec import TCA4Rec
@@ -102,6 +104,21 @@ def test_what_is_asked_is_what_was_trained(folder: Path) -> None:
         items = interaction["item_id_list"][row, : int(interaction["item_length"][row])][-length:].tolist()
         shown = [2 + token for item in items for token in tokens().of(item)]
         assert asked[row] == [user_token(made, user), *shown, made.backbone.eos_id]
+
+
+def test_the_only_user_there_is_opens_every_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = dataset()
+    alone = SimpleNamespace(
+        num={"user_id": 2, "item_id": N_ITEMS}.get,
+        train_histories=Histories(many.train_histories.offsets[:3], many.train_histories.of(1)),
+        field2id_token={"user_id": many.field2id_token["user_id"][:2]},
+    )
+    monkeypatch.setattr(sys.modules[__name__], "dataset", lambda: alone)
+    made = build(folder)
+    assert made._opening() == [user_token(made, 1)]
+    assert made.full_sort_predict(users(1)).isfinite().sum() == N_ITEMS - 1
+    monkeypatch.setattr(sys.modules[__name__], "dataset", lambda: many)
+    assert not build(folder)._opening()
 
 
 def test_every_task_tells_of_the_user_whose_item_it_asks_for(tmp_path: Path) -> None:
