@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.load import load_backbone, load_with_head
 from recbole_llm.config import Config
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.prompts import Ragged
@@ -34,6 +35,7 @@ from recbole_llm.schema import Loader, properties_dir
 from recbole_llm.tasks import TaskTexts, known_tasks, number
 from recbole_llm.tasks.behaviour import NEGATIVE, SEQUENTIAL
 from recbole_llm.tasks.language import QUERY, TEXT
+from recbole_llm.training.fine_tuning import _check_beams
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import fit, prepared, store_of
 from recbole_llm.training.task_texts import read_task_texts
@@ -661,3 +663,15 @@ def test_beams_beyond_what_is_left_are_refused_before_any_stage(settings_of: Any
     with pytest.raises(UserError, match="beams 5000 is above the"):
         fit(config, store_of(config))
     assert not list(Path(config["output_dir"]).rglob("stage.json"))
+
+
+@pytest.mark.parametrize(("exclude", "left"), [(True, 7), (False, 10), ("recbole", 10)])
+def test_what_is_left_for_the_search_is_counted_in_items(exclude: bool | str, left: int) -> None:
+    """A user who had one item six times leaves more than one who had three; ``recbole`` leaves out nothing here."""
+    own = Histories.from_rows(np.array([1] * 6 + [2] * 4), np.array([4] * 6 + [1, 2, 2, 9]), 3)
+    candidates = np.arange(11) > 0
+    split = SimpleNamespace(candidates=candidates, n_users=3, n_items=11, histories=lambda *phases: own)
+    config = {"exclude_history": exclude, "beams": left}
+    _check_beams(config, SimpleNamespace(split=split))
+    with pytest.raises(UserError, match=f"beams {left + 1} is above the {left} items that"):
+        _check_beams(config | {"beams": left + 1}, SimpleNamespace(split=split))

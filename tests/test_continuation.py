@@ -21,7 +21,10 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import FINE_TUNING
 from recbole_llm.training.codebooks import Quantiser
+from recbole_llm.training.continuation import Continued
 from recbole_llm.training.item_tokens import INDEX, POINTS, load_points
+from recbole_llm.training.language import named_backbone, read_item_text
+from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import Fit, fit, prepared, store_of
 from recbole_llm.training.runs import run
 
@@ -298,3 +301,39 @@ def test_a_named_language_model_has_to_be_the_same(worlds: dict[str, Path], tmp_
     write(KINDS["qwen3"], folder, seed=5)
     with pytest.raises(UserError, match="is not the language model that"):
         go_on(before, worlds["after"], tmp_path / "c", **more)
+
+
+OF_TEXT: dict[str, Any] = {
+    "item_tokens": "tiger", "code_layers": [16], "code_dim": 8, "code_epochs": 20, "code_kmeans_points": 0,
+    "code_collisions": "keep",
+}  # fmt: skip
+
+
+def test_items_that_come_later_are_read_by_the_runs_own_language_model(
+    first: Any, worlds: dict[str, Path], tmp_path: Path
+) -> None:
+    """A text that is an old item's has that item's codes, as nothing moves them apart."""
+    before = first(**OF_TEXT)
+    head, old_items = table("item")
+    known = json.loads((before / INDEX).read_text(encoding="utf-8"))
+    copied = [row for row in old_items if row[0] in known][:8]
+    file = tmp_path / "new.item"
+    file.write_text("\n".join([head, *("\t".join(["new_" + row[0], *row[1:]]) for row in copied)]) + "\n", "utf-8")
+    own = settings(worlds["after"], tmp_path / "saved", continue_from=str(before), **OF_TEXT)
+    config = Config("AlignTokenRec", "grown", config_dict=own)
+    _, train_data, _, _ = prepared(config)
+    dataset, store = train_data._dataset, store_of(config)
+    arrivals = read_new_items(config, dataset, file, None)
+    texts = list(read_item_text(config, dataset).texts)
+    made = Continued.read(config, dataset).tokenize(config, dataset, store, texts, named_backbone(config))
+    new = tokenize_new_items(config, dataset, store, made, arrivals)
+    place = {raw: item for item, raw in enumerate(new.raw_ids)}
+    for row in copied:
+        assert new.tokens.strings(place["new_" + row[0]]) == known[row[0]]
+    assert len({tuple(known[row[0]]) for row in copied}) > 1
+    assert made.sources.reader is made.sources.backbone
+    assert len(list((tmp_path / "saved").rglob("backbone-*/stage.json"))) == 1, "no fresh one was made"
+    config["text_llm"] = "embedded"
+    with pytest.raises(UserError, match=r"8 new items of .* text_llm: embedded, which read.* is not kept by") as told:
+        read_new_items(config, dataset, file, None)
+    assert "\n" not in str(told.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -21,7 +22,7 @@ from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
 from recbole_llm.data.phases import TEST, TRAIN, VALID
 from recbole_llm.errors import UserError
-from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, spelled
+from recbole_llm.itemid.identifiers import met_first, of_digits, of_paths, of_pieces, spelled
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.spectral import cluster_paths, co_occurrence
 from recbole_llm.training.identifiers import METHODS
@@ -71,6 +72,19 @@ def test_named_tokens_are_kept_whole(tmp_path: Path) -> None:
     for wrong, says in (([[0], [1]], "padding"), ([[], [3]], "not among 3"), ([[], [-1]], "not among 3")):
         with pytest.raises(ValueError, match=says):
             ItemTokens.named(wrong, made.names)
+
+
+def test_a_number_that_has_no_token_is_told_and_the_padding_item_needs_none() -> None:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[int(digit) for digit in text if digit != "0"] for text in texts]
+
+    numbers = spelled(np.array([3, 1, 2]))
+    assert numbers == ["", "1", "2", "0"]
+    with pytest.raises(UserError, match="no token for '0', the number of item 'c'; set id_spelling: digits") as caught:
+        of_pieces(numbers, encode, lambda used: list(map(str, used)), ["[PAD]", "a", "b", "c"])
+    assert "\n" not in str(caught.value)
+    made = of_pieces(["", "1", "2", "12"], encode, lambda used: list(map(str, used)))
+    assert made.lengths.tolist() == [0, 1, 1, 2]
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------
@@ -305,3 +319,31 @@ def test_given_tokens_that_leak_are_known_as_such(tmp_path: Path) -> None:
     assert taken.tokens.fingerprint() == made.tokens.fingerprint()
     with pytest.raises(UserError, match="do not leak"):
         tokenized(quick(tmp_path, code_tokens=str(plain.stage.folder), leaking_ids=True))
+
+
+def test_given_tokens_that_are_a_language_models_own_are_refused(tmp_path: Path) -> None:
+    """Another language model has other words at these numbers."""
+    pieces = tokenized(quick(tmp_path / "made", item_tokens="random", id_spelling="pieces")).stage.folder
+    raw_ids = create_dataset(Config("SASRecCodes", "tiny", config_dict=quick(tmp_path))).field2id_token["item_id"]
+    titles = tmp_path / "titles"
+    titles.mkdir()
+    ItemTokens.from_sequences([[], *([item] for item in range(1, 81))], 0, raw_ids.tolist()).save(titles)
+    for folder in (pieces, titles):
+        with pytest.raises(UserError, match="tokens of the language model that they were made with") as caught:
+            tokenized(quick(tmp_path / "taken", code_tokens=str(folder)))
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not list((tmp_path / "taken").rglob("stage.json"))
+
+
+@pytest.mark.parametrize("method", ["raw", "random"])
+def test_equal_ids_of_other_rows_are_told_from_them(method: str, tmp_path: Path) -> None:
+    """A run finds no stage that says of its tokens that they are made from another's rows."""
+    plain, merged = (tokenized(quick(tmp_path, item_tokens=method, merge_valid=merge)) for merge in (False, True))
+    assert plain.sources.seen.tolist() == merged.sources.seen.tolist()
+    assert plain.tokens.fingerprint() == merged.tokens.fingerprint()
+    rows = [json.loads((made.stage.folder / ORIGIN).read_text())["train"] for made in (plain, merged)]
+    assert rows[0] < rows[1]
+    # Handed on, they are taken for what they are.
+    with pytest.raises(UserError, match="made from other train rows"):
+        tokenized(quick(tmp_path, code_tokens=str(plain.stage.folder), merge_valid=True))
+    assert tokenized(quick(tmp_path, code_tokens=str(merged.stage.folder), merge_valid=True)).tokens.n_items == 81

@@ -346,6 +346,19 @@ def test_tokens_made_from_other_rows_are_refused(finished: Path, tmp_path: Path)
     assert (known.stage.folder / ORIGIN).is_file() and not (unknown.stage.folder / ORIGIN).exists()
 
 
+def test_known_tokens_are_refused_at_once_where_a_second_training_would_refuse_them(
+    finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"refit_on_valid: true trains again .* leave code_tokens out") as caught:
+        tokenized(quick(tmp_path, code_tokens=str(finished), refit_on_valid=True))
+    assert "\n" not in str(caught.value) and not stages_in(tmp_path)
+    # Where no valid row is there, nothing is trained again; and of a file alone nothing is known.
+    without = {"eval_args": {"split": {"LS": "test_only"}, "order": "TO"}}
+    made = tokenized(quick(tmp_path, item_tokens="raw", **without)).stage.folder
+    tokenized(quick(tmp_path, code_tokens=str(made), refit_on_valid=True, **without))
+    tokenized(quick(tmp_path, code_tokens=str(finished / INDEX), refit_on_valid=True))
+
+
 def damage(folder: Path, name: str, content: str | bytes | None) -> Path:
     """A copy of the run with one file cut short (``None``) or replaced."""
     file = folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from recbole_llm import registry
 from recbole_llm.backbone.embedded_t5 import EmbeddedT5Settings, make_embedded_t5
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.config import Config
+from recbole_llm.data.histories import Histories
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.tca4rec import TCA4Rec
@@ -102,6 +104,21 @@ def test_what_is_asked_is_what_was_trained(folder: Path) -> None:
         items = interaction["item_id_list"][row, : int(interaction["item_length"][row])][-length:].tolist()
         shown = [2 + token for item in items for token in tokens().of(item)]
         assert asked[row] == [user_token(made, user), *shown, made.backbone.eos_id]
+
+
+def test_the_only_user_there_is_opens_every_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = dataset()
+    alone = SimpleNamespace(
+        num={"user_id": 2, "item_id": N_ITEMS}.get,
+        train_histories=Histories(many.train_histories.offsets[:3], many.train_histories.of(1)),
+        field2id_token={"user_id": many.field2id_token["user_id"][:2]},
+    )
+    monkeypatch.setattr(sys.modules[__name__], "dataset", lambda: alone)
+    made = build(folder)
+    assert made._opening() == [user_token(made, 1)]
+    assert made.full_sort_predict(users(1)).isfinite().sum() == N_ITEMS - 1
+    monkeypatch.setattr(sys.modules[__name__], "dataset", lambda: many)
+    assert not build(folder)._opening()
 
 
 def test_every_task_tells_of_the_user_whose_item_it_asks_for(tmp_path: Path) -> None:
@@ -275,6 +292,11 @@ def test_models_that_need_a_causal_one_refuse_it(model: str, tmp_path: Path, fol
     ("more", "words"),
     [
         ({"tasks": [SEQUENTIAL, NEGATIVE]}, "prompts: ~ has no words that tell the task negative from sequential"),
+        (
+            {"item_tokens": "random", "id_spelling": "pieces"},
+            "user_tokens: 20 adds tokens to the vocabulary, and id_spelling: pieces takes the language model's own "
+            "alone; set user_tokens: 0",
+        ),
         ({"prompts": "aligntokenrec"}, "prompts: TIGER tells of the user in every template"),
         ({"ranking": "full"}, "ranking: full needs a causal language model, and this one has an encoder"),
         ({"text_llm": "nowhere/at all"}, "llm 'nowhere/at all': no such folder"),

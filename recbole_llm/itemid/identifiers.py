@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 
 DIGITS = tuple(f"<{digit}>" for digit in range(10))
@@ -71,8 +72,19 @@ def of_pieces(
         encode: many texts to their token ids, without special tokens.
         pieces: token ids to what they are called.
         raw_ids: by internal id, to tell the pool of items by.
+
+    Raises:
+        UserError: a number has no token of the language model.
     """
     spelling = encode(list(numbers))
+    # An item without tokens is one that no search finds; the padding item has no number.
+    empty = next((item for item, row in enumerate(spelling) if item and not row), None)
+    if empty is not None:
+        item = empty if raw_ids is None else f"'{raw_ids[empty]}'"
+        raise UserError(
+            f"id_spelling: pieces: the language model has no token for {numbers[empty]!r}, the number of item {item}; "
+            "set id_spelling: digits"
+        )
     used = sorted({token for row in spelling for token in row})
     place = {token: own for own, token in enumerate(used)}
     sequences = [[place[token] for token in row] for row in spelling]

@@ -60,6 +60,7 @@ class TokenRanking(GuidedSearch):
     history_length: int
     n_items: int
     device: Any
+    USER_ID: str
     ITEM_ID: str
     ITEM_SEQ: str
     ITEM_SEQ_LEN: str
@@ -76,6 +77,7 @@ class TokenRanking(GuidedSearch):
         self.ranking = self.ranked_by(config)
         super().__init__(config, dataset)
         self.config = config
+        self._n_users: int = dataset.num(self.USER_ID)
         if self.ranking != "full" and max(config["topk"]) > config["beams"]:
             raise UserError(
                 f"topk asks for {max(config['topk'])} items and the search keeps {config['beams']} beams; "
@@ -167,10 +169,10 @@ class TokenRanking(GuidedSearch):
     def _opening(self) -> list[int]:
         """The token ids that prompts begin with whatever is in the history, as far as some items tell.
 
-        Where prompts tell of users it goes as far as they are alike for two of them.
+        Where prompts tell of users it goes as far as they are alike for two of them, or for the only one there is.
         """
         items = torch.arange(1, min(self.n_items, OPENINGS + 1))
-        users = items.remainder(2) + 1 if self.tells_user else None
+        users = items.remainder(min(self._n_users - 1, 2)) + 1 if self.tells_user else None
         asked = self._ask(Ragged.from_lengths(items, torch.ones_like(items)), users).padded(-1)
         alike = int((asked == asked[0]).all(0).long().cumprod(0).sum())
         return [int(token) for token in asked[0, :alike]]

@@ -235,9 +235,10 @@ class Continued:
 
         stage = store.run("item_tokens", CONTINUED_VERSION, inputs, make)
         known = self._known(dataset)
-        sources = Sources(
-            known, load_points(stage.folder), lines=lines, backbone=backbone, backbone_mark=mark
-        )  # fmt: skip
+        sources = Sources(known, load_points(stage.folder), lines=lines, backbone=backbone, backbone_mark=mark)
+        if not config["text_llm"]:
+            # Texts of further items are read by what read those that the codebook was made of, not by a fresh one.
+            sources.reader, sources.reader_mark = backbone, mark
         logger.info(
             "continue_from: %d items keep their tokens, %d new ones get some", known.sum(), len(known) - 1 - known.sum()
         )

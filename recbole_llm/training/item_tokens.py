@@ -16,7 +16,7 @@ from recbole.utils import init_seed
 
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.data.item_text import ItemText
-from recbole_llm.data.phases import TRAIN
+from recbole_llm.data.phases import TRAIN, VALID
 from recbole_llm.disk import write_whole
 from recbole_llm.errors import UserError
 from recbole_llm.itemid import quality
@@ -119,8 +119,8 @@ def tokenize_items(
         named: the language model that ``llm`` names, where it is loaded already.
 
     Raises:
-        UserError: see :func:`gather` and :func:`~recbole_llm.training.identifiers.check_ids`, or the codebook
-            collapsed.
+        UserError: see :func:`gather` and :func:`~recbole_llm.training.identifiers.check_ids`, tokens are given that
+            this run cannot take, or the codebook collapsed.
     """
     check_ids(config)
     raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
@@ -128,6 +128,13 @@ def tokenize_items(
     given = known = None
     if config["code_tokens"] is not None:
         given, known = _given(Path(config["code_tokens"]), raw_ids, origin)
+        if known and config["refit_on_valid"] and dataset.split.count(VALID):
+            # The second training has other train rows; it would refuse them once the first is done.
+            raise UserError(
+                f"refit_on_valid: true trains again on train + valid rows, and the item tokens in "
+                f"{config['code_tokens']} were made from train rows alone; leave code_tokens out, so that they are "
+                "made anew, or set refit_on_valid: false"
+            )
     sources = gather(config, dataset, store, fit_part, named)
     if has_codebook(config):
         keys = {
@@ -146,11 +153,13 @@ def tokenize_items(
         "upstream": sources.marks,
         "seen": hashlib.sha256(np.packbits(sources.seen).tobytes()).hexdigest(),
         "pool": pool_of(raw_ids),
+        # Of tokens from elsewhere nothing is claimed that is not known. What is claimed is part of the stage: equal
+        # tokens of other rows are another stage, or a run would hand on what was written of another's rows.
+        "rows": origin if given is None or known else None,
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        if given is None or known:
-            # Of tokens from elsewhere nothing is claimed that is not known.
+        if inputs["rows"] is not None:
             write_origin(origin, folder)
         if sources.points is not None:
             return _make(config, sources, raw_ids, folder)
@@ -169,10 +178,16 @@ def _given(path: Path, raw_ids: list[str], origin: dict[str, Any]) -> tuple[Item
     """Tokens that are there already, and whether they are known to be made from this run's train rows.
 
     Raises:
-        UserError: no tokens are there, or they are of other items, or made from other rows, which may be test rows, or
-            of test rows and that was not asked for.
+        UserError: no tokens are there, or they are of other items, or a language model's own, or made from other rows,
+            which may be test rows, or of test rows and that was not asked for.
     """
     tokens = ItemTokens.load(path, raw_ids) if path.is_dir() else read_index(path, raw_ids)
+    if tokens.lm_ids is not None or tokens.kind == "titles":
+        # They are numbers in its vocabulary, which another's has for other words, and nothing here says whose it was.
+        raise UserError(
+            f"the item tokens in {path} are tokens of the language model that they were made with, which need not be "
+            "this run's; leave code_tokens out and have them made in this run (item_tokens, id_spelling: pieces)"
+        )
     file = path / ORIGIN
     if not file.is_file():
         logger.warning(

@@ -63,8 +63,8 @@ def read_new_items(config: Any, dataset: Any, item_file: Path, inter_file: Path 
         inter_file: atomic file of interactions; those of new items with users of the data set count.
 
     Raises:
-        UserError: no file or column, no new item, no text where one is needed, or the tokens are raw ids, of which a
-            new item has none.
+        UserError: no file or column, no new item, no text where one is needed, the language model that reads texts is
+            not kept by the run that this one goes on from, or the tokens are raw ids, of which a new item has none.
     """
     if not has_codebook(config):
         raise UserError("a new item has no token among raw ids or numbers, nor among given tokens; make a codebook")
@@ -85,6 +85,12 @@ def read_new_items(config: Any, dataset: Any, item_file: Path, inter_file: Path 
     placed = users @ dataset.train_histories.lengths > 0
     if placed.all():
         return Arrivals(new, users, placed, [""] * len(new))
+    if config["continue_from"] is not None and config["text_llm"]:
+        raise UserError(
+            f"{int((~placed).sum())} new items of {item_file} are placed by their text, and text_llm: "
+            f"{config['text_llm']}, which read the texts of the others, is not kept by {config['continue_from']} "
+            "(continue_from); leave continue_from out"
+        )
     read_item_text(config, dataset)
     return Arrivals(new, users, placed, _texts(config, new, item_file))
 
