@@ -18,11 +18,9 @@ import torch
 
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.data.token_table import TokenTable
-from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.aligntokenrec import AlignTokenRec
 from recbole_llm.tasks.base import USER, check_no_texts, of_users
-from recbole_llm.training.identifiers import in_pieces
 
 
 class TIGER(AlignTokenRec):
@@ -34,18 +32,9 @@ class TIGER(AlignTokenRec):
     Args:
         config: the run's configuration.
         dataset: RecBole-like, with ``train_histories``.
-
-    Raises:
-        UserError: tokens of users beside ids that are spelled in the language model's own tokens.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        if in_pieces(config) and config["user_tokens"]:
-            # Where no token joins the vocabulary there is no row behind it for a user's.
-            raise UserError(
-                f"user_tokens: {config['user_tokens']} adds tokens to the vocabulary, and id_spelling: pieces takes "
-                "the language model's own alone; set user_tokens: 0 or id_spelling: digits"
-            )
         super().__init__(config, dataset)
         if not self.further_tokens:
             return

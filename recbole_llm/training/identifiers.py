@@ -82,6 +82,12 @@ def _check_rows(config: Any) -> None:
 def _check_method(config: Any) -> None:
     method = config["code_method"]
     if in_pieces(config):
+        if "user_tokens" in config and config["user_tokens"] > 0:
+            # Where no token joins the vocabulary there is no row behind it for a user's.
+            raise UserError(
+                f"user_tokens: {config['user_tokens']} adds tokens to the vocabulary, and id_spelling: pieces takes "
+                "the language model's own alone; set user_tokens: 0 or id_spelling: digits"
+            )
         if "adapter" in config and config["adapter"] == "none":
             raise UserError(
                 "id_spelling: pieces adds no tokens, so with adapter: none nothing trains; set adapter: full"
