@@ -164,6 +164,7 @@ class AtomicMixin:
             if name in columns:
                 self._register_field(name, FeatureType(kind), source)
         self._require_ids(file.path, file.names, columns, source)
+        self._require_named(file.path, file.names, source)
         if not columns:
             return None
         frame = file.frame(columns)
@@ -192,6 +193,16 @@ class AtomicMixin:
             if field is not None and field not in columns:
                 hint = did_you_mean(field, names) or f"; its columns: {', '.join(names)}"
                 raise UserError(f"{path} has no loaded column '{field}' ({key}){hint}")
+
+    def _require_named(self, path: Path, names: tuple[str, ...], source: Any) -> None:
+        """What the user asks for by name is there; a data set's shipped settings may name more than his file has."""
+        suffix = getattr(source, "value", source)
+        for key in ("load_col", "unload_col"):
+            columns = (self.config.external_config_dict.get(key) or {}).get(suffix) or ()
+            for name in columns if columns != "*" else ():
+                if name not in names:
+                    hint = did_you_mean(name, names) or f"; its columns: {', '.join(names)}"
+                    raise UserError(f"{path} has no column '{name}' ({key}.{suffix}){hint}")
 
     def _convert(self, frame: pd.DataFrame, name: str) -> None:
         kind = self.field2type[name]

@@ -76,7 +76,7 @@ def check_negatives(model: str, kind: Any, given: Mapping[str, Any], loss: Any) 
 
 
 def check_columns(final: Mapping[str, Any]) -> None:
-    """``load_col`` and ``unload_col`` are lists of columns, ``seq_len`` holds lengths.
+    """``load_col`` and ``unload_col`` are lists of columns by a file's suffix, ``seq_len`` holds lengths.
 
     Args:
         final: the run's settings.
@@ -84,11 +84,19 @@ def check_columns(final: Mapping[str, Any]) -> None:
     Raises:
         UserError: they are not.
     """
+    more = final.get("additional_feat_suffix") or ()
+    suffixes = ("inter", "user", "item", "kg", "link", "net", *([more] if isinstance(more, str) else more))
     for key in ("load_col", "unload_col"):
         for suffix, columns in (final.get(key) or {}).items():
+            if suffix not in suffixes:
+                raise UserError(f"{key}: no file is read as '{suffix}'{did_you_mean(str(suffix), suffixes)}")
             named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
             if columns is not None and columns != "*" and not named:
                 raise UserError(f"{key}.{suffix} should be a list of columns, but is {columns!r}")
+            if key == "unload_col" and columns and (final.get("load_col") or {}).get(suffix, "*") != "*":
+                raise UserError(
+                    f"unload_col.{suffix} leaves columns out of all, but load_col.{suffix} names some; set that to '*'"
+                )
     for column, length in (final.get("seq_len") or {}).items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise UserError(f"seq_len.{column} should be a whole number of 1 or more, but is {length!r}")

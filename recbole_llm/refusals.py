@@ -38,6 +38,7 @@ _TEACHERS = ("CIN", "CINComp", "CrossNet", "DAGFM")
 # Settings of RecBole's that nothing here reads, and what does what they promise.
 _UNREAD = {
     "device": "say gpu_id, or gpu_id= and nothing for the CPU",
+    "checkpoint_dir": "say output_dir, under which a run has its folder",
     "nproc": "start the run with accelerate launch --num_processes=N",
     "save_dataset": "a run keeps its split's fingerprint, and its data are not pickled",
     "dataset_save_path": "a run keeps its split's fingerprint, and its data are not pickled",

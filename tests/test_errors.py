@@ -67,6 +67,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--seq_len={title: x}"], ["seq_len.title should be a whole number"]),
         (["run", "--model=BPR", "--dataset=tiny", "--device=cuda:3"], ["device is not read here", "gpu_id"]),
         (["run", "--model=BPR", "--dataset=tiny", "--nproc=4"], ["nproc is not read here", "accelerate launch"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--checkpoint_dir=x"], ["checkpoint_dir is not read", "output_dir"]),
         (["run", "--model=BPR", "--dataset=tiny", "--save_dataset=true"], ["save_dataset is not read here"]),
         (["run", "--model=BPR", "--dataset=tiny", "--policy=recbole", "--dataloaders_save_path=x"], ["not read here"]),
         (["run", "--model=NAIS", "--dataset=tiny", "--pretrain_path=no.pth"], ["pretrain_path: there is no file no"]),
@@ -197,9 +198,7 @@ def broken(tmp_path: Path, change: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_broken_atomic_file_is_named_by_line_and_column(tmp_path: Path, change: Any, words: str) -> None:
-    settings = broken(tmp_path, change) | {
-        "load_col": {"inter": ["user_id", "item_id", "timestamp", "uesr_id", "rating"]}
-    }
+    settings = broken(tmp_path, change) | {"load_col": {"inter": "*"}}
     with pytest.raises(UserError, match=words):
         run("BPR", "small", config_dict=settings)
     assert not list((tmp_path / "saved").rglob("result.json"))
@@ -273,3 +272,19 @@ def test_output_that_nobody_reads_on_is_no_error() -> None:
     command = f"{sys.executable} -m recbole_llm inspect settings GLTA | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
+
+
+def test_a_column_that_load_col_misspells_is_named(tmp_path: Path) -> None:
+    settings = broken(tmp_path, lambda lines: lines)
+    for key, columns, words in (
+        ("load_col", {"inter": ["user_id", "item_id", "timestamp", "ratign"]}, "'ratign'.*did you mean 'rating'"),
+        ("load_col", {"intre": ["user_id", "item_id"]}, "load_col: .*'intre'.*did you mean 'inter'"),
+        ("unload_col", {"inter": ["ratign"]}, r"no column 'ratign'.*unload_col.*did you mean 'rating'"),
+    ):  # fmt: skip
+        loaded = {"load_col": {"inter": "*"}} if key == "unload_col" else {}
+        with pytest.raises(UserError, match=words):
+            run("BPR", "small", config_dict=settings | loaded | {key: columns})
+    both = {"load_col": {"inter": ["user_id", "item_id"]}, "unload_col": {"inter": ["rating"]}}
+    with pytest.raises(UserError, match=r"load_col\.inter names some; set that to"):
+        run("BPR", "small", config_dict=settings | both)
+    assert not list((tmp_path / "saved").rglob("result.json"))
