@@ -29,9 +29,8 @@ class AtomicFile:
         path: the file.
         names: its columns, in order.
         types: each column's RecBole type.
-        data: the whole file.
+        data: the whole file in UTF-8, each line ended by a line feed.
         separator: between fields.
-        encoding: of the text.
     """
 
     path: Path
@@ -39,7 +38,6 @@ class AtomicFile:
     types: tuple[str, ...]
     data: bytes
     separator: str
-    encoding: str
 
     def frame(self, columns: list[str]) -> pd.DataFrame:
         """Read columns: floats as float64 (empty: NaN), everything else as the exact text.
@@ -51,8 +49,8 @@ class AtomicFile:
             UserError: a float column holds something that is no number (line and column named).
         """
         floats = {name for name, kind in zip(self.names, self.types, strict=True) if kind == "float"}
-        # A carriage return inside a text must not end the line, but the ones of a DOS file are no part of the text.
-        lines = {} if self.data.count(b"\r") == self.data.count(b"\r\n") else {"lineterminator": "\n"}
+        # A carriage return inside a text must not end the line.
+        lines = {"lineterminator": "\n"} if b"\r" in self.data else {}
         frame = pd.read_csv(
             io.BytesIO(self.data),
             sep=self.separator,
@@ -62,7 +60,7 @@ class AtomicFile:
             dtype={name: object for name in columns},
             quoting=csv.QUOTE_NONE,
             keep_default_na=False,
-            encoding=self.encoding,
+            encoding="utf-8",
             encoding_errors="strict",
             engine="c",
             index_col=False,
@@ -93,7 +91,7 @@ class AtomicFile:
         """The line (from 1) of a data row: pandas skips empty lines."""
         seen = -1
         for number, line in enumerate(self.data.split(b"\n")[1:], start=2):
-            seen += bool(line.strip(b"\r"))
+            seen += bool(line)
             if seen == row:
                 return number
         return row + 2
@@ -108,30 +106,36 @@ def open_atomic(path: Path, separator: str = "\t", encoding: str = "utf-8") -> A
         encoding: of the text.
 
     Raises:
-        UserError: no such file, a header that is not ``name:type``, bytes that are no text, or a row with too few or
-            too many fields; the line is named.
+        UserError: no such file, encoding or separator, a header that is not ``name:type``, bytes that are no text, or
+            a row with too few or too many fields; the line is named.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise UserError(f"encoding: there is no '{encoding}', e.g. utf-8 or latin-1") from None
-    if len(separator) != 1 or separator in "\r\n":
-        raise UserError(f"field_separator should be one character, but is {separator!r}")
+    # Of more than one byte it would be more than one character to pandas.
+    if not isinstance(separator, str) or len(separator) != 1 or separator in "\r\n" or not separator.isascii():
+        raise UserError(f"field_separator should be one ASCII character, but is {separator!r}")
     data = path.read_bytes()
     try:
         text = data.decode(encoding)
+        # In UTF-16 the bytes of a line feed or a separator are those of other letters too.
+        data = data if codecs.lookup(encoding).name == "utf-8" else text.encode()
+    except (LookupError, TypeError):
+        raise UserError(f"encoding: there is no '{encoding}' of texts, e.g. utf-8 or latin-1") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path} is no {encoding} text") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: byte {data[error.start]:#04x} is no {encoding} text") from None
     if "\0" in text:
         # Whoever reads it after this would end the field there, and ids that differ behind it would be one.
         raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a null character in a field")
-    header = data.split(b"\n", 1)[0].decode(encoding).lstrip("\ufeff").rstrip("\r")
-    names, types = _parse_header(path, header, separator)
-    _check_rows(path, data, separator.encode(encoding), len(names))
-    return AtomicFile(path, names, types, data, separator, encoding)
+    header = text.split("\n", 1)[0]
+    # A carriage return before a line feed belongs to the line's end only where the header's own line ends so.
+    if header.endswith("\r"):
+        data = data.replace(b"\r\n", b"\n").removesuffix(b"\r")
+    names, types = _parse_header(path, header.lstrip("\ufeff").removesuffix("\r"), separator)
+    _check_rows(path, data, separator.encode(), len(names))
+    return AtomicFile(path, names, types, data, separator)
 
 
 def _parse_header(path: Path, header: str, separator: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -151,8 +155,6 @@ def _parse_header(path: Path, header: str, separator: str) -> tuple[tuple[str, .
 
 def _check_rows(path: Path, data: bytes, separator: bytes, fields: int) -> None:
     """Compare every line's number of separators with the header's, as array operations over the file's bytes."""
-    if len(separator) != 1:
-        return
     codes = np.frombuffer(data, dtype=np.uint8)
     ends = np.flatnonzero(codes == ord("\n"))
     if not len(codes) or codes[-1] != ord("\n"):
@@ -160,11 +162,7 @@ def _check_rows(path: Path, data: bytes, separator: bytes, fields: int) -> None:
     starts = np.concatenate(([0], ends[:-1] + 1))
     separators = np.flatnonzero(codes == separator[0])
     counts = np.searchsorted(separators, ends) - np.searchsorted(separators, starts)
-    lengths = ends - starts
-    dos = np.zeros(len(ends), dtype=bool)
-    filled = lengths > 0
-    dos[filled] = codes[ends[filled] - 1] == ord("\r")
-    bad = np.flatnonzero((counts != fields - 1) & (lengths - dos > 0))
+    bad = np.flatnonzero((counts != fields - 1) & (ends > starts))
     if len(bad):
         line = int(bad[0])
         raise UserError(f"{path}, line {line + 1}: {counts[line] + 1} fields where the header has {fields}")

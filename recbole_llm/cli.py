@@ -62,10 +62,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     parts = list(result["parts"].values())
     split, evaluation = result["split"], result["evaluation"]
-    print(
-        f"\n{result['dataset']}: test, {evaluation['test_users']} rankings of the whole catalogue, "
-        f"policy {evaluation['policy']}"
-    )
+    rankings = f"{evaluation['test_users']} rankings of the whole catalogue"
+    if not result["per_user"]:
+        rankings = f"candidates {evaluation['ranking']}" if result["test"] else "no rows"
+    print(f"\n{result['dataset']}: test, {rankings}, policy {evaluation['policy']}")
     if parts and evaluation.get("title_match"):
         print(f"{result['model']} is measured by titles (title_match), {', '.join(result['parts'])} by items")
     print(table([*parts, result]))

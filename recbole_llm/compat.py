@@ -142,6 +142,9 @@ class AtomicMixin:
     """Mends RecBole's loading for pandas 2.3 and 3 and for exact texts; values are otherwise RecBole's."""
 
     config: Any
+    logger: Any
+    uid_field: str
+    iid_field: str
     field2type: dict[str, FeatureType]
     field2source: dict[str, Any]
     field2seqlen: dict[str, int]
@@ -164,6 +167,7 @@ class AtomicMixin:
             if name in columns:
                 self._register_field(name, FeatureType(kind), source)
         self._require_ids(file.path, file.names, columns, source)
+        self._require_types(file.path, columns, source)
         self._require_named(file.path, file.names, source)
         if not columns:
             return None
@@ -194,6 +198,19 @@ class AtomicMixin:
                 hint = did_you_mean(field, names) or f"; its columns: {', '.join(names)}"
                 raise UserError(f"{path} has no loaded column '{field}' ({key}){hint}")
 
+    def _require_types(self, path: Path, columns: list[str], source: Any) -> None:
+        """An id is a token and a time a number: of other types RecBole loads them too, and orders by what it made."""
+        wanted = {"USER_ID_FIELD": FeatureType.TOKEN, "ITEM_ID_FIELD": FeatureType.TOKEN}
+        if source == FeatureSource.INTERACTION:
+            wanted["TIME_FIELD"] = FeatureType.FLOAT
+        for key, kind in wanted.items():
+            field = self.config[key]
+            if field in columns and self.field2type[field] != kind:
+                found = self.field2type[field].value
+                raise UserError(
+                    f"{path}, line 1: column '{field}' ({key}) should be {field}:{kind.value}, not :{found}"
+                )
+
     def _require_named(self, path: Path, names: tuple[str, ...], source: Any) -> None:
         """What the user asks for by name is there; a data set's shipped settings may name more than his file has."""
         suffix = getattr(source, "value", source)
@@ -223,6 +240,22 @@ class AtomicMixin:
             column = np.empty(len(rows), dtype=object)
             column[:] = rows
             frame[name] = pd.Series(column, index=frame.index, dtype=object)
+
+    def _filter_nan_user_or_item(self) -> None:
+        """Replaces dataset.py:814-838: once rows are gone it takes labels for places, and drops good rows."""
+        for name, fields in (
+            ("user_feat", [self.uid_field]),
+            ("item_feat", [self.iid_field]),
+            ("inter_feat", [self.uid_field, self.iid_field]),
+        ):
+            feat = getattr(self, name)
+            fields = [field for field in fields if field is not None]
+            if feat is None or not fields:
+                continue
+            missing = feat[fields].isna().any(axis=1)
+            if missing.any():
+                self.logger.warning("%d rows of %s have no id and are left out", missing.sum(), name)
+                feat.drop(feat.index[missing], inplace=True)
 
     def _fill_nan(self) -> None:
         """Replaces dataset.py:640-657: under pandas 3 its chained fillna changes nothing and corrupts features."""

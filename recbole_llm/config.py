@@ -311,6 +311,9 @@ class Config(StrictSettings, RecBoleConfig):
         check_weights(self.final_config_dict)
         products.use(final["cpu_products"])
         super()._set_default_parameters()
+        if self._data_folder().is_dir():
+            # RecBole takes its own copy of ml-100k, whatever there is.
+            final["data_path"] = str(self._data_folder())
         final["checkpoint_dir"] = str(final["output_dir"])
 
     def _data_folder(self) -> Path:

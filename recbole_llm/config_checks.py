@@ -76,7 +76,7 @@ def check_negatives(model: str, kind: Any, given: Mapping[str, Any], loss: Any) 
 
 
 def check_columns(final: Mapping[str, Any]) -> None:
-    """``load_col`` and ``unload_col`` are lists of columns by a file's suffix, ``seq_len`` holds lengths.
+    """``load_col`` and ``unload_col`` are lists of columns by a file's suffix, ``seq_len`` and ``seq_separator`` sound.
 
     Args:
         final: the run's settings.
@@ -97,6 +97,9 @@ def check_columns(final: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"unload_col.{suffix} leaves columns out of all, but load_col.{suffix} names some; set that to '*'"
                 )
+    separator = final.get("seq_separator")
+    if not isinstance(separator, str) or not separator:
+        raise UserError(f"seq_separator should be what stands between the parts of a field, but is {separator!r}")
     for column, length in (final.get("seq_len") or {}).items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise UserError(f"seq_len.{column} should be a whole number of 1 or more, but is {length!r}")

@@ -54,6 +54,8 @@ def _dataset(name: str, arguments: list[str]) -> str:
 def _lengths_line(what: str, lengths: np.ndarray) -> str:
     """How long histories are; "long" is what "Semantic Convergence" (table 2) counts so."""
     lengths = lengths[lengths > 0]
+    if not len(lengths):
+        return f"  {what}: none"
     return (
         f"  {what}: {lengths.sum()} of {len(lengths)} users; mean {lengths.mean():.3f}, min {lengths.min()}, "
         f"median {np.median(lengths):g}, max {lengths.max()}; {(lengths > LONG).mean():.2%} have more than {LONG}"

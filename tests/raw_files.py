@@ -79,16 +79,16 @@ def goodreads_date(time: int) -> str:
     return datetime.fromtimestamp(time, UTC).strftime("%a %b %d %H:%M:%S +0000 %Y")
 
 
-def goodreads(folder: Path, with_reviews: bool = True) -> str:
+def goodreads(folder: Path, with_reviews: bool = True, raw: list[Row] = ROWS) -> str:
     rows = [
         {"user_id": user, "book_id": item, "review_id": f"r{number}", "is_read": True, "rating": int(rating),
          "review_text_incomplete": "", "date_added": goodreads_date(time), "read_at": ""}
-        for number, (user, item, rating, time) in enumerate(ROWS)
+        for number, (user, item, rating, time) in enumerate(raw)
     ]  # fmt: skip
     reviews = [
         {"user_id": user, "book_id": item, "rating": int(rating), "date_added": goodreads_date(time),
          "review_text": f"Bright. {user} says\n{item} &amp; <b>more</b>"}
-        for user, item, rating, time in reversed(ROWS)
+        for user, item, rating, time in reversed(raw)
     ]  # fmt: skip
     shelves = [{"count": "9", "name": "to-read"}, {"count": "5", "name": "history"}, {"count": "2", "name": "france"}]
     books = [

@@ -58,8 +58,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--topk=[10,1000]"], ["1000 items, but only 80"]),
         (["run", "--model=BPR", "--dataset=tiny", "--eval_args={split: {RS: [0.8, 0.1, .inf]}}"], ["three shares"]),
         (["run", "--model=BPR", "--dataset=tiny", "--encoding=utf8x"], ["there is no 'utf8x'"]),
-        (["run", "--model=BPR", "--dataset=tiny", "--field_separator=::"], ["should be one character", "'::'"]),
-        (["run", "--model=BPR", "--dataset=tiny", "--field_separator="], ["should be one character"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--field_separator=::"], ["should be one ASCII character", "'::'"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--field_separator="], ["should be one ASCII character"]),
         (["run", "--model=BPR", "--dataset=tiny", "--learner=sparse_adam"], ["sparse gradients", "take adam"]),
         (["run", "--model=BPR", "--dataset=tiny", "--topk=[]"], ["topk is empty"]),
         (["run", "--model=BPR", "--dataset=tiny", "--eval_args={mode: [full]}"], ["whole catalogue"]),
@@ -192,6 +192,9 @@ def broken(tmp_path: Path, change: Any) -> dict[str, Any]:
         (lambda lines: [*lines[:3], "1\t2", *lines[4:]], r"small.inter, line 4: 2 fields"),
         (lambda lines: [*lines[:5], "1\t2\t3\tyesterday", *lines[6:]], r"line 6, column 'timestamp': 'yesterday'"),
         (lambda lines: [lines[0].replace("user_id:token", "uesr_id:token"), *lines[1:]], r"'user_id'.*mean 'uesr_id'"),
+        (lambda lines: [lines[0].replace("stamp:float", "stamp:token"), *lines[1:]], r"should be timestamp:float, not"),
+        (lambda lines: [lines[0].replace("item_id:token", "item_id:token_seq"), *lines[1:]], r"item_id:token, not"),
+        (lambda lines: [lines[0].replace("user_id:token", "user_id:float"), *lines[1:]], r"user_id:token, not :float"),
         (lambda lines: [lines[0].replace(":float", ""), *lines[1:]], r"line 1: column 'rating' should read name:type"),
         (lambda lines: [*lines[:5], "1\t2\t3\t", *lines[6:]], r"1 interactions have no timestamp"),
         (lambda lines: [*lines[:5], "1\0a\t2\t3\t4", *lines[6:]], r"line 6: a null character"),
@@ -202,6 +205,20 @@ def test_a_broken_atomic_file_is_named_by_line_and_column(tmp_path: Path, change
     with pytest.raises(UserError, match=words):
         run("BPR", "small", config_dict=settings)
     assert not list((tmp_path / "saved").rglob("result.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"encoding": "hex"}, "encoding: there is no 'hex'"),
+        ({"encoding": 5}, "encoding: there is no '5'"),
+        ({"field_separator": "\u00a6"}, "field_separator should be one ASCII character"),
+        ({"seq_separator": ""}, "seq_separator should be"),
+    ],
+)
+def test_how_a_file_is_read_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run("BPR", "small", config_dict=broken(tmp_path, lambda lines: lines) | settings)
 
 
 def test_no_timestamp_under_an_order_by_time(tmp_path: Path) -> None:

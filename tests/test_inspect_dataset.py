@@ -23,6 +23,14 @@ def test_lengths_are_counted_from_the_file() -> None:
     assert f"max {lengths.max()}; {(lengths > 20).mean():.2%} have more than 20" in text
 
 
+def test_a_data_set_of_which_no_row_can_train(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    rows = [f"u{user}\ti{item}\t{item}\n" for user in range(4) for item in range(2)]
+    (tmp_path / "x/x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + "".join(rows))
+    words = [f"--data_path={tmp_path}", "--load_col={inter: [user_id, item_id, timestamp]}"]
+    assert "train items a user: none" in inspect(["dataset", "x", *words])
+
+
 def test_games_is_the_papers_games() -> None:
     """ "Semantic Convergence" (Li et al., AAAI 2025), table 2: 50,546 users, 16,859 items, 8.962 a user, 4.80% long."""
     if not (SHARED / GAMES).is_dir():

@@ -71,6 +71,17 @@ def test_rankings_against_a_plain_loop(loaders: tuple[Any, Any, Any, Any]) -> No
     assert found.metrics["itemcoverage@7"] == pytest.approx(len(np.unique(found.items)) / split.n_items)
 
 
+def test_counting_what_is_recommended_needs_so_much_to_recommend(loaders: tuple[Any, Any, Any, Any]) -> None:
+    """To RecBole's ItemCoverage and its like the padding item, where nothing is left, is one that was recommended."""
+    config, train, _, test = loaders
+    config["topk"] = [1, train._dataset.item_num - 1]
+    scores = torch.rand(train._dataset.item_num, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"ItemCoverage, .*60 users have fewer than"):
+        measure(Fixed(scores), test, config, train)
+    config["metrics"] = ["NDCG", "GAUC"]
+    assert 0 < measure(Fixed(scores), test, config, train).metrics["ndcg@1"] + 1
+
+
 def test_gauc_is_the_share_of_pairs_in_order(loaders: tuple[Any, Any, Any, Any]) -> None:
     config, train, _, test = loaders
     split = train._dataset.split
@@ -109,7 +120,7 @@ def test_who_has_fewer_items_left_is_shown_no_more(loaders: tuple[Any, Any, Any,
     config, train, _, test = loaders
     split = train._dataset.split
     there = int(split.candidates.sum())
-    config["topk"] = [there]
+    config["topk"], config["metrics"] = [there], ["NDCG", "Hit", "GAUC"]
     known, wanted = split.histories(0, 1), split.histories(2)
     found = measure(Fixed(torch.zeros(split.n_items)), test, config, train)
     for place, user in enumerate(found.users.tolist()):
@@ -124,7 +135,7 @@ def test_who_has_fewer_items_left_is_shown_no_more(loaders: tuple[Any, Any, Any,
 def test_what_may_not_be_recommended_is_no_hit(loaders: tuple[Any, Any, Any, Any]) -> None:
     config, train, _, test = loaders
     split = train._dataset.split
-    config["topk"] = [int(split.candidates.sum())]
+    config["topk"], config["metrics"] = [int(split.candidates.sum())], ["NDCG", "Recall", "Hit"]
     # As of a model that bars items by itself, the targets among them.
     found = measure(Fixed(torch.full((split.n_items,), -torch.inf)), test, config, train)
     assert not found.items.any()

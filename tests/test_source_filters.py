@@ -41,7 +41,7 @@ def rows_of(pairs: list[tuple[int, int, int]]) -> Rows:
         (np.array(column, dtype=np.int32) for column in zip(*pairs)) if pairs else [np.zeros(0, int)] * 3
     )
     count = np.arange(len(pairs))
-    return Rows(users, items, np.ones(len(pairs)), times.astype(np.float64), count)
+    return Rows(users, items, np.ones(len(pairs)), times.astype(np.float64), count, items)
 
 
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 3)), max_size=50)
@@ -125,7 +125,8 @@ def test_equal_titles_become_one_item_where_asked_for(tmp_path: Path) -> None:
 
 
 def test_reviews_of_items_that_are_one(tmp_path: Path) -> None:
-    goodreads(tmp_path)
+    rows = [(user, item, 5.0, NEW_YEAR + place) for user in ("u1", "u3") for place, item in enumerate(ITEMS)]
+    goodreads(tmp_path, raw=rows)
     books = [{"book_id": item, "title": "one and the same"} for item in ITEMS]
     write_lines(tmp_path / "goodreads_books_history.json.gz", [json.dumps(book) for book in books])
     reviews = [{"user_id": "u3", "book_id": item, "review_text": f"of {item}"} for item in ITEMS]
@@ -135,6 +136,11 @@ def test_reviews_of_items_that_are_one(tmp_path: Path) -> None:
     )
     said = dict(inter_of(tmp_path / "out/made", "user_id", "review"))
     assert {user: text for user, text in said.items() if text} == {"u3": f"of {ITEMS[0]}"}
+    # Each row has what was said of its own edition, at its time.
+    more = {"user_core": 1, "item_core": 1, "repeats": "all", "overwrite": "true"}
+    prepare_source(words("goodreads", "history", tmp_path, tmp_path / "out", merge_titles="true", **more))
+    texts = [text for (text,) in inter_of(tmp_path / "out/made", "review")]
+    assert texts == ["" if user == "u1" else f"of {item}" for user, item, *_ in rows]
 
 
 # --- presets and the card --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from catalogues import Node, catalogues, codes, dictionary
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_llm.errors import UserError
@@ -118,6 +118,23 @@ class TestNodes:
         items = np.array([i for i, row in enumerate(rows) if row], dtype=np.int64)
         expected = sorted(items.tolist(), key=lambda item: rows[item])
         assert sort_items(offsets, flat, size, items).tolist() == expected
+
+    @given(
+        count=st.integers(50, 2000), length=st.integers(2, 9), size=st.sampled_from([300, 8000, 151_000]),
+        long=st.lists(st.tuples(st.integers(0, 49), st.integers(0, 49)), max_size=4), seed=st.integers(0, 9),
+    )  # fmt: skip
+    @settings(max_examples=30)
+    def test_sorting_where_few_of_many_go_on(
+        self, count: int, length: int, size: int, long: list[tuple[int, int]], seed: int
+    ) -> None:
+        # Nearly all items are settled by their first tokens, as titles are; those that go on are few, and few bits
+        # number their places.
+        rows = np.random.default_rng(seed).integers(0, size, (count, length))
+        for one, other in long:
+            rows[other] = rows[one]
+            rows[other, -1] = (rows[one, -1] + 1) % size
+        got = sort_items(np.arange(0, count * length + 1, length), rows.ravel(), size, np.arange(count))
+        assert got.tolist() == sorted(range(count), key=lambda item: rows[item].tolist())
 
     def test_no_loop_over_items_in_building(self) -> None:
         # 200,000 items: with a Python loop over them this would take a second and far more calls than these.

@@ -213,6 +213,7 @@ class _Found:
         hits = torch.cat(self.hits).numpy()
         targets = torch.cat(self.targets).numpy()
         result = Measured(users=torch.cat(self.users).numpy(), items=torch.cat(self.items).numpy())
+        _check_full(result.items, config)
         struct = DataStruct()
         struct.set("rec.items", torch.cat(self.items))
         struct.set("rec.topk", torch.cat([torch.cat(self.hits).int(), torch.cat(self.targets).int()[:, None]], dim=1))
@@ -229,6 +230,17 @@ class _Found:
                 for name, value in metrics_dict[metric](config).calculate_metric(struct).items():
                     result.metrics[name] = float(value)
         return result
+
+
+def _check_full(items: np.ndarray, config: Any) -> None:
+    """Refuse metrics that count what is recommended where nothing is: to them the padding item is an item too."""
+    counting = [name for name in config["metrics"] if "rec.items" in metric_information[name.lower()]]
+    short = int((items[:, : max(config["topk"])] == 0).any(axis=1).sum())
+    if counting and short:
+        raise UserError(
+            f"{', '.join(counting)} count what is recommended, and {short} users have fewer than {max(config['topk'])} "
+            "items left; lower topk or leave them out of metrics"
+        )
 
 
 def _mean_ranks(scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,16 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Args:
         path: the run's folder or its ``result.json``.
 
+    Returns:
+        The result, and each metric's values by name, with the raw user ids; none of a run whose test was sampled or
+        has no rows.
+
     Raises:
         UserError: there is no result there, or it cannot be read.
     """
     result, file = read_result(path), result_file(path)
+    if "test" in result and result.get("per_user", "") is None:
+        return result, {}
     try:
         with np.load(file.parent / result["per_user"], allow_pickle=False) as arrays:
             return result, {name: arrays[name] for name in arrays.files}

@@ -157,6 +157,8 @@ def sort_items(offsets: np.ndarray, tokens: np.ndarray, size: int, items: np.nda
         # One that has just ended stays beside those that go on, to come before them.
         on = tied & (left >= columns)
         places, group = places[on], group[on]
+        # Numbered anew, so that a group's number fits where the place of one of its items does.
+        group = np.cumsum(np.diff(group, prepend=group[:1]) != 0)
     return order
 
 

@@ -79,6 +79,8 @@ class Run:
         for key in NEEDED:
             if key not in result:
                 raise UserError(f"{file} says nothing of {key}; it is damaged, or no run of this package wrote it")
+        if not arrays:
+            raise UserError(f"{path} has no values of users to compare: its test rows were sampled, or there are none")
         order = np.argsort(arrays["user_id"], kind="stable")
         told = result["test"] | {
             f"{part}.{name}": value

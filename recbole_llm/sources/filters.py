@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ NO_METADATA, ROW, TITLE = 0, 1, 2
 
 @dataclass
 class Rows:
-    """Interactions in the file's order; 36 bytes each.
+    """Interactions in the file's order; 40 bytes each.
 
     Attributes:
         users: index of the user in order of appearance, int32 ``[n]``.
@@ -23,6 +23,7 @@ class Rows:
         ratings: float64 ``[n]``, NaN where there is none.
         times: seconds since 1970 in UTC, float64 ``[n]``.
         lines: number of the row's line, int64 ``[n]``, ascending.
+        editions: the item as it was read, int32 ``[n]``; another than ``items`` where titles are merged.
     """
 
     users: np.ndarray
@@ -30,13 +31,14 @@ class Rows:
     ratings: np.ndarray
     times: np.ndarray
     lines: np.ndarray
+    editions: np.ndarray
 
     def __len__(self) -> int:
         return len(self.users)
 
     def where(self, keep: np.ndarray) -> Rows:
         """The rows of a mask."""
-        return Rows(self.users[keep], self.items[keep], self.ratings[keep], self.times[keep], self.lines[keep])
+        return Rows(*(getattr(self, column.name)[keep] for column in fields(self)))
 
 
 def filtered(rows: Rows, metadata: np.ndarray, settings: dict[str, Any]) -> tuple[Rows, list[dict[str, Any]]]:

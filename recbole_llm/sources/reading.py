@@ -57,7 +57,8 @@ def read_interactions(file: RawFile, tally: Tally, show: bool) -> Read:
     if not len(columns[0]):
         told = f": {tally.told()}" if tally.broken else ""
         raise UserError(f"{file.path} has no interaction{told}")
-    rows = Rows(*(np.frombuffer(column, dtype=column.typecode) for column in columns))
+    of_users, of_items, ratings, times, lines = (np.frombuffer(column, dtype=column.typecode) for column in columns)
+    rows = Rows(of_users, of_items, ratings, times, lines, editions=of_items)
     return Read(rows, list(users), items, np.arange(len(items), dtype=np.int32))
 
 

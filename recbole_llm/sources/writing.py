@@ -85,9 +85,12 @@ def _reviews_of_lines(file: RawFile, rows: Rows, tally: Tally, show: bool) -> It
 
 
 def _reviews_of_pairs(file: RawFile, rows: Rows, read: Read, spool: Path, tally: Tally, show: bool) -> Iterator[str]:
-    """The review of every row, in the rows' order, from a file in any order; of a pair the first review counts."""
+    """The review of every row, in the rows' order, from a file in any order; of a pair the first review counts.
+
+    Of items that are one by their titles each row has the review of the edition that it was read with.
+    """
     users = {raw_id: user for user, raw_id in enumerate(read.users)}
-    keys = pair_keys(rows.users, rows.items)
+    keys = pair_keys(rows.users, rows.editions)
     order = np.argsort(keys, kind="stable")
     ascending = keys[order]
     starts, lengths = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
@@ -97,7 +100,7 @@ def _reviews_of_pairs(file: RawFile, rows: Rows, read: Read, spool: Path, tally:
                 user, item = users.get(review.user), read.items.get(review.item)
                 if user is None or item is None:
                     continue
-                key = user << 32 | int(read.taken_for[item])
+                key = user << 32 | item
                 place = int(np.searchsorted(ascending, key))
                 if place == len(ascending) or ascending[place] != key or lengths[order[place]]:
                     continue

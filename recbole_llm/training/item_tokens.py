@@ -45,7 +45,7 @@ logger = logging.getLogger("recbole_llm")
 
 # Raised when the code of a stage changes what it makes.
 TEXTS_VERSION = 1
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 VECTORS = "vectors.npz"
 # Where the items stand that codes were made from; what places items that come later.
 POINTS = "points.npz"

@@ -286,6 +286,7 @@ class TrainerMixin:
         if load_best_model:
             self.load_best(model_file)
         if not isinstance(eval_data, FullSortEvalDataLoader):
+            self.measured = Measured()
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
         what = f"ranking with {self.config['model']}"
         self.measured = measure(
