@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import small_ml100k
+from small_models import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError
+from recbole_llm.training.language import named_backbone, take_backbone
 from recbole_llm.training import trainer as trainer_module
 from recbole_llm.training.pipeline import code_mark, data_mark
 from recbole_llm.training.runs import run
@@ -112,6 +114,39 @@ def test_an_edited_model_of_ones_own_is_another_stage(
     assert not trained(run(mine.Mine, "small", config_dict=settings_of()))
     module.write_text(text.format(sign=-1), encoding="utf-8")
     assert trained(run(importlib.reload(mine).Mine, "small", config_dict=settings_of()))
+
+
+def test_an_edited_stage_of_ones_own_model_is_another_stage_from_the_first_on(
+    settings_of: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "staged_mine.py"
+    text = (
+        "from recbole_llm.model.glta import GLTA\nclass Mine(GLTA):\n    def stage_loss(self, stage, batch):\n"
+        "        return {scale} * super().stage_loss(stage, batch)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module.write_text(text.format(scale=1), encoding="utf-8")
+    mine = importlib.import_module("staged_mine")
+    settings = settings_of(**SMALL["GLTA"], item_text="{movie_title}") | {"epochs": 1, "alignment_epochs": 1}
+    first = run(mine.Mine, "small", config_dict=settings)
+    module.write_text(text.format(scale=50), encoding="utf-8")
+    second = run(importlib.reload(mine).Mine, "small", config_dict=settings)
+    made = {line["name"] for line in second["stages"] if not line["cached"]}
+    assert {"item_text_alignment", "user_item_alignment"} <= made <= {line["name"] for line in first["stages"]}
+    assert "backbone" not in made
+
+
+@pytest.mark.parametrize(("key", "value", "marks"), [("device", "cuda:0", 1), ("llm_dtype", "bfloat16", 2)])
+def test_a_language_model_is_what_it_reads_as_wherever_it_stands(
+    settings_of: Settings, folders: Callable[[str], Path], key: str, value: str, marks: int
+) -> None:
+    found = set()
+    for changed in ({}, {key: value}):
+        config = Config("LightGCNPlus", "small", config_dict=settings_of(llm=str(folders("llama"))))
+        named = named_backbone(config)
+        config.final_config_dict.update(changed)
+        found.add(take_backbone(config, None, None, None, named)[1])
+    assert len(found) == marks
 
 
 def test_a_changed_card_is_seen(settings_of: Settings) -> None:

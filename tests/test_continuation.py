@@ -27,6 +27,7 @@ from recbole_llm.training.language import named_backbone, read_item_text
 from recbole_llm.training.new_items import read_new_items, tokenize_new_items
 from recbole_llm.training.pipeline import Fit, fit, prepared, store_of
 from recbole_llm.training.runs import run
+from recbole_llm.training.trained_rows import read_trained_rows
 
 # The items of this many newest first interactions are those that come later.
 NEW_ITEMS = 4
@@ -262,6 +263,29 @@ def test_what_was_trained_on_valid_rows_goes_on_with_them_only(
         go_on(before, worlds["after"], tmp_path)
     going_on = go_on(before, worlds["after"], tmp_path, merge_valid=True)
     assert going_on.train_data._dataset.split.count(VALID) == 0
+
+
+def test_rows_that_a_run_was_trained_on_are_no_test_rows(
+    first: Any, worlds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter, or a data set without its latest rows, makes earlier ones a user's last, under one protocol."""
+    before = first()
+    trained = r"was trained on \d+ of the \d+ valid and test rows here"
+    with pytest.raises(UserError, match=trained):
+        go_on(before, worlds["before"], tmp_path / "filter", val_interval={"rating": "[4,inf)"})
+    file = worlds["before"] / "grown" / "grown.inter"
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    latest = {row[0]: row for row in rows}
+    fewer = write_data(tmp_path / "data", [row for row in rows if row is not latest[row[0]]], {row[1] for row in rows})
+    with pytest.raises(UserError, match=trained):
+        go_on(before, fewer, tmp_path / "fewer")
+    # Of three runs the third one is held against the first as well.
+    own = read_trained_rows(old(before, worlds["before"]).folder)
+    both = read_trained_rows(go_on(before, worlds["same"], tmp_path / "second").folder)
+    assert own is not None and both is not None and set(own) < set(both)
+    monkeypatch.setattr("recbole_llm.training.continuation.read_trained_rows", lambda folder: None)
+    with pytest.raises(UserError, match="keeps no list of those that it was trained on"):
+        go_on(before, worlds["same"], tmp_path / "none")
 
 
 def test_other_runs_and_gone_stages_are_refused(first: Any, worlds: dict[str, Path], tmp_path: Path) -> None:

@@ -140,6 +140,17 @@ def test_schedules_rise_and_end_at_the_last_step(name: str) -> None:
         assert tail[len(tail) // 2] == pytest.approx(middle, rel=0.4)
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_past_its_end_a_schedule_stays_there(name: str) -> None:
+    made = model()
+    loop, optimizer = loop_of(made, STAGES[1], 2, lr_schedule=name, warmup_ratio=0.0)
+    rates = []
+    for _ in range(4):
+        for _ in loop.epoch(made.stage_batches(STAGES[1], generator()), no_check):
+            rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 1e-9 < rates[0]
+
+
 def test_a_loop_goes_on_where_its_state_says() -> None:
     """Weights, optimizer, schedule and step count of an interrupted run carry on to the bit."""
     settings = {"lr_schedule": "cosine", "warmup_ratio": 0.3, "gradient_accumulation_steps": 2, "clip_grad_norm": 1.0}

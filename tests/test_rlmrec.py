@@ -513,6 +513,24 @@ def generated(settings_of: Callable[..., dict[str, Any]], folder: Path, **more: 
 
 
 class TestGenerated:
+    def test_what_an_embedded_model_wrote_in_one_precision_is_not_found_in_another(
+        self, settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from recbole_llm.training import profiles
+
+        def answer(model: Any, backbone: Any, prompts: Any, *, folder: Path, **more: Any) -> list[str]:
+            (folder / profiles.DONE).touch()
+            return [""] * len(prompts)
+
+        monkeypatch.setattr(profiles, "answer_prompts", answer)
+        small = {"llm_train_steps": 1, "llm_hidden_size": 16, "llm_layers": 1, "llm_heads": 2, "llm_vocab_size": 300}
+        made = []
+        for dtype in ("float32", "bfloat16", "float32"):
+            settings = generated(settings_of, Path("embedded"), profiles="generated", llm_dtype=dtype, **small)
+            stages = fitted("RLMRecCon", settings).stages
+            made.append({line["name"]: line["cached"] for line in stages if "profiles" in line["name"]})
+        assert [set(found.values()) for found in made] == [{False}, {False}, {True}]
+
     def test_the_language_model_is_asked_of_items_then_of_users(
         self,
         folders: Callable[[str], Path],

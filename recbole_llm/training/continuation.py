@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from recbole_llm.backbone.base import Backbone
+from recbole_llm.data.phases import TEST, VALID
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens, pool_of
 from recbole_llm.itemid.new_items import from_neighbours, from_text
@@ -35,11 +36,12 @@ from recbole_llm.training.item_tokens import (
     write_origin,
     write_tokens,
 )
-from recbole_llm.training.language import backbone_options, load_model
+from recbole_llm.training.language import load_model, reading_options
 from recbole_llm.training.new_items import codes_of_new, had_by_users
 from recbole_llm.training.run_files import CARD, cache_of, read_result, stage_folder
 from recbole_llm.training.state import WEIGHTS, load_state
 from recbole_llm.training.store import StageStore, fingerprint_of
+from recbole_llm.training.trained_rows import read_trained_rows, row_hashes
 
 logger = logging.getLogger("recbole_llm")
 
@@ -53,7 +55,7 @@ _SAME = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Continued:
     """A run that another goes on from.
 
@@ -64,6 +66,7 @@ class Continued:
         raw_ids: of the items that have tokens.
         codes: of the same items, int64 ``[n, N]``; ``None`` for raw ids.
         tokens: all that it has, as it numbered the items.
+        trained: hashes of the rows that it learned from, uint64; ``None`` of a run of before they were kept.
     """
 
     run: Path
@@ -72,6 +75,7 @@ class Continued:
     raw_ids: list[str]
     codes: np.ndarray | None
     tokens: ItemTokens
+    trained: np.ndarray | None = None
 
     @classmethod
     def read(cls, config: Any, dataset: Any) -> Continued | None:
@@ -104,7 +108,10 @@ class Continued:
             codes = tokens.codes[tokens.lengths > 0].numpy()
         found = cls(run, result, cache, raw_ids, codes, tokens)
         found._check_items(config, dataset)
-        _folder(cache, result["stages"][-1], run)
+        last = _folder(cache, result["stages"][-1], run)
+        found.trained = read_trained_rows(last)
+        if result["split"]["fingerprint"] != dataset.split.fingerprint:
+            found._check_unseen(dataset)
         return found
 
     @property
@@ -131,6 +138,21 @@ class Continued:
         known = np.isin(names, self.raw_ids) if self.codes is not None else np.ones(len(names), dtype=bool)
         known[0] = False
         return np.asarray(known)
+
+    def _check_unseen(self, dataset: Any) -> None:
+        """A filter of rows, or a data set without some, makes other rows a user's last: what was trained on is none."""
+        if self.trained is None:
+            raise UserError(
+                f"continue_from: {self.run} has other interactions and keeps no list of those that it was trained on; "
+                "run it again"
+            )
+        held_out = row_hashes(dataset, VALID, TEST)
+        seen = int(np.isin(held_out, self.trained).sum())
+        if seen:
+            raise UserError(
+                f"continue_from: {self.run} was trained on {seen} of the {len(held_out)} valid and test rows here; it "
+                "takes interactions that it had not, and the same filters (val_interval, user_inter_num_interval, ...)"
+            )
 
     def _check_items(self, config: Any, dataset: Any) -> None:
         raw_ids = dataset.field2id_token[dataset.iid_field].tolist()
@@ -189,10 +211,9 @@ class Continued:
             stage = store.run("backbone", CONTINUED_VERSION, inputs, copy)
             made = load_model(config, stage.folder / "model")
             return made, stage.fingerprint, [stage.as_dict()]
-        mark = fingerprint_of([named.fingerprint(), backbone_options(config)])
+        mark = fingerprint_of([named.fingerprint(), reading_options(config)])
         card = json.loads((_folder(self.cache, self.result["stages"][-1], self.run) / CARD).read_text("utf-8"))
-        options = {**backbone_options(config), "device": self.result["config"]["device"]}
-        if fingerprint_of([named.fingerprint(), options]) not in card["inputs"]["upstream"]:
+        if mark not in card["inputs"]["upstream"]:
             raise UserError(f"continue_from: {config['llm']} is not the language model that {self.run} had there")
         return named, mark, []
 

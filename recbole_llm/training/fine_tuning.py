@@ -36,6 +36,7 @@ from recbole_llm.training.teacher import FoldedTeacher, Teacher, check_folds
 from recbole_llm.training.teacher_labels import cached_labels
 from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
+from recbole_llm.training.trained_rows import trained_rows
 
 logger = logging.getLogger("recbole_llm")
 
@@ -45,9 +46,11 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
     Attributes:
         continued_from: the run that the weights began as, for ``result.json``; ``None`` where they began fresh.
+        trained_rows: hashes of the rows that the weights learn from, kept with them.
     """
 
     continued_from: dict[str, Any] | None = None
+    trained_rows: np.ndarray | None = None
 
     first_epochs, first_rate = "text_epochs", "adapter_learning_rate"
 
@@ -143,6 +146,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
         self._upstream += [*teachers, *(line["fingerprint"] for line in labels)]
+        self.trained_rows = trained_rows(dataset, before.trained if before else None)
         if before is not None:
             before.load_into(self.model, self.device)
             self.continued_from = before.as_dict(dataset)

@@ -31,10 +31,10 @@ from recbole_llm.training.codebooks import check_settings, train_quantiser
 from recbole_llm.training.embeddings import item_embeddings, text_embeddings
 from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, in_pieces, inputs_of, leaks, make_ids
 from recbole_llm.training.language import (
-    backbone_options,
     named_backbone,
     named_reader,
     read_item_text,
+    reading_options,
     take_backbone,
     take_reader,
 )  # fmt: skip
@@ -364,8 +364,8 @@ def vectors_of(
     backbone, mark = sources.reader, sources.reader_mark
     assert backbone is not None
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
-    # The same weights read otherwise, or fresh ones in their place, say something else; the device does not.
-    options = {key: value for key, value in backbone_options(config).items() if key != "device"}
+    # The same weights read otherwise, or fresh ones in their place, say something else.
+    options = reading_options(config)
     inputs = {"backbone": mark, "texts": fingerprint_of(texts), "kind": kind, "limit": limit, "options": options}
 
     def make(folder: Path) -> dict[str, Any]:

@@ -81,6 +81,11 @@ def backbone_options(config: Any) -> dict[str, Any]:
     }
 
 
+def reading_options(config: Any) -> dict[str, Any]:
+    """What of :func:`backbone_options` changes what a language model says: all but where it stands."""
+    return {key: value for key, value in backbone_options(config).items() if key != "device"}
+
+
 def load_model(config: Any, name: str | Path) -> Backbone:
     """A language model as a run wants it; with its vocabulary head for a recommender that generates items."""
     generates = getattr(getattr(config, "model_class", None), "ranking", None) == "beam"
@@ -127,7 +132,7 @@ def take_backbone(
         The model, its fingerprint, and the lines of ``result.json`` for what was trained.
     """
     if named is not None:
-        return named, fingerprint_of([named.fingerprint(), backbone_options(config)]), []
+        return named, fingerprint_of([named.fingerprint(), reading_options(config)]), []
     if config["llm"] == EMBEDDED_T5:
         stage = _embedded_t5_stage(config, dataset, item_text, store)
     else:

@@ -138,8 +138,9 @@ class TrainingLoop:
         self.seed: int = config["seed"]
         self.step_count = 0
         self._tokens_before = -self._tokens_now()
-        steps = epochs * -(-batches // self.accumulation)
-        self.scheduler = self._schedule(config["lr_schedule"], round(config["warmup_ratio"] * steps), steps)
+        self._scheduled = epochs * -(-batches // self.accumulation)
+        warmup = round(config["warmup_ratio"] * self._scheduled)
+        self.scheduler = self._schedule(config["lr_schedule"], warmup, self._scheduled)
 
     def _tokens_now(self) -> int:
         return getattr(getattr(self.model, "backbone", None), "tokens_read", 0)
@@ -173,7 +174,8 @@ class TrainingLoop:
             if self.clip:
                 self.accelerator.clip_grad_norm_(self.parameters, **self.clip)
             self.optimizer.step()
-            if self.scheduler is not None:
+            # Past its end a cosine would rise again.
+            if self.scheduler is not None and self.step_count < self._scheduled:
                 self.scheduler.step()
             self.step_count += 1
             value = float(loss)

@@ -26,6 +26,7 @@ from recbole_llm.named_files import hash_of, weights_of
 from recbole_llm.refusals import check_sizes
 from recbole_llm.training.state import RESUME_FILE, WEIGHTS
 from recbole_llm.training.store import Stage, StageStore
+from recbole_llm.training.trained_rows import write_trained_rows
 from recbole_llm.training.trainer import trainer_class
 
 logger = logging.getLogger("recbole_llm")
@@ -257,6 +258,9 @@ def _train(
             raise
         if processes.is_main() and not (folder / WEIGHTS).is_file():
             raise UserError(f"{config['model']} trains in phases of its own and kept no weights; it does not run here")
+        rows = getattr(trainer, "trained_rows", None)
+        if rows is not None and processes.is_main():
+            write_trained_rows(folder, rows)
         losses = [float(loss) for _, loss in sorted(trainer.train_loss_dict.items())]
         valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
         return {
