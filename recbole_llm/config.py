@@ -21,7 +21,13 @@ from recbole.utils import ModelType  # noqa: E402
 from recbole.utils.argument_list import dataset_arguments  # noqa: E402
 
 from recbole_llm import processes, products, registry  # noqa: E402
-from recbole_llm.config_checks import check_columns, check_eval_args, check_intervals, check_metrics  # noqa: E402
+from recbole_llm.config_checks import (  # noqa: E402
+    check_columns,
+    check_eval_args,
+    check_intervals,
+    check_metrics,
+    check_training,
+)
 from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
@@ -38,9 +44,27 @@ PROTOCOL_KEYS = (
     "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned", "cpu_products",
 )  # fmt: skip
 
-# RecBole says only "(int)" of its sizes.
-_SIZES = ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "MAX_ITEM_LIST_LENGTH")
-_SIZE = Spec("int >= 1", "a size")
+# RecBole says only "(int)" or "(float)" of them, and a value out of range ends a run somewhere in torch, or not at all.
+_RANGES = {
+    **dict.fromkeys(
+        ("embedding_size", "hidden_size", "inner_size", "n_heads", "num_layers", "n_layers", "MAX_ITEM_LIST_LENGTH"),
+        "int >= 1",
+    ),
+    **dict.fromkeys(
+        (
+            "hidden_dropout_prob",
+            "attn_dropout_prob",
+            "dropout_prob",
+            "message_dropout",
+            "node_dropout",
+            "mask_ratio",
+            "ft_ratio",
+        ),
+        "float 0..1",
+    ),
+    "drop_ratio": "float 0..0.99",
+    **dict.fromkeys(("initializer_range", "layer_norm_eps", "ssl_tau"), "float > 0"),
+}
 
 # Settings that change no trained number: they stay out of a stage's fingerprint.
 NEUTRAL_KEYS = frozenset({
@@ -197,7 +221,9 @@ class Config(StrictSettings, RecBoleConfig):
             self._load_backbone_keys(str(llm))
         for name in dict.fromkeys((getattr(model_class, "wraps", model), model)):
             self._load_tuned(name, dataset)
-        self._specs |= {key: _SIZE for key in _SIZES if key in self._specs and self._specs[key].text == "int"}
+        for key, text in _RANGES.items():
+            if key in self._specs and self._specs[key].text in ("int", "float"):
+                self._specs[key] = Spec(text, self._specs[key].help)
         self._check_beside(beside, settings, model, model_class)
         self._check_keys(model, model_class)
         self._check_model(model, model_class)
@@ -305,6 +331,7 @@ class Config(StrictSettings, RecBoleConfig):
         check_metrics(self.final_config_dict)
         check_eval_args(self.final_config_dict, self.dataset)
         check_intervals(self.final_config_dict)
+        check_training(self.final_config_dict)
         check_columns(self.final_config_dict)
         check_unread(self.external_config_dict)
         check_models_own(self.model, self.final_config_dict)

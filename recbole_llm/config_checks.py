@@ -165,9 +165,43 @@ def check_intervals(final: Mapping[str, Any]) -> None:
     for key, value in named.items():
         if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
             raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4), but is {value!r}")
-    samples = (final.get("train_neg_sample_args") or {}).get("sample_num", 1)
+
+
+def clip_of(setting: Any) -> dict[str, float] | None:
+    """Arguments of ``clip_grad_norm_``.
+
+    Args:
+        setting: ``clip_grad_norm``: a number, RecBole's dict, or nothing.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if setting is None:
+        return None
+    clip = setting if isinstance(setting, dict) else {"max_norm": setting}
+    numbers = all(_is_number(value) and value > 0 for value in clip.values())
+    if "max_norm" not in clip or not numbers or set(clip) - {"max_norm", "norm_type"}:
+        raise UserError(f"clip_grad_norm should be a number or {{max_norm: 1.0, norm_type: 2}}, but is {setting!r}")
+    return clip
+
+
+def check_training(final: dict[str, Any]) -> None:
+    """What stands inside the settings of training that are dicts.
+
+    Args:
+        final: the run's settings. A number for ``clip_grad_norm`` becomes the dict that RecBole's trainers want.
+    """
+    final["clip_grad_norm"] = clip_of(final.get("clip_grad_norm"))
+    negatives = final.get("train_neg_sample_args") or {}
+    samples, alpha = negatives.get("sample_num", 1), negatives.get("alpha", 1.0)
     if not isinstance(samples, int) or samples < 1:
         raise UserError(f"train_neg_sample_args.sample_num should be int >= 1, but is {samples!r}")
+    if not _is_number(alpha) or alpha < 0:
+        raise UserError(f"train_neg_sample_args.alpha should be a number of 0 or more, but is {alpha!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_eval_args(final: dict[str, Any], dataset: str) -> None:

@@ -16,8 +16,8 @@ from small_models import SMALL
 
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError
-from recbole_llm.training.language import named_backbone, take_backbone
 from recbole_llm.training import trainer as trainer_module
+from recbole_llm.training.language import named_backbone, take_backbone
 from recbole_llm.training.pipeline import code_mark, data_mark
 from recbole_llm.training.runs import run
 

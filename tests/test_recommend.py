@@ -29,7 +29,7 @@ from recbole_llm.serving.recommend import parse, plain_line, recommend
 from recbole_llm.serving.recommender import COMPARED, Recommender, unknown
 from recbole_llm.serving.store import TopKStore
 from recbole_llm.training.prepare import prepare
-from recbole_llm.training.run_files import read_result
+from recbole_llm.training.run_files import cache_of, read_result
 from recbole_llm.training.runs import run
 from recbole_llm.training.store import StageStore
 
@@ -624,6 +624,60 @@ def test_titles_that_cannot_be_read_leave_ids(output: Path, caplog: pytest.LogCa
     assert told.splitlines()[1].split() == ["rank", "item", "score"] and "shown by their ids" in caplog.text
 
 
+def test_a_file_of_users_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "users.txt").write_text("\ufeffu1\r\nu2\r\n", encoding="utf-8")
+    assert parse(["--run=x", f"--users={tmp_path / 'users.txt'}"]).users == ["u1", "u2"]
+
+
+def test_the_cache_is_the_one_beside_the_run_wherever_one_stands(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another project's saved/cache is none of its."""
+    run_folder = tmp_path / "saved" / "BPR-tiny"
+    for folder in (run_folder, tmp_path / "saved" / "cache", tmp_path / "other" / "saved" / "cache"):
+        folder.mkdir(parents=True)
+    settings = {"cache": "use", "output_dir": "saved"}
+    monkeypatch.chdir(tmp_path / "other")
+    assert cache_of(settings, run_folder) == tmp_path / "saved" / "cache"
+    assert cache_of(settings, run_folder, str(tmp_path / "other" / "saved")) == tmp_path / "other" / "saved" / "cache"
+    # A run that was copied away alone has its cache where it was.
+    (tmp_path / "alone" / "BPR-tiny").mkdir(parents=True)
+    assert cache_of(settings, tmp_path / "alone" / "BPR-tiny") == Path("saved/cache")
+
+
+def test_items_of_one_title_are_recommended_as_they_were_measured(tmp_path: Path) -> None:
+    result = run("MSL", "tiny", config_dict=settings_of("MSL", tmp_path, title_match=True, title_tokens=2))
+    folder = Path(result["result_file"]).parent
+    rankings = Rankings.read(folder / "rankings.npz")
+    assert result["evaluation"]["title_match"]
+    given = Recommender.of_run(folder, phases=("train", "valid")).recommend(rankings.user_id.tolist(), 3)
+    assert [[item for item, _, _ in one] for one in given] == rankings.item_id[rankings.top[:, :3]].tolist()
+
+
+def test_an_item_that_a_user_had_often_is_left_out_once(tmp_path: Path) -> None:
+    source = ROOT / "dataset" / "tiny"
+    (tmp_path / "data" / "often").mkdir(parents=True)
+    head, *rows = (source / "tiny.inter").read_text(encoding="utf-8").splitlines()
+    own = [row.split("\t") for row in rows if row.startswith("u31\t")]
+    first = min(own, key=lambda row: float(row[3]))
+    rows += ["\t".join(first)] * 60
+    (tmp_path / "data/often/often.inter").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    shutil.copy(source / "tiny.item", tmp_path / "data/often/often.item")
+    more = {"data_path": str(tmp_path / "data"), "item_text": "{title}", "load_col": {"inter": "*"}}
+    result = run("MSL", "often", config_dict=settings_of("MSL", tmp_path, **more))
+    served = Recommender.of_run(Path(result["result_file"]).parent)
+    assert all(len(items) == 3 for items in served.recommend(["u31", "u2"], 3))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": "BPR", "dataset": "tiny", "config": {}}'])
+def test_a_result_that_is_no_runs_is_told(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result.json").write_text(content, encoding="utf-8")
+    for whom in ("--user=u1", "--history=i1"):
+        assert main(["recommend", f"--run={tmp_path}", whom]) == 2
+        told = capsys.readouterr()
+        assert told.err.count("\n") == 1 and "no run's" in told.err
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -712,5 +766,6 @@ def test_what_is_parsed() -> None:
     assert asked.store == Path("saved/one/topk") and asked.phases == ("train", "valid") and not asked.named
     assert parse(["--run=x", "--user=a,b"]).users == ["a", "b"]
     assert parse(["--run=x", '--user=["a,b"]']).users == ["a,b"]
+    assert parse(["--run=x", '--user=["a"]']).users == ["a"]
     assert parse(["--run=x", "--history=[b,c]"]).history == ["[b", "c]"]
     assert parse(["--run=x", "--build=true", "--shard=1/4"]).shard == (1, 4)

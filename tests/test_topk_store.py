@@ -159,6 +159,26 @@ def test_blocks_in_any_order_by_several_builders_make_the_same_store(tmp_path: P
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_a_builder_of_the_store_before_leaves_nothing_in_the_new_one(tmp_path: Path) -> None:
+    before = begun(tmp_path / "store")
+    shape = Plan(k=4, batch=2, block=6)
+    now = TopKStore.begin(tmp_path / "store", WANTED | {"split": "another"}, shape, catalogue(), anew=True)
+    with pytest.raises(UserError, match="was begun anew by another command"):
+        before.write(1, *block_of(before, 1))
+    assert now.missing() == [0, 1, 2, 3]
+    # One that looked just before: its rows are known for what they are.
+    before.card = now.card | {"build": before.card["build"]}
+    file = now._file(1)
+    now.write(1, *block_of(now, 1))
+    whole = file.read_bytes()
+    before.folder = tmp_path / "other"
+    (before.folder / "blocks").mkdir(parents=True)
+    (before.folder / "store.json").write_text(json.dumps(before.card), encoding="utf-8")
+    before.write(1, *block_of(before, 1))
+    file.write_bytes((before.folder / "blocks" / file.name).read_bytes())
+    assert file.read_bytes() != whole and not now.is_whole(1)
+
+
 def test_what_is_not_complete_is_not_read(tmp_path: Path) -> None:
     store = begun(tmp_path / "store")
     store.write(2, *block_of(store, 2))
@@ -260,6 +280,24 @@ def test_a_flipped_bit_is_noticed_by_who_reads_it_and_mended_by_a_build(tmp_path
     assert [store.is_whole(block) for block in range(4)] == [True, False, True, True]
     store.write(1, *block_of(store, 1))
     assert store.is_whole(1)
+
+
+def test_a_damaged_head_is_told_and_mended_by_a_build(tmp_path: Path) -> None:
+    """NumPy parses the head as Python, which gives errors of a tokenizer's."""
+    filled(tmp_path / "store")
+    file = tmp_path / "store" / "blocks" / "000001.npy"
+    whole = file.read_bytes()
+    for place in range(10, whole.index(b"\n"), 3):
+        data = bytearray(whole)
+        data[place] ^= 2
+        file.write_bytes(data)
+        # The store is open for nobody: each look opens the file anew.
+        store = begun(tmp_path / "store")
+        store.is_whole(1)
+        try:
+            store.look_up("u7", 4)
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["users.slots", "users.places", "users.bytes", "items.bytes", "titles.places"])

@@ -40,6 +40,11 @@ class Histories:
         found[self.items] = True
         return found
 
+    def distinct(self, n_items: int) -> np.ndarray:
+        """How many items each user has, one that he had twice counted once, int64 [n_users]."""
+        users = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return np.bincount(np.unique(users * n_items + self.items) // n_items, minlength=len(self.lengths))
+
     def owners(self, moments: np.ndarray) -> np.ndarray:
         """Whose some of the interactions are.
 

@@ -42,8 +42,9 @@ def make_loaders(config: Any, built: list[Any]) -> tuple[Any, Any, Any]:
 
 def make_train_loader(config: Any, train: Any) -> Any:
     """The training loader of a model: RecBole's, ours with the same batches, or the view that the model asks for."""
+    nothing = UserError("no training interaction is left after the split; check eval_args and short_users")
     if not len(train.inter_feat):
-        raise UserError("no training interaction is left after the split; check eval_args and short_users")
+        raise nothing
     view = getattr(config.model_class, "train_view", "")
     if view == "tasks":
         # Not at the top: it builds on this module.
@@ -51,7 +52,10 @@ def make_train_loader(config: Any, train: Any) -> Any:
 
         return TaskLoader(config, train)
     if view:
-        return {"users": UserLoader, "windows": WindowLoader}[view](config, train)
+        loader = {"users": UserLoader, "windows": WindowLoader}[view](config, train)
+        if not loader.sample_size:
+            raise nothing
+        return loader
     negatives = config["train_neg_sample_args"]
     sampler = None
     if negatives["distribution"] != "none":
@@ -88,7 +92,8 @@ class _IndexLoader(AbstractDataLoader):
     def __init__(self, config: Any, dataset: Any, rows: int, batch_size: int, shuffle: bool) -> None:
         self.sample_size, self._rows_a_batch = rows, batch_size
         self.logger = getLogger()
-        super().__init__(config, dataset, None, shuffle=shuffle)
+        # torch's sampler refuses to shuffle nothing, before anybody can say what there is nothing of.
+        super().__init__(config, dataset, None, shuffle=shuffle and rows > 0)
 
     def _init_batch_size_and_step(self) -> None:
         self.step = self._rows_a_batch

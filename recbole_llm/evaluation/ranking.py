@@ -98,7 +98,7 @@ def measure(
         interaction, excluded, rows, items = batch
         scores = catalogue_scores(model, interaction.to(config["device"]), excluded, candidates, loader._dataset)
         if counts_as is not None:
-            scores, items = _as_counted(scores, counts_as.to(scores.device)), counts_as[items.cpu()]
+            scores, items = as_counted(scores, counts_as.to(scores.device)), counts_as[items.cpu()]
         found.add(interaction[loader.uid_field], scores, rows.to(scores.device), items.to(scores.device))
     if shared:
         found.merge(processes.gathered(found))
@@ -149,7 +149,7 @@ def catalogue_scores(
     return scores
 
 
-def _as_counted(scores: torch.Tensor, counts_as: torch.Tensor) -> torch.Tensor:
+def as_counted(scores: torch.Tensor, counts_as: torch.Tensor) -> torch.Tensor:
     """Scores [B, n_items] in which an item has the best of those that count as it, and these have none."""
     return torch.full_like(scores, -torch.inf).scatter_reduce(1, counts_as.expand_as(scores), scores, "amax")
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from recbole_llm import compat
+from recbole_llm.errors import UserError
 from recbole_llm.model.transformer import accelerate, embed, encode_at, encode_by_length
 
 with compat.anomaly_mode_kept():
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 class BERT4Rec(RecBoleBERT4Rec):
     """RecBole's BERT4Rec (Sun et al., CIKM 2019): same parameters, masking, losses and scores, less time.
 
+    Attributes:
+        slots_needed: whether it is trained on RecBole's batches, with as many slots as its longest history has masks.
+
     Args:
         config: RecBole's ``Config``.
         dataset: the train data set.
     """
 
+    slots_needed = True
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        if self.slots_needed and self.mask_item_length < 1:
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} of MAX_ITEM_LIST_LENGTH {self.max_seq_length} masks not even one item; "
+                "raise one of them"
+            )
         accelerate(self)
 
     def reconstruct_test_data(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:

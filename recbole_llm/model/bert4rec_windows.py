@@ -36,6 +36,7 @@ class BERT4RecWindows(BERT4Rec):
     """
 
     train_view = "windows"
+    slots_needed = False
     input_type = InputType.POINTWISE
     TARGETS = "target_list"  # int64 [B, L]: the item after each position, 0 where there is none
 

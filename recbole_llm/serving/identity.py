@@ -56,7 +56,7 @@ def identity(
     try:
         split, last = result["split"]["fingerprint"], result["stages"][-1]
         stages = [stage["fingerprint"] for stage in result["stages"]]
-        last_folder = stage_folder(cache_of({**result["config"], **(settings or {})}, run), last)
+        last_folder = stage_folder(cache_of(result["config"], run, (settings or {}).get("output_dir")), last)
         names = {"model": result["model"], "dataset": result["dataset"]}
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"the result.json of {run} says nothing of {error}; it is no run's") from None

@@ -218,7 +218,8 @@ def _take_whom(asked: Asked, given: dict[str, str]) -> None:
     elif "users" in given:
         asked.users = _lines(Path(given["users"]))
     else:
-        asked.users = _listed(given["user"], "user") if "," in given["user"] else [given["user"]]
+        several = "," in given["user"] or given["user"].startswith("[")
+        asked.users = _listed(given["user"], "user") if several else [given["user"]]
     if not (asked.users if asked.history is None else asked.history):
         raise UserError(f"--{whom[0]} names no {'item' if whom[0] == 'history' else 'user'}")
 
@@ -261,7 +262,7 @@ def _listed(text: str, key: str) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        found = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        found = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
     except OSError as error:
         raise UserError(f"--users: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

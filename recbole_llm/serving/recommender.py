@@ -15,7 +15,7 @@ import torch
 from recbole_llm.data.item_text import item_file, read_titles
 from recbole_llm.data.ties import tie_order, top_items
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.evaluation.ranking import catalogue_scores
+from recbole_llm.evaluation.ranking import as_counted, catalogue_scores
 from recbole_llm.itemid.index_file import entries_of, read_index
 from recbole_llm.serving.identity import PHASES, identity
 from recbole_llm.serving.requests import RequestLoader
@@ -153,7 +153,8 @@ class Recommender:
         if k > beams:
             raise UserError(f"k {k} is above the {beams} beams of the run's search; a run with beams: {k} can give it")
         if self.loader.excludes:
-            left = int(self.pool.candidates.sum()) - self.loader.history.lengths[self.loader.users]
+            had = self.loader.history.distinct(self.fit.dataset.item_num)[self.loader.users]
+            left = int(self.pool.candidates.sum()) - had
             if beams > left.min():
                 raise UserError(
                     f"user '{self.users[int(left.argmin())]}' has {max(int(left.min()), 0)} items left to recommend, "
@@ -192,6 +193,10 @@ class Recommender:
         return self._best(scores, k)
 
     def _best(self, scores: torch.Tensor, k: int) -> Ranked:
+        counts_as = getattr(self.model, "counts_as", None)
+        if counts_as is not None:
+            # As they were measured: items of one title are one.
+            scores = as_counted(scores, counts_as.to(scores.device))
         top = top_items(scores, k, self.pool.ties)
         values = scores.gather(1, top)
         items = torch.where(torch.isneginf(values), -1, top)

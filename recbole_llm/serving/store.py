@@ -127,7 +127,9 @@ class TopKStore:
                     remove(path)
             (folder / "blocks").mkdir()
             _write_tables(folder, catalogue)
-            card = {"schema": SCHEMA, **shape, "block": plan.block, "built_for": dict(wanted)}
+            # A builder of the store before may still be writing: its blocks are none of this one's.
+            number = 0 if found is None else int(found.get("build", 0)) + 1
+            card = {"schema": SCHEMA, **shape, "block": plan.block, "build": number, "built_for": dict(wanted)}
             _write_json(folder / CARD, card)
             return cls(folder, card)
 
@@ -223,7 +225,7 @@ class TopKStore:
             return False
         try:
             table = self._table(block)
-            return all(_check(row, user) == int(row["check"]) for user, row in zip(self.rows(block), table))
+            return all(self._check(row, user) == int(row["check"]) for user, row in zip(self.rows(block), table))
         except UserError:
             return False
 
@@ -234,11 +236,16 @@ class TopKStore:
             block: its number.
             items: int ``[users of the block, k]``, best first, -1 where a user has fewer.
             scores: float ``[users of the block, k]``.
+
+        Raises:
+            UserError: another store was begun here since.
         """
+        if self._card_of(self.folder) != self.card:
+            raise UserError(f"the store in {self.folder} was begun anew by another command; this one ends here")
         table = np.zeros(len(self.rows(block)), dtype=self._dtype)
         table["items"], table["scores"] = items, scores
         for user, row in zip(self.rows(block), table):
-            row["check"] = _check(row, user)
+            row["check"] = self._check(row, user)
         save_array(self._file(block), table)
 
     def finish(self) -> bool:
@@ -270,6 +277,12 @@ class TopKStore:
         """Titles by number."""
         return TextTable(self.folder, "titles")
 
+    def _check(self, row: np.void, user: int) -> int:
+        """Of a row's bytes, whose it is, and which of the stores that stood here one after the other it was made for."""
+        build = int(self.card.get("build", 0))
+        seed = zlib.crc32(str(build).encode(), user) if build else user
+        return zlib.crc32(row["items"].tobytes() + row["scores"].tobytes(), seed)
+
     def _table(self, block: int) -> np.ndarray:
         table = map_array(self._file(block))
         if table.dtype != self._dtype or table.shape != (len(self.rows(block)),):
@@ -298,7 +311,7 @@ class TopKStore:
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
         row = self._open[block][number - block * self.block]
-        if _check(row, number) != int(row["check"]):
+        if self._check(row, number) != int(row["check"]):
             raise UserError(f"{self._file(block)} is damaged; build the store again (--build=true)")
         return [
             (self.items[item], self.titles[item], float(score))
@@ -325,11 +338,6 @@ def _write_tables(folder: Path, catalogue: Catalogue) -> None:
     for kind, name, texts in tables:
         if not kind.holds(folder, name, texts):
             kind.save(folder, name, texts)
-
-
-def _check(row: np.void, user: int) -> int:
-    """Of a row's bytes and whose it is."""
-    return zlib.crc32(row["items"].tobytes() + row["scores"].tobytes(), user)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

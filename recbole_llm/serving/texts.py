@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def map_array(path: Path) -> np.ndarray:
     try:
         # A plain view of the map: slices of NumPy's own class take several times as long.
         return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, TokenError) as error:
         raise UserError(f"{path} cannot be read ({error}); build the store again (--build=true)") from None
 
 

@@ -52,14 +52,18 @@ def config_of(result: Mapping[str, Any], **settings: Any) -> Config:
     Raises:
         UserError: the run's model, or one of its settings, is not known any more.
     """
-    model, saved = result["model"], result["config"]
+    try:
+        model, dataset, saved = result["model"], result["dataset"], dict(result["config"])
+        data_path = str(Path(saved["data_path"]).parent)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a result.json that says nothing of {error} is no run's") from None
     model_class = registry.class_of(model, saved)
     parts = tuple(f"{part}." for part in registry.parts_of(model_class))
     wanted = {key: value for key, value in saved.items() if key not in _DERIVED and key not in settings}
-    fixed = {"data_path": str(Path(saved["data_path"]).parent), **settings}
+    fixed = {"data_path": data_path, **settings}
     given: dict[str, Any] = {}
     for _ in range(_ROUNDS):
-        config = Config(model, result["dataset"], config_dict=given | fixed, command_line=[])
+        config = Config(model, dataset, config_dict=given | fixed, command_line=[])
         known, now = known_keys(model, model_class) | set(config.specs), config.as_dict()
         # Only what differs from the defaults, as what is given reaches the parts too, whose defaults are others.
         more = {
@@ -88,4 +92,4 @@ def find_run(path: str | Path, **settings: Any) -> tuple[dict[str, Any], Config,
     """
     result = read_result(path)
     config = config_of(result, **settings)
-    return result, config, FoundStages(cache_of(config, Path(path)))
+    return result, config, FoundStages(cache_of(config, Path(path), settings.get("output_dir")))

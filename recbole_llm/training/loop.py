@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from recbole_llm import processes
+from recbole_llm.config_checks import clip_of
 from recbole_llm.errors import UserError
 
 logger = logging.getLogger("recbole_llm")
@@ -89,18 +90,7 @@ def check_settings(config: Any) -> None:
     for key in ("enable_amp", "enable_scaler"):
         if config[key]:
             raise UserError(f"{key} is for RecBole's own models; {config['model']} reads mixed_precision: bf16 or fp16")
-    _clip(config["clip_grad_norm"])
-
-
-def _clip(setting: Any) -> dict[str, float] | None:
-    """Arguments of ``clip_grad_norm_`` from a number or RecBole's dict."""
-    if setting is None:
-        return None
-    clip = setting if isinstance(setting, dict) else {"max_norm": setting}
-    numbers = all(isinstance(value, int | float) and value > 0 for value in clip.values())
-    if "max_norm" not in clip or not numbers or set(clip) - {"max_norm", "norm_type"}:
-        raise UserError(f"clip_grad_norm should be a number or {{max_norm: 1.0, norm_type: 2}}, but is {setting!r}")
-    return clip
+    clip_of(config["clip_grad_norm"])
 
 
 class TrainingLoop:
@@ -134,7 +124,7 @@ class TrainingLoop:
         self.accelerator = new_accelerator(config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self.clip = _clip(config["clip_grad_norm"])
+        self.clip = clip_of(config["clip_grad_norm"])
         self.seed: int = config["seed"]
         self.step_count = 0
         self._tokens_before = -self._tokens_now()

@@ -40,18 +40,22 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error})") from None
 
 
-def cache_of(settings: Mapping[str, Any], run: Path) -> Path:
-    """The stage cache of a run: by its settings, or beside the run where folders were moved.
+def cache_of(settings: Mapping[str, Any], run: Path, given: str | None = None) -> Path:
+    """The stage cache of a run: beside it, as they are written, or by its settings where it was moved away alone.
 
     Args:
-        settings: the run's, its ``cache`` and ``output_dir``.
+        settings: the run's, its ``cache`` and ``output_dir``; the latter is read from where one stands.
         run: its folder or ``result.json``.
+        given: an ``output_dir`` that was asked for now, and goes before both.
     """
     folder = run if run.is_dir() else run.parent
     if settings["cache"] == "off":
         return folder / "stages"
+    beside = folder.resolve().parent / "cache"
+    if given is not None and (Path(given) / "cache").is_dir():
+        return Path(given) / "cache"
     named = Path(settings["output_dir"]) / "cache"
-    return named if named.is_dir() else folder.parent / "cache"
+    return named if named.is_dir() and not beside.is_dir() else beside
 
 
 def stage_folder(cache: Path, line: Mapping[str, Any]) -> Path:
