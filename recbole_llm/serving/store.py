@@ -278,7 +278,7 @@ class TopKStore:
         return TextTable(self.folder, "titles")
 
     def _check(self, row: np.void, user: int) -> int:
-        """Of a row's bytes, whose it is, and which of the stores that stood here one after the other it was made for."""
+        """Of a row's bytes, whose it is, and which of the stores that stood here in turn it was made for."""
         build = int(self.card.get("build", 0))
         seed = zlib.crc32(str(build).encode(), user) if build else user
         return zlib.crc32(row["items"].tobytes() + row["scores"].tobytes(), seed)
