@@ -159,11 +159,13 @@ def test_those_that_generate_titles_are_guided_too(base: str, settings_of: Calla
     teacher = {key: value for key, value in SMALL["TCA4Rec"].items() if key.startswith("cf_model.")}
     own = SMALL[base] | teacher | {"item_text": "{movie_title}", "epochs": 1, "eval_step": 0}
     own |= {"grounding": "trie"} if base == "BIGRec" else {}
+    # A teacher of one epoch is of one mind about all items, unless his scores are sharpened.
+    own |= {"cf_guidance_beta": 0.05}
     little, much = (
         run(base, "small", config_dict=settings_of(**own) | {"cf_guidance": weight}) for weight in (0.95, 0.05)
     )
     found = [made["consistency"]["cf_model"]["overlap@10"] for made in (little, much)]
-    assert found[0] < found[1]
+    assert found[0] < 0.3 and found[1] > 0.5
 
 
 def test_what_is_off_is_no_part_of_a_run() -> None:
