@@ -129,7 +129,7 @@ def open_atomic(path: Path, separator: str = "\t", encoding: str = "utf-8") -> A
     if "\0" in text:
         # Whoever reads it after this would end the field there, and ids that differ behind it would be one.
         raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a null character in a field")
-    header = text.split("\n", 1)[0]
+    header = text[: text.find("\n")] if "\n" in text else text
     # A carriage return before a line feed belongs to the line's end only where the header's own line ends so.
     if header.endswith("\r"):
         data = data.replace(b"\r\n", b"\n").removesuffix(b"\r")

@@ -195,8 +195,7 @@ class AtomicMixin:
         for key in wanted:
             field = self.config[key]
             if field is not None and field not in columns:
-                hint = did_you_mean(field, names) or f"; its columns: {', '.join(names)}"
-                raise UserError(f"{path} has no loaded column '{field}' ({key}){hint}")
+                raise UserError(f"{path} has no loaded column '{field}' ({key}){_nearest_of(field, names)}")
 
     def _require_types(self, path: Path, columns: list[str], source: Any) -> None:
         """An id is a token and a time a number: of other types RecBole loads them too, and orders by what it made."""
@@ -218,8 +217,7 @@ class AtomicMixin:
             columns = (self.config.external_config_dict.get(key) or {}).get(suffix) or ()
             for name in columns if columns != "*" else ():
                 if name not in names:
-                    hint = did_you_mean(name, names) or f"; its columns: {', '.join(names)}"
-                    raise UserError(f"{path} has no column '{name}' ({key}.{suffix}){hint}")
+                    raise UserError(f"{path} has no column '{name}' ({key}.{suffix}){_nearest_of(name, names)}")
 
     def _convert(self, frame: pd.DataFrame, name: str) -> None:
         kind = self.field2type[name]
@@ -317,6 +315,11 @@ class AtomicMixin:
         may be there to answer.
         """
         download(self.dataset_name, Path(self.dataset_path))  # type: ignore[attr-defined]
+
+
+def _nearest_of(name: str, columns: tuple[str, ...]) -> str:
+    """The columns that a wrong name may mean, or all that there are."""
+    return did_you_mean(name, columns) or f"; its columns: {', '.join(columns)}"
 
 
 def download(name: str, folder: Path) -> None:

@@ -327,7 +327,8 @@ class Config(StrictSettings, RecBoleConfig):
 
     def _set_default_parameters(self) -> None:
         final = self.final_config_dict
-        final["data_path"] = str(self._data_folder().parent)
+        folder = self._data_folder()
+        final["data_path"] = str(folder.parent)
         check_metrics(self.final_config_dict)
         check_eval_args(self.final_config_dict, self.dataset)
         check_intervals(self.final_config_dict)
@@ -338,9 +339,9 @@ class Config(StrictSettings, RecBoleConfig):
         check_weights(self.final_config_dict)
         products.use(final["cpu_products"])
         super()._set_default_parameters()
-        if self._data_folder().is_dir():
+        if folder.is_dir():
             # RecBole takes its own copy of ml-100k, whatever there is.
-            final["data_path"] = str(self._data_folder())
+            final["data_path"] = str(folder)
         final["checkpoint_dir"] = str(final["output_dir"])
 
     def _data_folder(self) -> Path:

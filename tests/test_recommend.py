@@ -630,7 +630,7 @@ def test_a_file_of_users_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_the_one_beside_the_run_wherever_one_stands(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another project's saved/cache is none of its."""
     run_folder = tmp_path / "saved" / "BPR-tiny"

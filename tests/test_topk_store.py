@@ -298,6 +298,8 @@ def test_a_damaged_head_is_told_and_mended_by_a_build(tmp_path: Path) -> None:
             store.look_up("u7", 4)
         except UserError as error:
             assert "\n" not in str(error)
+    store.write(1, *block_of(store, 1))
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["users.slots", "users.places", "users.bytes", "items.bytes", "titles.places"])

@@ -119,9 +119,7 @@ def test_generation_goes_on_after_the_last_whole_batch(folder: Path, backbone: B
 def config(**settings: Any) -> dict[str, Any]:
     return {
         "llm": "embedded", "text_source": "llm", "profile_words": 3, "prediction_words": 2, "text_descriptions": 4,
-        "text_new_tokens": 6, "text_cue": "\n", "text_batch_size": 4, "alignment_description_tokens": 8,
-        "llm_dtype": "float32", "llm_attention": "sdpa", "llm_quantization": None, "llm_random_init": False,
-        "trust_remote_code": False, "device": "cpu", "seed": 1, **settings,
+        "text_new_tokens": 6, "text_cue": "\n", "text_batch_size": 4, "alignment_description_tokens": 8, **settings,
     }  # fmt: skip
 
 

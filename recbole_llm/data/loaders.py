@@ -24,6 +24,8 @@ from recbole_llm.data.ties import tie_order
 from recbole_llm.data.train_loader import FastTrainLoader
 from recbole_llm.errors import UserError
 
+_NOTHING = "no training interaction is left after the split; check eval_args and short_users"
+
 
 def make_loaders(config: Any, built: list[Any]) -> tuple[Any, Any, Any]:
     """Loaders of the three phase datasets of one split.
@@ -42,9 +44,8 @@ def make_loaders(config: Any, built: list[Any]) -> tuple[Any, Any, Any]:
 
 def make_train_loader(config: Any, train: Any) -> Any:
     """The training loader of a model: RecBole's, ours with the same batches, or the view that the model asks for."""
-    nothing = UserError("no training interaction is left after the split; check eval_args and short_users")
     if not len(train.inter_feat):
-        raise nothing
+        raise UserError(_NOTHING)
     view = getattr(config.model_class, "train_view", "")
     if view == "tasks":
         # Not at the top: it builds on this module.
@@ -54,7 +55,7 @@ def make_train_loader(config: Any, train: Any) -> Any:
     if view:
         loader = {"users": UserLoader, "windows": WindowLoader}[view](config, train)
         if not loader.sample_size:
-            raise nothing
+            raise UserError(_NOTHING)
         return loader
     negatives = config["train_neg_sample_args"]
     sampler = None

@@ -235,8 +235,10 @@ class _Found:
 def _check_full(items: np.ndarray, config: Any) -> None:
     """Refuse metrics that count what is recommended where nothing is: to them the padding item is an item too."""
     counting = [name for name in config["metrics"] if "rec.items" in metric_information[name.lower()]]
+    if not counting:
+        return
     short = int((items[:, : max(config["topk"])] == 0).any(axis=1).sum())
-    if counting and short:
+    if short:
         raise UserError(
             f"{', '.join(counting)} count what is recommended, and {short} users have fewer than {max(config['topk'])} "
             "items left; lower topk or leave them out of metrics"

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from recbole_llm.training.item_tokens import (
     write_origin,
     write_tokens,
 )
-from recbole_llm.training.language import load_model, reading_options
+from recbole_llm.training.language import load_model, read_as
 from recbole_llm.training.new_items import codes_of_new, had_by_users
 from recbole_llm.training.run_files import CARD, cache_of, read_result, stage_folder
 from recbole_llm.training.state import WEIGHTS, load_state
@@ -55,7 +56,7 @@ _SAME = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Continued:
     """A run that another goes on from.
 
@@ -66,7 +67,6 @@ class Continued:
         raw_ids: of the items that have tokens.
         codes: of the same items, int64 ``[n, N]``; ``None`` for raw ids.
         tokens: all that it has, as it numbered the items.
-        trained: hashes of the rows that it learned from, uint64; ``None`` of a run of before they were kept.
     """
 
     run: Path
@@ -75,7 +75,6 @@ class Continued:
     raw_ids: list[str]
     codes: np.ndarray | None
     tokens: ItemTokens
-    trained: np.ndarray | None = None
 
     @classmethod
     def read(cls, config: Any, dataset: Any) -> Continued | None:
@@ -108,8 +107,7 @@ class Continued:
             codes = tokens.codes[tokens.lengths > 0].numpy()
         found = cls(run, result, cache, raw_ids, codes, tokens)
         found._check_items(config, dataset)
-        last = _folder(cache, result["stages"][-1], run)
-        found.trained = read_trained_rows(last)
+        _folder(cache, result["stages"][-1], run)
         if result["split"]["fingerprint"] != dataset.split.fingerprint:
             found._check_unseen(dataset)
         return found
@@ -118,6 +116,11 @@ class Continued:
     def fingerprint(self) -> str:
         """Of its last stage."""
         return str(self.result["stages"][-1]["fingerprint"])
+
+    @cached_property
+    def trained(self) -> np.ndarray | None:
+        """Hashes of the rows that it learned from, uint64; ``None`` of a run of before they were kept."""
+        return read_trained_rows(_folder(self.cache, self.result["stages"][-1], self.run))
 
     def as_dict(self, dataset: Any) -> dict[str, Any]:
         """What ``result.json`` says of it.
@@ -210,8 +213,8 @@ class Continued:
 
             stage = store.run("backbone", CONTINUED_VERSION, inputs, copy)
             made = load_model(config, stage.folder / "model")
-            return made, stage.fingerprint, [stage.as_dict()]
-        mark = fingerprint_of([named.fingerprint(), reading_options(config)])
+            return made, read_as(stage.fingerprint, config), [stage.as_dict()]
+        mark = read_as(named.fingerprint(), config)
         card = json.loads((_folder(self.cache, self.result["stages"][-1], self.run) / CARD).read_text("utf-8"))
         if mark not in card["inputs"]["upstream"]:
             raise UserError(f"continue_from: {config['llm']} is not the language model that {self.run} had there")

@@ -34,7 +34,6 @@ from recbole_llm.training.language import (
     named_backbone,
     named_reader,
     read_item_text,
-    reading_options,
     take_backbone,
     take_reader,
 )  # fmt: skip
@@ -364,9 +363,7 @@ def vectors_of(
     backbone, mark = sources.reader, sources.reader_mark
     assert backbone is not None
     kind, limit = config["text_embedding"], config["text_embedding_tokens"]
-    # The same weights read otherwise, or fresh ones in their place, say something else.
-    options = reading_options(config)
-    inputs = {"backbone": mark, "texts": fingerprint_of(texts), "kind": kind, "limit": limit, "options": options}
+    inputs = {"backbone": mark, "texts": fingerprint_of(texts), "kind": kind, "limit": limit}
 
     def make(folder: Path) -> dict[str, Any]:
         before = backbone.tokens_read

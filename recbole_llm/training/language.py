@@ -81,9 +81,10 @@ def backbone_options(config: Any) -> dict[str, Any]:
     }
 
 
-def reading_options(config: Any) -> dict[str, Any]:
-    """What of :func:`backbone_options` changes what a language model says: all but where it stands."""
-    return {key: value for key, value in backbone_options(config).items() if key != "device"}
+def read_as(fingerprint: str, config: Any) -> str:
+    """The fingerprint of a language model as a run reads it: :func:`backbone_options` count but where it stands."""
+    options = {key: value for key, value in backbone_options(config).items() if key != "device"}
+    return fingerprint_of([fingerprint, options])
 
 
 def load_model(config: Any, name: str | Path) -> Backbone:
@@ -132,13 +133,13 @@ def take_backbone(
         The model, its fingerprint, and the lines of ``result.json`` for what was trained.
     """
     if named is not None:
-        return named, fingerprint_of([named.fingerprint(), reading_options(config)]), []
+        return named, read_as(named.fingerprint(), config), []
     if config["llm"] == EMBEDDED_T5:
         stage = _embedded_t5_stage(config, dataset, item_text, store)
     else:
         stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
     backbone = load_model(config, stage.folder / "model")
-    return backbone, stage.fingerprint, [stage.as_dict("backbone")]
+    return backbone, read_as(stage.fingerprint, config), [stage.as_dict("backbone")]
 
 
 def named_reader(config: Any) -> Backbone | None:
@@ -163,7 +164,7 @@ def take_reader(
         return take_backbone(config, dataset, item_text, store, named)
     stage = embedded_stage(config, dataset, item_text, EmbeddedSettings.from_config(config), store)
     backbone = load_backbone(stage.folder / "model", **backbone_options(config))
-    return backbone, stage.fingerprint, [stage.as_dict("text_backbone")]
+    return backbone, read_as(stage.fingerprint, config), [stage.as_dict("text_backbone")]
 
 
 def embedded_stage(

@@ -21,7 +21,7 @@ from recbole_llm.data.item_text import ItemText, first_words
 from recbole_llm.data.keywords import profile_keywords
 from recbole_llm.data.profiles import ProfileWording, Reviews, items_of_users, profile_of, profile_source
 from recbole_llm.errors import UserError
-from recbole_llm.training.language import backbone_options, reading_options
+from recbole_llm.training.language import backbone_options
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.task_texts import reviews_in_train
 
@@ -129,7 +129,6 @@ class _Writer:
             inputs |= {
                 "asked": fingerprint_of(asked),
                 "backbone": self.mark,
-                "options": reading_options(self.config),
                 "words": self.config["profile_words"],
                 "new_tokens": self.config["profile_new_tokens"],
                 "batch_size": self.config["profile_batch_size"],

@@ -17,7 +17,6 @@ from recbole_llm.backbone.generation import DONE, answer_prompts, tags_of
 from recbole_llm.data import prompts
 from recbole_llm.data.keywords import prediction_keywords, profile_keywords
 from recbole_llm.errors import UserError
-from recbole_llm.training.language import reading_options
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
 # Raised when the code here changes what the stage makes.
@@ -85,7 +84,6 @@ def generated_texts(
     inputs = {
         "prompts": fingerprint_of(ids),
         "backbone": mark,
-        "options": reading_options(config),
         "words": {name: words for name, (_, words) in asked.items()},
         "new_tokens": config["text_new_tokens"],
         "batch_size": config["text_batch_size"],
