@@ -346,9 +346,11 @@ def test_the_store_of_another_run_is_refused(
     run_of: Callable[..., Path], loaded: Callable[..., Recommender], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_store(loaded("Pop"), tmp_path / "store", k=SHOWN)
-    named = f"--store={tmp_path / 'store'}"
+    named, other = f"--store={tmp_path / 'store'}", f"--run={run_of('BPR')}"
+    # What the runs said, where no earlier test has made them.
+    capsys.readouterr()
     for arguments in (["--user=u3"], ["--build=true"]):
-        assert main(["recommend", f"--run={run_of('BPR')}", named, *arguments, "--k=5"]) == 2
+        assert main(["recommend", other, named, *arguments, "--k=5"]) == 2
         told = capsys.readouterr().err
         assert f"the store in {tmp_path / 'store'} is of a Pop run, and this one is of BPR" in told
         assert told.count("\n") == 1
