@@ -253,7 +253,7 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
         begun(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 2}', '{"schema": 1, "k": 4}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 2, "k": 4}'])
 def test_a_card_that_cannot_be_read_is_told(tmp_path: Path, content: str) -> None:
     filled(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text(content)
@@ -300,6 +300,25 @@ def test_a_damaged_head_is_told_and_mended_by_a_build(tmp_path: Path) -> None:
             assert "\n" not in str(error)
     store.write(1, *block_of(store, 1))
     assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("written", [-1, 0, 3])
+def test_another_number_in_the_table_of_names_loses_no_name_in_silence(tmp_path: Path, written: int) -> None:
+    names = [f"user-{number}" for number in range(30)]
+    NameIndex.save(tmp_path, "any", names)
+    file = tmp_path / "any.slots.npy"
+    slots, told = np.load(file), 0
+    for slot in np.flatnonzero((slots[:, 0] >= 0) & (slots[:, 0] != written)):
+        damaged = slots.copy()
+        damaged[slot, 0] = written
+        np.save(file, damaged)
+        index = NameIndex(tmp_path, "any")
+        for number, name in enumerate(names):
+            try:
+                assert index.find(name) == number
+            except UserError as error:
+                told += "is damaged" in str(error)
+    assert told >= len(names) - 1
 
 
 @pytest.mark.parametrize("name", ["users.slots", "users.places", "users.bytes", "items.bytes", "titles.places"])

@@ -20,6 +20,7 @@ from recbole_llm.errors import UserError
 
 # A place in the hash table for each name, and at least as many again left empty: few names meet.
 ROOM = 2
+_DAMAGED = "{} is damaged; build the store again (--build=true)"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -96,7 +97,7 @@ class TextTable:
         (start, check), (end, _) = self._places[number], self._places[number + 1]
         text = self._bytes[start:end].tobytes()
         if zlib.crc32(text) != check:
-            raise UserError(f"{self._file} is damaged; build the store again (--build=true)")
+            raise UserError(_DAMAGED.format(self._file))
         return text
 
     def __getitem__(self, number: int) -> str:
@@ -117,7 +118,10 @@ class NameIndex:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.texts = TextTable(folder, name)
-        self._slots = map_array(folder / f"{name}.slots.npy")
+        self._file = folder / f"{name}.slots.npy"
+        self._slots = map_array(self._file)
+        if self._slots.ndim != 2 or self._slots.shape[1] != 2:
+            raise UserError(_DAMAGED.format(self._file))
         self.looked_at = 0
 
     @staticmethod
@@ -130,12 +134,13 @@ class NameIndex:
             names: all different.
         """
         size = 1 << (ROOM * len(names)).bit_length()
-        slots = np.full(size, -1, dtype=np.int64)
+        slots = np.full((size, 2), -1, dtype=np.int64)
         for number, text in enumerate(names):
             slot = _hash(text.encode("utf-8", "surrogatepass")) & (size - 1)
-            while slots[slot] >= 0:
+            while slots[slot, 0] >= 0:
                 slot = (slot + 1) & (size - 1)
-            slots[slot] = number
+            slots[slot, 0] = number
+        slots[:, 1] = [_check_of(slot, number) for slot, number in enumerate(slots[:, 0].tolist())]
         TextTable.save(folder, name, names)
         save_array(folder / f"{name}.slots.npy", slots)
 
@@ -149,18 +154,29 @@ class NameIndex:
             return False
 
     def find(self, text: str) -> int | None:
-        """The number of a name; ``None`` where it is not there."""
+        """The number of a name; ``None`` where it is not there.
+
+        Raises:
+            UserError: a place that it reads is not what was written: a name must not be missing for that.
+        """
         wanted, last = text.encode("utf-8", "surrogatepass"), len(self._slots) - 1
         slot, self.looked_at = _hash(wanted) & last, 0
         while self.looked_at <= last:
             self.looked_at += 1
-            number = int(self._slots[slot])
+            number, check = self._slots[slot].tolist()
+            if check != _check_of(slot, number):
+                raise UserError(_DAMAGED.format(self._file))
             if number < 0:
                 return None
-            if number < len(self.texts) and self.texts.raw(number) == wanted:
+            if self.texts.raw(number) == wanted:
                 return number
             slot = (slot + 1) & last
         return None
+
+
+def _check_of(slot: int, number: int) -> int:
+    """Of what stands at a place of the hash table."""
+    return zlib.crc32(b"%d %d" % (slot, number))
 
 
 def _hash(text: bytes) -> int:
