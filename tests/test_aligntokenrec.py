@@ -69,7 +69,7 @@ def tokens() -> ItemTokens:
 
 def build(folder: Path, texts: dict[str, list[str]] | None = None, **settings: Any) -> AlignTokenRec:
     torch.manual_seed(0)
-    made = AlignTokenRec({**shipped(), **SETTINGS, **settings}, dataset())
+    made = AlignTokenRec(SimpleConfig({**shipped(), **SETTINGS, **settings}), dataset())
     made.prepare(
         item_tokens=tokens(), backbone=load_backbone(folder, **OPTIONS), head_model=load_with_head(folder, **OPTIONS),
         tie_order=torch.arange(N_ITEMS), texts=texts or {},

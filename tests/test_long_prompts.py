@@ -153,9 +153,12 @@ def test_settings(folder: Path) -> None:
     with pytest.raises(UserError, match=rf"one item take {shortest} tokens, prompt_tokens allows {shortest - 1}"):
         build(folder, prompt_tokens=shortest - 1, long_prompts="drop")
     assert build(folder, prompt_tokens=longest)._search is None
-    with pytest.raises(UserError, match="the language model has 2048"):
-        build(folder, history_length=1000, MAX_ITEM_LIST_LENGTH=1000)
-    build(folder, history_length=1000, MAX_ITEM_LIST_LENGTH=1000, long_prompts="truncate")
+    long = {"history_length": 1000, "MAX_ITEM_LIST_LENGTH": 1000}
+    with pytest.raises(UserError, match="the language model has 2048; lower history_length or text_tokens, or set"):
+        build(folder, **long)
+    with pytest.raises(UserError, match="lower history_length or text_tokens, raise llm_context, or set"):
+        build(folder, **long, llm="embedded")
+    build(folder, **long, long_prompts="truncate")
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])

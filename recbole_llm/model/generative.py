@@ -204,9 +204,10 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
             return
         name, room = min(given.items(), key=lambda pair: pair[1])
         if config["long_prompts"] == "refuse":
+            wider = ", raise llm_context" if room == context and config["llm"] == "embedded" else ""
             raise UserError(
-                f"prompts take up to {longest} tokens, {name} {room}; lower history_length or text_tokens, or set "
-                "long_prompts: truncate or drop"
+                f"prompts take up to {longest} tokens, {name} {room}; lower history_length or text_tokens{wider}, or "
+                "set long_prompts: truncate or drop"
             )
         if self.writer.shortest() > room:
             raise UserError(f"prompts of one item take {self.writer.shortest()} tokens, {name} {room}")
