@@ -41,6 +41,7 @@ from recbole_llm.leaderboard.suite import (
     settings_of,
     suite_of,
 )
+from recbole_llm.leaderboard.warm import starter
 from recbole_llm.progress import clock
 from recbole_llm.schema import parse_value
 from recbole_llm.training.runs import writable
@@ -257,10 +258,11 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
         say(f"[{found + count}/{whole}] {cell}: {outcome} ({clock(end.seconds)}{rest})")
         write(study, asked, whole=False)
 
-    # Anew after each turn: what is chosen on valid has further seeds to run.
-    while missing:
-        run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say)
-        missing = [cell for cell in study.wanted() if not study.done(cell) and cell not in study.reasons]
+    with starter(len(missing), asked.budget.threads) as started:
+        # Anew after each turn: what is chosen on valid has further seeds to run.
+        while missing:
+            run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say, started)
+            missing = [cell for cell in study.wanted() if not study.done(cell) and cell not in study.reasons]
 
 
 def _job(cell: Cell, study: Study, asked: Asked) -> Job:

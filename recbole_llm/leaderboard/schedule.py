@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -66,22 +67,58 @@ class Ended:
     peak: float
 
 
+class Process(Protocol):
+    """A job's process."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Sit with it to its end, and tell its exit status, negative for a signal."""
+
+    def kill(self) -> None:
+        """Take it away, if it is there."""
+
+
+class OwnProcess:
+    """A process that runs a job's command.
+
+    Args:
+        job: to run.
+        threads: that it may compute with.
+    """
+
+    def __init__(self, job: Job, threads: int) -> None:
+        with job.log.open("wb") as log:
+            # The open input is what tells the process that this one lives.
+            self._process = subprocess.Popen(
+                job.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                env=os.environ | thread_limits(threads),
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def wait(self) -> int:
+        """See :class:`Process`."""
+        status = self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+        return status
+
+    def kill(self) -> None:
+        """See :class:`Process`."""
+        self._process.kill()
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment of a process that computes with so many threads."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
 class _Running:
     """A job's process, watched."""
 
-    def __init__(self, job: Job, budget: Budget) -> None:
-        self.job, self.peak, self.stopped = job, 0.0, False
+    def __init__(self, job: Job, process: Process) -> None:
+        self.job, self.process, self.peak, self.stopped = job, process, 0.0, False
         self.start = time.monotonic()
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(budget.threads), "MKL_NUM_THREADS": str(budget.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
-        with job.log.open("wb") as log:
-            # The open input is what tells the process that this one lives.
-            self.process = subprocess.Popen(
-                job.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
 
     def look(self) -> float:
         """GiB that it holds now, its children included."""
@@ -101,8 +138,6 @@ class _Running:
     def wait(self) -> Ended:
         """Sit with it to its end."""
         status = self.process.wait()
-        if self.process.stdin:
-            self.process.stdin.close()
         # It may have been done by then.
         return Ended(None if self.stopped and status else status, time.monotonic() - self.start, self.peak)
 
@@ -112,6 +147,7 @@ def run_jobs(
     budget: Budget,
     ended: Callable[[Job, Ended], None],
     say: Callable[[str], None] = lambda line: None,
+    start: Callable[[Job, int], Process] = OwnProcess,
 ) -> None:
     """Run jobs, as many at once as fit.
 
@@ -124,6 +160,7 @@ def run_jobs(
         budget: what they may take.
         ended: called, in this thread, as each ends for good; what it raises stops the rest.
         say: takes a line now and then about what is running.
+        start: starts a job that may compute with so many threads; its log is there, and empty.
     """
     waiting, running = list(jobs), dict[Future[Ended], _Running]()
     alone: set[str] = set()
@@ -133,7 +170,9 @@ def run_jobs(
             while waiting or running:
                 while (job := _next(waiting, list(running.values()), budget, alone)) is not None:
                     waiting.remove(job)
-                    process = _Running(job, budget)
+                    job.log.parent.mkdir(parents=True, exist_ok=True)
+                    job.log.write_bytes(b"")
+                    process = _Running(job, start(job, budget.threads))
                     running[pool.submit(process.wait)] = process
                 done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -1,0 +1,161 @@
+"""Runs that are forked from a process with their imports behind it: the same runs, and ended as any process is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from recbole_llm.leaderboard.schedule import Job, OwnProcess, thread_limits
+from recbole_llm.leaderboard.warm import Forked, Warm, starter
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    made = Warm(1)
+    assert made.works
+    yield made
+    made.close()
+
+
+def spec_of(folder: Path, **settings: Any) -> Path:
+    """The file of a run of BPR on the data set that is shipped, and its folder."""
+    folder.mkdir()
+    own = {"seed": 3, "epochs": 1, "gpu_id": "", "data_path": "dataset", "output_dir": str(folder / "saved")}
+    spec = {
+        "model": "BPR", "dataset": "tiny", "settings": own | settings, "command_line": [],
+        "result": str(folder / "result.json"), "reason": str(folder / "reason.txt"),
+    }  # fmt: skip
+    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder / "spec.json"
+
+
+def job_of(spec: Path) -> Job:
+    command = [sys.executable, "-m", "recbole_llm.leaderboard.cell", str(spec)]
+    return Job(spec.parent.name, command, 1.0, spec.parent / "log")
+
+
+def lasting(folder: Path) -> Path:
+    """The file of a run that never gets to read what it should do."""
+    folder.mkdir(exist_ok=True)
+    os.mkfifo(folder / "spec.json")
+    return folder / "spec.json"
+
+
+def test_a_forked_run_is_the_run_that_a_process_of_its_own_makes(tmp_path: Path, warm: Warm) -> None:
+    forked, own = spec_of(tmp_path / "forked"), spec_of(tmp_path / "own")
+    first = warm.start(forked, tmp_path / "forked" / "log")
+    second = OwnProcess(job_of(own), 1)
+    assert first is not None and (first.wait(), second.wait()) == (0, 0)
+    one, two = (json.loads((spec.parent / "result.json").read_text(encoding="utf-8")) for spec in (forked, own))
+    for key in ("split", "valid", "test", "curves"):
+        assert one[key] == two[key]
+    same = [
+        (tmp_path / name / "log").read_text(encoding="utf-8").split("done in")[0].replace(name, "")
+        for name in ("forked", "own")
+    ]
+    assert same[0] == same[1] and "train-BPR: starting" in same[0]
+
+
+def test_a_mistake_has_its_reason_and_status(tmp_path: Path, warm: Warm) -> None:
+    spec = spec_of(tmp_path / "run", epochs="many")
+    run = warm.start(spec, tmp_path / "run" / "log")
+    assert run is not None and run.wait() == 1
+    assert "epochs" in (tmp_path / "run" / "reason.txt").read_text(encoding="utf-8")
+
+
+def test_one_is_killed_and_the_others_go_on(tmp_path: Path, warm: Warm) -> None:
+    first, second = (warm.start(lasting(tmp_path / name), tmp_path / name / "log") for name in "ab")
+    assert first is not None and second is not None
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    # Its number may be another process's by now.
+    first.kill()
+    assert psutil.pid_exists(second.pid)
+    second.kill()
+    assert second.wait() == -signal.SIGKILL
+
+
+def test_runs_end_with_the_process_that_forked_them_and_later_ones_are_started(tmp_path: Path) -> None:
+    with starter(2, 1) as start:
+        forked = start(job_of(lasting(tmp_path / "a")), 1)
+        assert isinstance(forked, Forked)
+        process = psutil.Process(forked.pid)
+        process.parent().kill()  # type: ignore[union-attr]
+        assert forked.wait() < 0
+        _wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+        own = start(Job("b", [sys.executable, "-c", "print('here')"], 1.0, tmp_path / "log"), 1)
+        assert isinstance(own, OwnProcess) and own.wait() == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "here\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_runs_end_with_the_board(tmp_path: Path, how: int) -> None:
+    code = (
+        "import sys, pathlib\nfrom recbole_llm.leaderboard.schedule import *\n"
+        "from recbole_llm.leaderboard.warm import *\n"
+        "job = Job('x', [sys.argv[1]], 1.0, pathlib.Path(sys.argv[2]))\n"
+        "with starter(2, 1) as start: run_jobs([job], Budget(1, 8.0), print, start=start)"
+    )
+    words = [sys.executable, "-c", code, str(lasting(tmp_path)), str(tmp_path / "log")]
+    # In a group of its own, which a terminal interrupts as a whole.
+    board = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        run = _wait_for(lambda: _of_generation(board.pid, 2))
+        forks = run.parent()
+        os.killpg(board.pid, how) if how == signal.SIGINT else board.kill()
+        board.wait(60)
+        for process in (run, forks):
+            _wait_for(lambda process=process: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        board.kill()
+
+
+def _of_generation(pid: int, generation: int) -> psutil.Process | None:
+    try:
+        own = psutil.Process(pid).children()
+    except psutil.Error:
+        return None
+    if generation == 1 or not own:
+        return next(iter(own), None)
+    return _of_generation(own[0].pid, generation - 1)
+
+
+def test_nothing_is_forked_beside_threads_or_with_a_gpu() -> None:
+    code = (
+        "import threading, time, torch\nfrom recbole_llm.leaderboard.warm import _may_fork\nfound = [_may_fork()]\n"
+        "count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1\nfound += [_may_fork()]\n"
+        "torch.cuda.device_count = count\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print(*found, _may_fork())"
+    )
+    environment = os.environ | thread_limits(1)
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split() == [
+        "True", "False", "False",
+    ]  # fmt: skip
+
+
+def test_where_it_does_not_work_each_run_starts_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recbole_llm.leaderboard.warm.sys.executable", "/bin/true")
+    with starter(2, 1) as start:
+        assert start is OwnProcess
+    with starter(1, 1) as start:
+        assert start is OwnProcess
+
+
+def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not come to that")
