@@ -101,7 +101,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    n, levels, pairs = (4000, 2, 3) if args.quick else (12_000, 3, 5)
+    n, levels, pairs = (2000, 2, 2) if args.quick else (12_000, 3, 5)
     codes = 128 if args.quick else 256
     points = embeddings(n, 768)
 
@@ -130,7 +130,7 @@ def main() -> None:
         "wanted": WANTED, "points": list(points.shape), "levels": levels, "codes": codes, "passes": passes,
         "distortion": reached, "reference_distortion": target, "reference_passes": PASSES,
         "reference_from_k_means_plus_plus": plus, "ours_with_its_default_passes": full,
-        "tokenization": tokenization(4000 if args.quick else 16_859, 10 if args.quick else 100),
+        "tokenization": tokenization(2000 if args.quick else 16_859, 5 if args.quick else 100),
         "thread_pools": sorted(f"{pool['internal_api']}: {pool['num_threads']}" for pool in threadpool_info()),
     }  # fmt: skip
     _harness.report("codebook", ours, theirs, equal=excess <= TOLERANCE, max_error=max(excess, 0.0), detail=detail)

@@ -234,11 +234,11 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     quick = arguments.quick
-    items = 100_000
+    items = 30_000 if quick else 100_000
     # Memory first: once a process has given large arrays back, as one that trains has, its allocator keeps what follows
     # instead of asking the system for every array's pages anew, which would be half of our time.
-    sizes = memory([10_000, 100_000, 1_000_000], 100_000 if quick else 1_000_000)
-    ours, reference, equal, detail = building(items, 20_000 if quick else items, 3 if quick else 9)
+    sizes = memory([10_000, 100_000] if quick else [10_000, 100_000, 1_000_000], 10_000 if quick else 1_000_000)
+    ours, reference, equal, detail = building(items, 10_000 if quick else items, 3 if quick else 9)
     print("\n".join(f"{row}" for row in sizes))
     table, masks_equal = masks(items, 0.2 if quick else 2.0)
     show(table)

@@ -124,6 +124,9 @@ def test_the_best_are_those_of_a_plain_sort_of_the_models_scores(
             else:
                 scores = fit.model.full_sort_predict(interaction).view(len(interaction), -1)
         for row, user in enumerate(interaction["user_id"].tolist()):
+            if model == "BIGRec" and row % 4:
+                # It writes a text for each user.
+                continue
             free = [item for item in order if item and item not in set(known.of(user).tolist())]
             best = sorted(free, key=lambda item, own=scores[row]: -float(own[item]))[:SHOWN]
             given = recommender.recommend([str(names[user])], SHOWN)[0]
@@ -138,7 +141,8 @@ def test_a_store_gives_what_live_gives(model: str, loaded: Callable[..., Recomme
     assert len(recommender.users) == 120 and 1 < recommender.batch <= 64
     store = build_store(recommender, tmp_path / "store", k=SHOWN)
     opened = TopKStore.open(tmp_path / "store", recommender.built_for, SHOWN)
-    for user in recommender.users:
+    # Where a user takes a search of his own, some of every batch.
+    for user in recommender.users[:: 4 if model in (*SEARCHES, "BIGRec") else 1]:
         live, stored = recommender.recommend([user], SHOWN)[0], opened.look_up(user, SHOWN)
         assert stored is not None and len(live) == SHOWN
         if model in SEARCHES:

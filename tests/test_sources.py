@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,12 @@ def test_a_cleaned_text_is_one_line_and_loses_nothing_but_space(text: str) -> No
         assert [
             character for character in made if character.isprintable() and character not in " "
         ] == kept or "\ufffd" in made
+
+
+def test_white_space_and_control_characters_become_a_space() -> None:
+    for character in map(chr, range(0x11000)):
+        if character.isspace() or unicodedata.category(character) == "Cc" or character == "\ufeff":
+            assert clean(f"{character}a{character}{character} b{character}") == "a b"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 # Fragments of pages: whole scripts and style sheets go, of other elements the tags. "<3" and "a <b and c> d" are text.
 _INVISIBLE = re.compile(r"<(script|style)\b[^>]*>.*?(</\1\s*>|$)|<!--.*?(-->|$)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"""</?[A-Za-z][A-Za-z0-9]*(\s+[\w:-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>""")
-# Control characters among them, and what str.splitlines() would cut at.
-_SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]+")
+# Those that str.split() does not take for white space.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # What the pages of Amazon 2018 left in place of a title.
 _JUNK = ("getTime", "var aPageStart", "var ue_t0")
@@ -26,7 +26,10 @@ def clean(text: str) -> str:
         text = html.unescape(text)
     if "<" in text:
         text = _TAG.sub(" ", _INVISIBLE.sub(" ", text))
-    return _SURROGATE.sub("\ufffd", _SPACE.sub(" ", text).strip())
+    if not text.isprintable():
+        text = _CONTROL.sub(" ", text)
+    text = " ".join(text.split())
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 def cut(text: str, length: int | None) -> str:
