@@ -97,6 +97,7 @@ def quick(name: str, folder: Path) -> dict[str, Any]:
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("fine_tuning", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
+        pytest.param("run_start", marks=pytest.mark.slow),
         pytest.param("sasrec_step", marks=pytest.mark.slow),
         pytest.param("search_modes", marks=pytest.mark.slow),
         pytest.param("tca_soft_labels", marks=pytest.mark.slow),
