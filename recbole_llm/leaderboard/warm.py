@@ -25,7 +25,7 @@ from typing import Any
 from recbole_llm.leaderboard import cell
 from recbole_llm.leaderboard.schedule import Job, OwnProcess, Process, thread_limits
 
-# What every run imports, the last when it makes its optimizer; models, and what few of them need, they import themselves.
+# What every run imports, the last when it makes its optimizer. What few need, models too, they import themselves.
 COMMON = ("recbole_llm.training.runs", "torch._dynamo")
 # A thread of pyarrow's allocator, which knows of forks. Of others nobody can tell what they hold.
 HARMLESS = frozenset({"jemalloc_bg_thd"})
