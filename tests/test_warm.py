@@ -151,6 +151,19 @@ def test_where_it_does_not_work_each_run_starts_by_itself(tmp_path: Path, monkey
         assert start is OwnProcess
 
 
+def test_where_there_is_no_room_for_a_fork_a_run_starts_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    full.write_text("#!/bin/sh\necho '{\"pid\": 1}'\nwhile read wish; do echo '{\"pid\": -1}'; done\n")
+    full.chmod(0o755)
+    monkeypatch.setattr("recbole_llm.leaderboard.warm.sys.executable", str(full))
+    with starter(2, 1) as start:
+        for _ in range(2):
+            own = start(Job("b", ["/bin/true"], 1.0, tmp_path / "log"), 1)
+            assert isinstance(own, OwnProcess) and own.wait() == 0
+
+
 def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,8 +1,8 @@
 """Runs that start at once: one process imports what every run does, and forks another for each of them.
 
 Of a run of a small model on small data the imports are most. ``python -m recbole_llm.leaderboard.warm`` reads a JSON
-line a wish, ``{"run": SPEC, "log": FILE}`` or ``{"kill": PID}``, and writes one a happening, ``{"pid": PID}`` or
-``{"ended": PID, "status": STATUS}``. It ends with its input, and its runs with it.
+line a wish, ``{"run": SPEC, "log": FILE}`` or ``{"kill": PID}``, and writes one a happening, ``{"pid": PID}`` (-1 where
+there is no room for a process) or ``{"ended": PID, "status": STATUS}``. It ends with its input, and its runs with it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from recbole_llm.leaderboard.schedule import Job, OwnProcess, Process, thread_li
 COMMON = ("recbole_llm.training.runs", "torch._dynamo")
 # A thread of pyarrow's allocator, which knows of forks. Of others nobody can tell what they hold.
 HARMLESS = frozenset({"jemalloc_bg_thd"})
+# In place of a process's number, where there is no room for one.
+NONE = -1
 
 
 class Warm:
@@ -49,6 +51,7 @@ class Warm:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._wishes, self._told = self._process.stdin, self._process.stdout
         self._started: queue.SimpleQueue[Forked | None] = queue.SimpleQueue()
+        self._over = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.works = self._started.get() is not None
@@ -59,13 +62,16 @@ class Warm:
             told = json.loads(line)
             if "ended" in told:
                 runs.pop(told["ended"]).end(told["status"])
-            else:
+            elif told["pid"] > 0:
                 run = Forked(told["pid"], self)
                 runs[run.pid] = run
                 self._started.put(run)
+            else:
+                self._started.put(None)
         # Whoever forks them is gone, and they with it.
         for run in runs.values():
             run.end(-signal.SIGKILL)
+        self._over = True
         self._started.put(None)
 
     def start(self, spec: Path, log: Path) -> Forked | None:
@@ -76,11 +82,11 @@ class Warm:
             log: where its output goes.
 
         Returns:
-            Its process; ``None`` where nothing can be forked any more.
+            Its process; ``None`` where none can be forked.
         """
         self.wish({"run": str(spec), "log": str(log)})
         run = self._started.get()
-        if run is None:
+        if run is None and self._over:
             # It stays so.
             self._started.put(None)
         return run
@@ -160,14 +166,17 @@ def main() -> int:
     """
     # Of an interrupted board; it closes the input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What imports print is no line of ours.
+    output = os.dup(1)
+    os.dup2(2, 1)
     for name in COMMON:
         importlib.import_module(name)
     if not _may_fork():
         return 0
     # So that collecting garbage writes to no page that is shared.
     gc.freeze()
-    _tell({"pid": os.getpid()})
-    spec = _serve()
+    _tell(output, {"pid": os.getpid()})
+    spec = _serve(output)
     return 0 if spec is None else cell.main(spec)
 
 
@@ -182,7 +191,7 @@ def _may_fork() -> bool:
     return others <= HARMLESS and threading.active_count() == 1 and not torch.cuda.device_count()
 
 
-def _serve() -> str | None:
+def _serve(output: int) -> str | None:
     """Fork as wished until the input ends: ``None``; in a forked process, the file that describes its run."""
     # A run reads the end of this as the end of whoever forked it.
     alive, end_of_alive = os.pipe()
@@ -196,27 +205,37 @@ def _serve() -> str | None:
         ready, _, _ = select.select([0, woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
-            _tell_of_ended(running)
+            _tell_of_ended(output, running)
         if 0 not in ready:
             continue
         read = os.read(0, 65536)
         if not read:
             return None
         *lines, rest = (rest + read).split(b"\n")
-        for line in lines:
-            wish = json.loads(line)
+        for wish in map(json.loads, lines):
             if "kill" in wish:
-                if wish["kill"] in running:
-                    os.kill(wish["kill"], signal.SIGKILL)
-                continue
-            pid = os.fork()
-            if not pid:
-                for unused in (woken, wake, end_of_alive):
-                    os.close(unused)
+                _kill(wish["kill"], running)
+            elif pid := _fork():
+                running |= {pid} - {NONE}
+                _tell(output, {"pid": pid})
+            else:
                 _begin(alive, Path(wish["log"]))
+                for unused in (alive, end_of_alive, woken, wake, output):
+                    os.close(unused)
                 return str(wish["run"])
-            running.add(pid)
-            _tell({"pid": pid})
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError:
+        return NONE
+
+
+def _kill(pid: int, running: set[int]) -> None:
+    # One that has ended may have left its number to another process.
+    if pid in running:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _begin(alive: int, log: Path) -> None:
@@ -225,24 +244,23 @@ def _begin(alive: int, log: Path) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(alive, 0)
-    os.close(alive)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.close(written)
 
 
-def _tell_of_ended(running: set[int]) -> None:
+def _tell_of_ended(output: int, running: set[int]) -> None:
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
         running.discard(pid)
-        _tell({"ended": pid, "status": os.waitstatus_to_exitcode(status)})
+        _tell(output, {"ended": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _tell(line: dict[str, int]) -> None:
-    os.write(1, json.dumps(line).encode() + b"\n")
+def _tell(output: int, line: dict[str, int]) -> None:
+    os.write(output, json.dumps(line).encode() + b"\n")
 
 
 if __name__ == "__main__":
