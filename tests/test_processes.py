@@ -66,7 +66,10 @@ def command(words: Sequence[str], saved: Path) -> Done:
 
 def run(saved: Path, *more: str, launcher: Sequence[str] | None = None) -> Done:
     start = [sys.executable] if launcher is None else [*LAUNCH, "--main_process_port", "0", *launcher]
-    return command([*start, "run_recbole_llm.py", *TINY, f"--output_dir={saved}", *more], saved)
+    # A setting that is given twice is refused.
+    given = {word.partition("=")[0] for word in more}
+    words = [word for word in TINY if word.partition("=")[0] not in given]
+    return command([*start, "run_recbole_llm.py", *words, f"--output_dir={saved}", *more], saved)
 
 
 @pytest.fixture(scope="module")
