@@ -22,6 +22,8 @@ from recbole_llm import cli
 from recbole_llm.training import staged, state, store, trainer
 from recbole_llm.training.state import load_state
 
+# Of a stage's facts, what moves with how often it was cut off.
+COSTS = ("seconds", "tokens")
 TINY = {
     "dataset": "tiny", "show_progress": False, "tensorboard": False, "gpu_id": "", "epochs": 2, "eval_step": 1,
     "stopping_step": 99, "train_batch_size": 512,
@@ -174,6 +176,12 @@ def changes(arguments: list[str], root: Path) -> list[tuple[str, str]]:
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------
+def tokens_read(root: Path) -> dict[str, int]:
+    """What a language model has read for each stage."""
+    cards = (json.loads(card.read_text(encoding="utf-8")) for card in (root / "cache").glob("*/stage.json"))
+    return {card["name"]: card["facts"]["tokens"] for card in cards if "tokens" in card["facts"]}
+
+
 def outcome(root: Path) -> dict[str, Any]:
     """Everything that may not depend on how often a run was cut off: metrics, losses, every weight."""
     result = json.loads((root / "result.json").read_text(encoding="utf-8"))
@@ -186,7 +194,7 @@ def outcome(root: Path) -> dict[str, Any]:
     found["facts"] = {}
     for card in cards:
         facts = json.loads(card.read_text(encoding="utf-8"))["facts"]
-        found["facts"][card.parent.name] = {key: value for key, value in facts.items() if key != "seconds"}
+        found["facts"][card.parent.name] = {key: value for key, value in facts.items() if key not in COSTS}
     weights = sorted((root / "cache").glob("*/weights.safetensors"))
     found["weights"] = {file.parent.name: _plain(load_state(file)) for file in weights}
     found["lm"] = [file.read_bytes() for file in sorted((root / "cache").glob("*/model/*")) if file.is_file()]
