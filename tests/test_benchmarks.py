@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -89,6 +90,9 @@ def quick(name: str, folder: Path) -> dict[str, Any]:
     return result
 
 
+NO_FORK = pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU no run is forked")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -97,7 +101,7 @@ def quick(name: str, folder: Path) -> dict[str, Any]:
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("fine_tuning", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
-        pytest.param("run_start", marks=pytest.mark.slow),
+        pytest.param("run_start", marks=[pytest.mark.slow, NO_FORK]),
         pytest.param("sasrec_step", marks=pytest.mark.slow),
         pytest.param("search_modes", marks=pytest.mark.slow),
         pytest.param("tca_soft_labels", marks=pytest.mark.slow),

@@ -261,6 +261,18 @@ def test_a_card_that_cannot_be_read_is_told(tmp_path: Path, content: str) -> Non
         TopKStore.open(tmp_path / "store", WANTED, 4)
 
 
+def test_the_store_of_another_version_is_told_and_built_anew(tmp_path: Path) -> None:
+    filled(tmp_path / "store")
+    card = tmp_path / "store" / "store.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"schema": 1}))
+    with pytest.raises(UserError, match=r"written by another version of this package; build it anew \(--build=anew\)"):
+        TopKStore.open(tmp_path / "store", WANTED, 4)
+    with pytest.raises(UserError, match="written by another version"):
+        begun(tmp_path / "store")
+    anew = TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue(), anew=True)
+    assert len(anew.missing()) == anew.n_blocks and len(anew.users.texts) == anew.n_users
+
+
 # --- damage and kills ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("place", [0.4, 0.7, 0.99])
 def test_a_flipped_bit_is_noticed_by_who_reads_it_and_mended_by_a_build(tmp_path: Path, place: float) -> None:

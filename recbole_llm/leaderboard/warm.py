@@ -1,8 +1,9 @@
 """Runs that start at once: one process imports what every run does, and forks another for each of them.
 
 Of a run of a small model on small data the imports are most. ``python -m recbole_llm.leaderboard.warm`` reads a JSON
-line a wish, ``{"run": SPEC, "log": FILE}`` or ``{"kill": PID}``, and writes one a happening, ``{"pid": PID}`` (-1 where
-there is no room for a process) or ``{"ended": PID, "status": STATUS}``. It ends with its input, and its runs with it.
+line a wish, ``{"run": SPEC, "log": FILE}`` or ``{"kill": PID}``, and writes a line a happening, ``warm: {"pid": PID}``
+(-1 where there is no room for a process) or ``warm: {"ended": PID, "status": STATUS}``. It ends with its input, and its
+runs with it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from recbole_llm.leaderboard import cell
 from recbole_llm.leaderboard.schedule import Job, OwnProcess, Process, thread_limits
 
 # What every run imports, the last when it makes its optimizer. What few need, models too, they import themselves.
-COMMON = ("recbole_llm.training.runs", "torch._dynamo")
+COMMON = ("torch", "recbole_llm.training.runs", "torch._dynamo")
 # A thread of pyarrow's allocator, which knows of forks. Of others nobody can tell what they hold.
 HARMLESS = frozenset({"jemalloc_bg_thd"})
+# What a line to the board begins with.
+OURS = "warm: "
+# Seconds for it to end by itself.
+PATIENCE = 2.0
 # In place of a process's number, where there is no room for one.
 NONE = -1
 
@@ -54,12 +59,20 @@ class Warm:
         self._over = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.works = self._started.get() is not None
+        try:
+            self.works = self._started.get() is not None
+        except BaseException:
+            # Interrupted; nobody else has it to close.
+            self.close()
+            raise
 
     def _read(self) -> None:
         runs: dict[int, Forked] = {}
         for line in self._told:
-            told = json.loads(line)
+            # An interpreter's own start may print.
+            if not line.startswith(OURS):
+                continue
+            told = json.loads(line.removeprefix(OURS))
             if "ended" in told:
                 runs.pop(told["ended"]).end(told["status"])
             elif told["pid"] > 0:
@@ -100,14 +113,19 @@ class Warm:
         """End it, and the runs that are left."""
         with contextlib.suppress(BrokenPipeError):
             self._wishes.close()
-        self._process.wait()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            # Another process has the other end of its input. Its runs end when it does, in any way.
+            self._process.kill()
+            self._process.wait()
         self._reader.join()
         self._told.close()
 
 
 @contextlib.contextmanager
 def starter(runs: int, threads: int) -> Iterator[Callable[[Job, int], Process]]:
-    """What starts the processes of runs: warm, where there are several and that works.
+    """What starts the processes of runs: warm, where there are several, of a thread each, and that works.
 
     Args:
         runs: how many there are to start.
@@ -117,7 +135,8 @@ def starter(runs: int, threads: int) -> Iterator[Callable[[Job, int], Process]]:
         For :func:`~recbole_llm.leaderboard.schedule.run_jobs`, with jobs whose command ends with the file that says
         what to run.
     """
-    if runs < 2:
+    # NumPy has its own threads from the start, beside which nothing can be forked.
+    if runs < 2 or threads > 1:
         yield OwnProcess
         return
     warm = Warm(threads)
@@ -171,8 +190,9 @@ def main() -> int:
     os.dup2(2, 1)
     for name in COMMON:
         importlib.import_module(name)
-    if not _may_fork():
-        return 0
+        # A GPU is seen at once, and the rest need not be read.
+        if not _may_fork():
+            return 0
     # So that collecting garbage writes to no page that is shared.
     gc.freeze()
     _tell(output, {"pid": os.getpid()})
@@ -260,7 +280,7 @@ def _tell_of_ended(output: int, running: set[int]) -> None:
 
 
 def _tell(output: int, line: dict[str, int]) -> None:
-    os.write(output, json.dumps(line).encode() + b"\n")
+    os.write(output, f"{OURS}{json.dumps(line)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class TopKStore:
             return None
         try:
             card = json.loads(file.read_text(encoding="utf-8"))
-            whole = card["schema"] == SCHEMA and all(int(card[key]) > 0 for key in (*SHAPE, "block"))
+            whole = card["schema"] > 0 and all(int(card[key]) > 0 for key in (*SHAPE, "block"))
             if whole and isinstance(card["built_for"], dict):
                 return dict(card)
         except (OSError, ValueError, KeyError, TypeError):
@@ -199,6 +199,8 @@ class TopKStore:
 
     @staticmethod
     def _problem(folder: Path, card: Mapping[str, Any], wanted: Mapping[str, Any], shape: Mapping[str, int]) -> str:
+        if card["schema"] != SCHEMA:
+            return f"the store in {folder} was written by another version of this package"
         stale = difference(card["built_for"], wanted)
         if stale:
             return f"the store in {folder} is {stale}"
