@@ -202,6 +202,23 @@ def test_compare_groups_seeds_and_writes_files(tmp_path: Path, capsys: pytest.Ca
     assert content["tables"][0]["reference"] == "GLTA" and content["versions"] == {"recbole_llm": "1"}
 
 
+def test_a_setting_that_is_none_is_one_that_an_earlier_run_had_not(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(50)
+    configs: list[dict[str, Any]] = [{"epochs": 1}, {"epochs": 1, "clip_grad_norm": None}]
+    paths = [str(write_run(tmp_path / str(at), "BPR", at, values, config=own)) for at, own in enumerate(configs)]
+    assert [(row.name, len(row.files)) for row in rows_of(paths)] == [("BPR", 2)]
+
+
+def test_a_result_without_figures_on_test_is_told(tmp_path: Path) -> None:
+    paths = two_models(tmp_path)
+    file = Path(paths[0]) / "result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    del result["test"]
+    file.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(UserError, match="has no figures on test; is it the result of a finished run"):
+        compare(paths)
+
+
 def test_rows_of_one_model_are_called_by_what_differs(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random(50)
     configs: list[dict[str, Any]] = [

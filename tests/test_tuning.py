@@ -121,6 +121,9 @@ def test_a_loss_with_a_space_of_its_own_has_it() -> None:
         (("warmup: 0", "settings: {embedding_size: 3}"), "'embedding_size' stands in settings and in space"),
         (("warmup: 0", "settings: [1]"), "settings should be a mapping"),
         (("space:", "spaces:"), "unknown key 'spaces'; did you mean 'space'"),
+        (("embedding_size:", "seed:"), "seed decides on what trials are judged on, or how, .* search: --seed="),
+        (("embedding_size: [8, 16]", "train_share: [0.5, 1.0]"), "train_share decides on what trials are judged on"),
+        (("embedding_size:", "graph_model.seed:"), "graph_model.seed decides on"),
     ],
 )
 def test_a_wrong_space_is_refused_before_any_work(
@@ -161,6 +164,18 @@ def test_what_the_command_line_gives_is_fixed_and_what_is_shipped_is_held(words:
     # BPR's own 64 is none of the two widths; the first trial has it all the same.
     sizes = read_arguments(words()).space.dimensions[1]
     assert sizes.choices == (64, 8, 16)
+
+
+def test_whole_ends_hold_a_setting_that_is_no_whole_number(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    file = tmp_path / "quick.yaml"
+    file.write_text("space: {learning_rate: {low: 1, high: 10, log: true}}", encoding="utf-8")
+    (moved,) = read_arguments(words()).space.dimensions
+    assert (moved.low, moved.high, moved.whole) == (Config("BPR", "tiny")["learning_rate"], 10, False)
+    file.write_text("space: {learning_rate: {low: 1, high: 10, type: int}}", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"learning_rate is 0.001 now, which no range of type int can hold; leave the type"
+    ):
+        read_arguments(words())
 
 
 def test_settings_of_parts_can_be_searched(tmp_path: Path) -> None:

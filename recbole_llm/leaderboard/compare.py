@@ -111,11 +111,13 @@ def rows_of(paths: Sequence[str]) -> list[RowRuns]:
     """Group runs into rows: those of one model and settings are its seeds.
 
     Raises:
-        UserError: a run cannot be read.
+        UserError: a run cannot be read, or has no figures on test.
     """
     grouped: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         result = read_run(path)[0]
+        if "test" not in result:
+            raise UserError(f"{path} has no figures on test; is it the result of a finished run?")
         grouped.setdefault((result["model"], json.dumps(_settings(result), sort_keys=True)), []).append(path)
     rows = []
     for (model, settings), members in grouped.items():
@@ -144,7 +146,8 @@ def _parts(model: str, settings: dict[str, Any]) -> dict[str, str]:
 def _settings(result: dict[str, Any]) -> dict[str, Any]:
     """The settings that make two runs of a model seeds of one row rather than two rows."""
     config = result.get("config", {})
-    settings = {key: value for key, value in config.items() if key not in NEUTRAL_KEYS and key != "seed"}
+    without = {*NEUTRAL_KEYS, "seed"}
+    settings = {key: value for key, value in config.items() if key not in without and value is not None}
     # A run of before a setting existed is a run without it. Searched settings of parts stand in no run's config.
     return settings | {key: config[key] for key in (*MOVING, "tuned") if config.get(key)}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_llm.config import INPUT_KEYS, Config
+from recbole_llm.config import INPUT_KEYS, PROTOCOL_KEYS, Config
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.marks import beneath_settings
 from recbole_llm.leaderboard.space import Space, find_space, read_space
@@ -18,6 +18,11 @@ from recbole_llm.training.runs import writable
 from recbole_llm.training.store import fingerprint_of
 
 OWN = ("space", "trials", "seconds", "output", "write")
+# What rows trials learn from and are judged on; values of these are better or worse for that alone.
+JUDGES = frozenset(PROTOCOL_KEYS) | {
+    "dataset", "data_path", "benchmark_filename", "load_col", "unload_col", "unused_col", "rm_dup_inter", "merge_valid",
+    "filter_inter_by_user_or_item", "user_inter_num_interval", "item_inter_num_interval", "val_interval",
+}  # fmt: skip
 QUIET = {"state": "WARNING", "show_progress": False, "tensorboard": False}
 
 
@@ -84,6 +89,12 @@ def read_arguments(arguments: Sequence[str]) -> Search:
     space = read_space(path)
     if space.metric is not None:
         space = Space(**{**vars(space), "settings": {**space.settings, "valid_metric": space.metric}})
+    for dimension in space.dimensions:
+        if dimension.key.rpartition(".")[2] in JUDGES:
+            raise UserError(
+                f"{path}, space: {dimension.key} decides on what trials are judged on, or how, and cannot be searched; "
+                f"give it to the whole search: --{dimension.key}=..."
+            )
     space = space.without(given)
     base = _checked(space, rest)
     start = {dimension.key: _value(base, dimension.key) for dimension in space.dimensions}

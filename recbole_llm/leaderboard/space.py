@@ -28,6 +28,7 @@ class Dimension:
         low, high: the range's ends, both in it.
         log: draw evenly in the logarithm.
         whole: draw whole numbers.
+        said: that this was said, not taken from the range's ends.
     """
 
     key: str
@@ -36,13 +37,16 @@ class Dimension:
     high: float = 0.0
     log: bool = False
     whole: bool = False
+    said: bool = False
 
     def holding(self, value: Any) -> Dimension:
         """The dimension, widened where it does not hold a value."""
         if self.choices:
             found = any(type(choice) is type(value) and choice == value for choice in self.choices)
             return self if found else replace(self, choices=(value, *self.choices))
-        return replace(self, low=min(self.low, value), high=max(self.high, value))
+        # A setting that is no whole number now, in a range whose ends were written as such.
+        whole = self.whole and (self.said or not isinstance(value, float))
+        return replace(self, low=min(self.low, value), high=max(self.high, value), whole=whole)
 
     def ends(self) -> tuple[Any, ...]:
         """The values that a check of the whole dimension looks at."""
@@ -102,7 +106,7 @@ class Space:
         """The space, widened where it does not hold what a model has now (its first trial).
 
         Raises:
-            UserError: that value is no number where the space has a range.
+            UserError: that value is no number where the space has a range, or no whole one where it says so.
         """
         widened = []
         for dimension in self.dimensions:
@@ -112,6 +116,11 @@ class Space:
                 raise UserError(
                     f"{self.path}, space: {dimension.key} is {value!r} now, which no range"
                     f"{' in the logarithm' if dimension.log else ''} can hold; list choices: [{value!r}, ...]"
+                )
+            if dimension.said and dimension.whole and value != int(value):
+                raise UserError(
+                    f"{self.path}, space: {dimension.key} is {value!r} now, which no range of type int can hold; leave "
+                    "the type out"
                 )
             widened.append(dimension.holding(value))
         return replace(self, dimensions=tuple(widened))
@@ -205,4 +214,4 @@ def _dimension(path: Path, key: str, value: Any) -> Dimension:
     kind = value.get("type", "int" if whole else "float")
     if kind not in ("int", "float") or not isinstance(log, bool) or (kind == "int" and not whole):
         raise UserError(f"{where}: type is int (with whole ends) or float, log is true or false")
-    return Dimension(key, low=low, high=high, log=log, whole=kind == "int")
+    return Dimension(key, low=low, high=high, log=log, whole=kind == "int", said="type" in value)
