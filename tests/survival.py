@@ -226,12 +226,13 @@ def flip(file: Path, place: float = 0.5) -> None:
     file.write_bytes(data)
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something that another process does."""
+def until(happens: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait for something that another process does, and return it."""
     deadline = time.monotonic() + seconds
-    while not true():
+    while not (found := happens()):
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
+    return found
 
 
 # --- a disk of one's own ---------------------------------------------------------------------------------------------

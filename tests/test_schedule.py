@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from survival import until
 
 from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
 
@@ -103,19 +104,9 @@ def test_a_run_of_a_suite_ends_with_the_process_that_started_it(tmp_path: Path) 
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(spec), str(tmp_path / "log")])
     try:
-        child = _wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None))
+        child = until(lambda: next(iter(psutil.Process(parent.pid).children()), None))
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        _wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     finally:
         parent.kill()
-
-
-def _wait_for(condition, seconds: float = 60.0):  # type: ignore[no-untyped-def]
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError("it did not come to that")

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from survival import until
 
 from recbole_llm.leaderboard.schedule import Job, OwnProcess, thread_limits
 from recbole_llm.leaderboard.warm import Forked, Warm, starter
@@ -95,7 +96,7 @@ def test_runs_end_with_the_process_that_forked_them_and_later_ones_are_started(w
         process = psutil.Process(forked.pid)
         process.parent().kill()  # type: ignore[union-attr]
         assert forked.wait() < 0
-        _wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: _gone(process))
         own = start(Job("b", [sys.executable, "-c", "print('here')"], 1.0, tmp_path / "log"), 1)
         assert isinstance(own, OwnProcess) and own.wait() == 0
     assert (tmp_path / "log").read_text(encoding="utf-8") == "here\n"
@@ -113,14 +114,21 @@ def test_runs_end_with_the_board(warm: Warm, tmp_path: Path, how: int) -> None:
     # In a group of its own, which a terminal interrupts as a whole.
     board = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        run = _wait_for(lambda: _of_generation(board.pid, 2))
+        run = until(lambda: _of_generation(board.pid, 2))
         forks = run.parent()
         os.killpg(board.pid, how) if how == signal.SIGINT else board.kill()
         board.wait(60)
         for process in (run, forks):
-            _wait_for(lambda process=process: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+            until(lambda process=process: _gone(process))
     finally:
         board.kill()
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _of_generation(pid: int, generation: int) -> psutil.Process | None:
@@ -202,13 +210,3 @@ def test_where_there_is_no_room_for_a_fork_a_run_starts_by_itself(
         for _ in range(2):
             own = start(Job("b", ["/bin/true"], 1.0, tmp_path / "log"), 1)
             assert isinstance(own, OwnProcess) and own.wait() == 0
-
-
-def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not come to that")
