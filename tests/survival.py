@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from recbole_llm import cli
 from recbole_llm.training import staged, state, store, trainer
 from recbole_llm.training.state import load_state
 
-# Of a stage's facts, what moves with how often it was cut off.
-COSTS = ("seconds", "tokens")
 TINY = {
     "dataset": "tiny", "show_progress": False, "tensorboard": False, "gpu_id": "", "epochs": 2, "eval_step": 1,
     "stopping_step": 99, "train_batch_size": 512,
@@ -176,12 +175,6 @@ def changes(arguments: list[str], root: Path) -> list[tuple[str, str]]:
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------
-def tokens_read(root: Path) -> dict[str, int]:
-    """What a language model has read for each stage."""
-    cards = (json.loads(card.read_text(encoding="utf-8")) for card in (root / "cache").glob("*/stage.json"))
-    return {card["name"]: card["facts"]["tokens"] for card in cards if "tokens" in card["facts"]}
-
-
 def outcome(root: Path) -> dict[str, Any]:
     """Everything that may not depend on how often a run was cut off: metrics, losses, every weight."""
     result = json.loads((root / "result.json").read_text(encoding="utf-8"))
@@ -194,7 +187,7 @@ def outcome(root: Path) -> dict[str, Any]:
     found["facts"] = {}
     for card in cards:
         facts = json.loads(card.read_text(encoding="utf-8"))["facts"]
-        found["facts"][card.parent.name] = {key: value for key, value in facts.items() if key not in COSTS}
+        found["facts"][card.parent.name] = {key: value for key, value in facts.items() if key != "seconds"}
     weights = sorted((root / "cache").glob("*/weights.safetensors"))
     found["weights"] = {file.parent.name: _plain(load_state(file)) for file in weights}
     found["lm"] = [file.read_bytes() for file in sorted((root / "cache").glob("*/model/*")) if file.is_file()]
@@ -233,6 +226,14 @@ def until(happens: Callable[[], Any], seconds: float = 60.0) -> Any:
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
     return found
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 # --- a disk of one's own ---------------------------------------------------------------------------------------------

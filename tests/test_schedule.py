@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from survival import until
+from survival import gone, until
 
 from recbole_llm.leaderboard.schedule import Budget, Ended, Job, run_jobs
 
@@ -107,6 +107,6 @@ def test_a_run_of_a_suite_ends_with_the_process_that_started_it(tmp_path: Path) 
         child = until(lambda: next(iter(psutil.Process(parent.pid).children()), None))
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: gone(child))
     finally:
         parent.kill()

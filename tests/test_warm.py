@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from survival import until
+from survival import gone, until
 
 from recbole_llm.leaderboard.schedule import Job, OwnProcess, thread_limits
 from recbole_llm.leaderboard.warm import Forked, Warm, starter
@@ -96,7 +96,7 @@ def test_runs_end_with_the_process_that_forked_them_and_later_ones_are_started(w
         process = psutil.Process(forked.pid)
         process.parent().kill()  # type: ignore[union-attr]
         assert forked.wait() < 0
-        until(lambda: _gone(process))
+        until(lambda: gone(process))
         own = start(Job("b", [sys.executable, "-c", "print('here')"], 1.0, tmp_path / "log"), 1)
         assert isinstance(own, OwnProcess) and own.wait() == 0
     assert (tmp_path / "log").read_text(encoding="utf-8") == "here\n"
@@ -119,16 +119,9 @@ def test_runs_end_with_the_board(warm: Warm, tmp_path: Path, how: int) -> None:
         os.killpg(board.pid, how) if how == signal.SIGINT else board.kill()
         board.wait(60)
         for process in (run, forks):
-            until(lambda process=process: _gone(process))
+            until(lambda process=process: gone(process))
     finally:
         board.kill()
-
-
-def _gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _of_generation(pid: int, generation: int) -> psutil.Process | None:

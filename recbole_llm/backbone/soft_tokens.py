@@ -102,6 +102,12 @@ class SoftPromptDecoder:
                 self._shared[key] = self._run_prefix(device)
         return self._shared[key]
 
+    def read_prefix(self) -> None:
+        """Read the prefix now, where one reading serves every batch: the first of them finds it read."""
+        if self.prefix and self._lends and not self.trained:
+            table: Any = self.embed_tokens.weight
+            self._prefix_states(table.device, table.dtype)
+
     def _run_prefix(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         # Not made from the model's config: a sliding-window cache would keep only a window's tail of the prefix.
         cache = DynamicCache()

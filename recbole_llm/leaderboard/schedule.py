@@ -88,7 +88,7 @@ class OwnProcess:
     """
 
     def __init__(self, job: Job, threads: int) -> None:
-        with job.log.open("wb") as log:
+        with job.log.open("ab") as log:
             # The open input is what tells the process that this one lives.
             self._process = subprocess.Popen(
                 job.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,

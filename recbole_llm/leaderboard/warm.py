@@ -264,7 +264,7 @@ def _begin(alive: int, log: Path) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(alive, 0)
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.close(written)

@@ -231,6 +231,12 @@ class GLTA(SequentialRecommender):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return trained if self.adapter is None else self.adapter.groups(trained)
 
+    def read_once(self, stage: str) -> None:
+        """Read what one reading of serves a whole stage: what its prompts open with."""
+        reader = self._readers[stage]
+        if isinstance(reader, SoftPromptDecoder):
+            reader.read_prefix()
+
     def stage_batches(self, stage: str, generator: Generator) -> StageBatches:
         """One epoch of a stage's batches, with a length."""
         return StageBatches(self, stage, generator)

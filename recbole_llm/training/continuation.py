@@ -107,6 +107,7 @@ class Continued:
             codes = tokens.codes[tokens.lengths > 0].numpy()
         found = cls(run, result, cache, raw_ids, codes, tokens)
         found._check_items(config, dataset)
+        # What is gone is told before any work.
         _folder(cache, result["stages"][-1], run)
         if result["split"]["fingerprint"] != dataset.split.fingerprint:
             found._check_unseen(dataset)

@@ -98,7 +98,8 @@ class TrainingLoop:
 
     Args:
         config: the settings of ``properties/training.yaml``, ``seed`` and ``device``.
-        model: has ``stage_loss(stage, batch)``, the mean over the batch's targets.
+        model: has ``stage_loss(stage, batch)``, the mean over the batch's targets; and ``read_once(stage)`` where its
+            language model reads something once for all batches.
         stage: which stage.
         optimizer: of what the stage trains.
         batches: batches an epoch.
@@ -131,6 +132,11 @@ class TrainingLoop:
         self._scheduled = epochs * -(-batches // self.accumulation)
         warmup = round(config["warmup_ratio"] * self._scheduled)
         self.scheduler = self._schedule(config["lr_schedule"], warmup, self._scheduled)
+        read_once = getattr(model, "read_once", None)
+        if read_once is not None and epochs:
+            # Before a state is loaded, whose tokens have it: so they do not hang on how often a run was cut off.
+            with self.accelerator.autocast():
+                read_once(stage)
 
     def _tokens_now(self) -> int:
         return getattr(getattr(self.model, "backbone", None), "tokens_read", 0)
