@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,26 @@ def test_equal_values_share_a_group_and_sizes_are_even_where_values_allow(values
         own = array[group == place]
         # A group is larger than its share by no more than its last value's repeats.
         assert len(own) <= -(-len(values) // most) + int((own == own.max()).sum())
+
+
+def test_groups_do_not_hang_on_which_run_comes_first() -> None:
+    one = made_up(
+        np.array([[1], [1], [3]]), [[1], [2], [3]], 4, item_count=np.array([0, 6, 3, 0]), user_count=np.array([2, 3, 4])
+    )
+    # Trained on valid rows too, it counts them.
+    merged = replace(one, item_count=np.array([0, 7, 4, 1]), user_count=np.array([3, 4, 5]))
+    assert breakdowns({"A": [one], "B": [merged]}, "hit@1") == breakdowns({"A": [merged], "B": [one]}, "hit@1")
+    seen = next(block for block in breakdowns({"A": [merged], "B": [one]}, "hit@1") if "unseen" in block["name"])
+    assert [group["count"] for group in seen["groups"]] == [2, 1]
+
+
+def test_rankings_of_one_user_are_counted_as_rankings() -> None:
+    one = made_up(
+        np.array([[1], [1], [2]]), [[1], [2], [2]], 3, user_id=np.array(["a", "a", "b"]), user_count=np.array([2, 2, 4])
+    )
+    activity = next(block for block in breakdowns({"A": [one]}, "hit@1") if block["name"] == "user activity")
+    assert (activity["unit"], [group["count"] for group in activity["groups"]]) == ("rankings", [2, 1])
+    assert activity["rows"]["A"] == [0.5, 1.0]
 
 
 def test_a_metric_that_is_no_mean_over_users_groups_items_only() -> None:

@@ -19,7 +19,7 @@ from recbole_llm.leaderboard.assemble import table_of
 from recbole_llm.leaderboard.details import with_details
 from recbole_llm.leaderboard.paper import beside_paper
 from recbole_llm.leaderboard.rows import RowRuns
-from recbole_llm.leaderboard.words import agreement, own_bases, unshared
+from recbole_llm.leaderboard.words import agreement, judged, own_bases, unshared
 
 METRIC = "ndcg@10"
 
@@ -57,6 +57,31 @@ def test_a_row_is_the_mean_of_its_seeds_user_by_user(tmp_path: Path) -> None:
     assert [curve["seed"] for curve in row["curves"]] == [1, 2] and row["curves"][0]["loss"] == [0.5, 0.4]
     assert made["split"]["fingerprint"] == "f" * 64 and made["evaluation"]["policy"] == "unified"
     assert (made["best_baseline"], made["tests"]) == (None, 0)
+
+
+def test_rankings_of_one_user_are_tested_together(tmp_path: Path) -> None:
+    # Every user is asked about 1 to 5 times and answered much alike, which says no more of the rows than one ranking.
+    rng = np.random.default_rng(5)
+    of = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    users = [f"u{number:02}" for number in of]
+    answered = {"Pop": around(0.3, 1, 40), "GLTA": around(0.33, 2, 40)}
+    rows = {name: values[of] + rng.normal(0, 0.01, len(of)) for name, values in answered.items()}
+    made = table(
+        [
+            RowRuns(name, [write_run(tmp_path / name, name, 1, values, users=users, eval_unit="row")])
+            for name, values in rows.items()
+        ]
+    )
+    figures = {name: named(made, name)["metrics"][METRIC] for name in rows}
+    assert {name: figure["mean"] for name, figure in figures.items()} == pytest.approx(
+        {name: values.mean() for name, values in rows.items()}
+    )
+    sums = {name: [values[of == user].sum() for user in range(40)] for name, values in rows.items()}
+    found = figures["GLTA"]["against"]["Pop"]
+    assert found["p"] == pytest.approx(stats.ttest_rel(sums["GLTA"], sums["Pop"]).pvalue)
+    assert found["difference"] == pytest.approx((rows["GLTA"] - rows["Pop"]).mean())
+    assert found["p"] > 2 * stats.ttest_rel(rows["GLTA"], rows["Pop"]).pvalue, "else the test shows nothing"
+    assert "the mean over rankings" in judged(made)
 
 
 def test_the_best_baseline_is_chosen_on_valid_and_never_on_test(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ def breakdowns(rankings: Mapping[str, Sequence[Rankings]], metric: str) -> list[
     """The breakdowns of one table. Every row is averaged over its seeds.
 
     *User activity* (train interactions) and *history length* (items that the input at test is cut from) group users
-    and average ``metric``. *Item popularity* and *seen and unseen items* group the test interactions, that is the
-    (user, target) pairs, and give the share of them whose item stands in the user's first K; K is the metric's, but at
-    most what was kept. Weighted by their counts, the groups of a breakdown average to the figure of all.
+    and average ``metric``; under ``eval_unit: row`` they group rankings, one a test interaction. *Item popularity* and
+    *seen and unseen items* group the test interactions, that is the (user, target) pairs, and give the share of them
+    whose item stands in the user's first K; K is the metric's, but at most what was kept. Weighted by their counts, the
+    groups of a breakdown average to the figure of all.
 
     Args:
         rankings: row name to the rankings of its seeds, all of one split.
@@ -39,7 +41,7 @@ def breakdowns(rankings: Mapping[str, Sequence[Rankings]], metric: str) -> list[
     aligned = align(rankings)
     if not aligned:
         return []
-    facts = next(iter(aligned.values()))[0]
+    facts = _facts([one for seeds in aligned.values() for one in seeds])
     k = min(_k_of(metric), *(one.top.shape[1] for seeds in aligned.values() for one in seeds))
     hits = {name: np.mean([target_hits(one, k) for one in seeds], axis=0) for name, seeds in aligned.items()}
     hit_rate, interactions, counts = f"hit rate@{k}", "test interactions", facts.item_count[facts.targets]
@@ -50,12 +52,22 @@ def breakdowns(rankings: Mapping[str, Sequence[Rankings]], metric: str) -> list[
     means = {name: _mean(seeds, metric) for name, seeds in aligned.items()}
     values = {name: own for name, own in means.items() if own is not None}
     if len(values) == len(aligned):
+        unit = "users" if len(np.unique(facts.user_id)) == len(facts.user_id) else "rankings"
         blocks = [
-            _block("user activity", "users", metric, quantile_groups(facts.user_count), values, rankings),
-            _block("history length", "users", metric, quantile_groups(facts.history_length), values, rankings),
+            _block("user activity", unit, metric, quantile_groups(facts.user_count), values, rankings),
+            _block("history length", unit, metric, quantile_groups(facts.history_length), values, rankings),
             *blocks,
         ]
     return [block for block in blocks if len(block["groups"]) > 1]
+
+
+def _facts(runs: Sequence[Rankings]) -> Rankings:
+    """What is known of users and items, in no run's own way: one trained on valid rows too counts those."""
+    least = {
+        key: np.min([getattr(one, key) for one in runs], axis=0)
+        for key in ("item_count", "user_count", "history_length")
+    }
+    return replace(runs[0], **least)
 
 
 def _mean(seeds: Sequence[Rankings], metric: str) -> np.ndarray | None:

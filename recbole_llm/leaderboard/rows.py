@@ -54,9 +54,10 @@ class Run:
     Attributes:
         path: where it was read.
         result: ``result.json``.
-        users: str [U], raw ids, sorted.
+        users: str [U], raw ids, sorted; under ``eval_unit: row`` a user stands there once a ranking.
         test: metric to its mean, overlaps with teachers among them.
-        values: the same metrics to float64 [U], in the users' order, those that are means over users.
+        values: the same metrics to float64, a value for every distinct user in their order, those that are means over
+            users; their mean is the metric's.
         at_k: metric to float64 [K], its mean over users at k = 1 to K; empty without rankings.
     """
 
@@ -94,9 +95,10 @@ class Run:
                     f"its users and {told.get(name)} in the result; one of the files was altered or damaged"
                 )
         shown = {name: name for name in result["test"]} | arrays_of(result)
-        values = {name: arrays[own][order] for name, own in shown.items() if own in arrays}
+        users = arrays["user_id"][order]
+        values = {name: _by_user(arrays[own][order], users) for name, own in shown.items() if own in arrays}
         at_k = _at_k(file, result, arrays["user_id"])
-        return cls(Path(path), result, arrays["user_id"][order], figures_of(result), values, at_k)
+        return cls(Path(path), result, users, figures_of(result), values, at_k)
 
     @property
     def seed(self) -> int:
@@ -111,6 +113,25 @@ class Run:
         ranking = "full" if judged["ranking"] in ("beam", "pruned") else judged["ranking"]
         # What a run says nothing of it is without.
         return judged | {"ranking": ranking} | {key: bool(judged[key]) for key in ("title_match", "leaking_ids")}
+
+
+def _by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """One value for every user where some have several rankings.
+
+    Rankings of one user are alike, so a test that took them for independent would find significance in their number.
+    A user's value is the sum over his rankings times users over rankings, which leaves the mean as it is.
+
+    Args:
+        values: float64 [R].
+        users: str [R], sorted.
+
+    Returns:
+        float64 [U].
+    """
+    _, of, counts = np.unique(users, return_inverse=True, return_counts=True)
+    if len(counts) == len(users):
+        return values
+    return np.bincount(of, weights=values) * (len(counts) / len(users))
 
 
 def rankings_of(file: Path, result: Mapping[str, Any]) -> Rankings | None:

@@ -138,7 +138,13 @@ def judged(table: Mapping[str, Any]) -> str:
         for key in ("policy", "exclude_history", "eval_unit", "ranking", "title_match", "leaking_ids", "test_users")
         if key in evaluation
     )
-    return f"Split {split['fingerprint'][:16]} ({counts}); candidates: {policy}."
+    told = f"Split {split['fingerprint'][:16]} ({counts}); candidates: {policy}."
+    if evaluation.get("eval_unit") == "row":
+        told += (
+            " A figure is the mean over rankings, one a test interaction (test_users counts these); tests and "
+            "intervals take a user's together."
+        )
+    return told
 
 
 def unshared(table: Mapping[str, Any]) -> list[str]:
