@@ -39,7 +39,7 @@ trials: 4
 warmup: 0
 space:
   learning_rate: {low: 0.0005, high: 0.05, log: true}
-  embedding_size: [8, 16]
+  embedding_size: [64, 8, 16]
 """
 
 
@@ -103,10 +103,10 @@ def test_a_loss_with_a_space_of_its_own_has_it() -> None:
             ("learning_rate", "learning_rat"),
             r"quick.yaml: unknown setting 'learning_rat' for BPR; did you mean 'learni",
         ),
-        (("[8, 16]", "[8, 0]"), "quick.yaml: embedding_size should be int >= 1, but is 0"),
-        (("[8, 16]", "[8]"), "embedding_size should list two or more"),
-        (("[8, 16]", "[8, [16]]"), "embedding_size should list two or more numbers or words"),
-        (("[8, 16]", "3"), "embedding_size should be a list of choices or"),
+        (("[64, 8, 16]", "[8, 0]"), "quick.yaml: embedding_size should be int >= 1, but is 0"),
+        (("[64, 8, 16]", "[8]"), "embedding_size should list two or more"),
+        (("[64, 8, 16]", "[8, [16]]"), "embedding_size should list two or more numbers or words"),
+        (("[64, 8, 16]", "3"), "embedding_size should be a list of choices or"),
         (("log: true", "lag: true"), "learning_rate: unknown key 'lag'; did you mean 'log'"),
         (("low: 0.0005", "low: 0.1"), "low should be below high and above 0, but they are 0.1, 0.05"),
         (("low: 0.0005", "low: 0"), "low should be below high and above 0"),
@@ -122,7 +122,10 @@ def test_a_loss_with_a_space_of_its_own_has_it() -> None:
         (("warmup: 0", "settings: [1]"), "settings should be a mapping"),
         (("space:", "spaces:"), "unknown key 'spaces'; did you mean 'space'"),
         (("embedding_size:", "seed:"), "seed decides on what trials are judged on, or how, .* search: --seed="),
-        (("embedding_size: [8, 16]", "train_share: [0.5, 1.0]"), "train_share decides on what trials are judged on"),
+        (
+            ("embedding_size: [64, 8, 16]", "train_share: [0.5, 1.0]"),
+            "train_share decides on what trials are judged on",
+        ),
         (("embedding_size:", "graph_model.seed:"), "graph_model.seed decides on"),
     ],
 )
@@ -130,6 +133,7 @@ def test_a_wrong_space_is_refused_before_any_work(
     change: tuple[str, str], message: str, words: Callable[..., list[str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    assert change[0] in SPACE
     (tmp_path / "quick.yaml").write_text(SPACE.replace(*change), encoding="utf-8")
     monkeypatch.setattr(search_module, "prepared", lambda config: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=message):
@@ -157,13 +161,50 @@ def test_a_wrong_command_is_refused(more: dict[str, Any], message: str, words: C
         read_arguments(words(**more))
 
 
-def test_what_the_command_line_gives_is_fixed_and_what_is_shipped_is_held(words: Callable[..., list[str]]) -> None:
+def test_what_the_command_line_gives_is_fixed_and_what_is_shipped_is_held(
+    words: Callable[..., list[str]], tmp_path: Path
+) -> None:
     search = read_arguments(words(embedding_size=8))
     assert [dimension.key for dimension in search.space.dimensions] == ["learning_rate"]
     assert search.config({"learning_rate": 0.01})["embedding_size"] == 8
     # BPR's own 64 is none of the two widths; the first trial has it all the same.
+    (tmp_path / "quick.yaml").write_text(SPACE.replace("64, ", ""), encoding="utf-8")
     sizes = read_arguments(words()).space.dimensions[1]
     assert sizes.choices == (64, 8, 16)
+
+
+def test_what_a_space_is_given_beside_its_file_is_told(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert not read_arguments(words()).widened
+    (tmp_path / "quick.yaml").write_text(SPACE.replace("64, ", ""), encoding="utf-8")
+    width, *others = read_arguments(words(learning_rate=0.01)).widened
+    assert "quick.yaml, space: embedding_size is 64 without a search, which 8 | 16 does not hold; 64 | 8 | 16" in width
+    assert not others
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("learning_rate: 0.1", encoding="utf-8")
+    (rate,) = read_arguments(words(embedding_size=8, config_files=mine)).widened
+    assert "learning_rate is 0.1 without a search, which 0.0005 to 0.05 does not hold; 0.0005 to 0.1 is" in rate
+    told: list[str] = []
+    tuning.tune(words(trials=1, learning_rate=0.01, epochs=1), told.append)
+    assert told[0] == width
+
+
+def test_files_on_the_command_line_go_before_what_a_space_sets(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    space, mine = tmp_path / "quick.yaml", tmp_path / "mine.yaml"
+    space.write_text(
+        f"{SPACE}metric: Recall@10\nsettings: {{train_batch_size: 64, weight_decay: 0.5}}", encoding="utf-8"
+    )
+    mine.write_text("{train_batch_size: 32, valid_metric: MRR@5, learning_rate: 0.002}", encoding="utf-8")
+    search = read_arguments(words(config_files=mine))
+    made = search.config({})
+    assert (made["train_batch_size"], made["weight_decay"], search.metric) == (32, 0.5, "mrr@5")
+    assert search.start["learning_rate"] == 0.002, "a file says where a search begins, not that it may not move"
+
+
+@pytest.mark.parametrize("folder", ["a?b", "50%20", "{SCHEMA_DIRECTORY}", "a#b &c"])
+def test_a_study_is_kept_wherever_it_is_told(folder: str, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    output = tmp_path / folder
+    tuning.tune(words(output=output, trials=1, epochs=1), quiet)
+    assert len([*output.glob("search-*.db")]) == 1
 
 
 def test_whole_ends_hold_a_setting_that_is_no_whole_number(words: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Search:
         split: the split's fingerprint; ``None`` under RecBole's own protocol.
         mark: hash of all that the worth of a trial depends on.
         command: as the user typed it.
+        widened: what the space was given beside what its file says, a line a setting.
     """
 
     space: Space
@@ -54,6 +55,7 @@ class Search:
     split: str | None
     mark: str
     command: str
+    widened: tuple[str, ...]
 
     @property
     def metric(self) -> str:
@@ -95,10 +97,10 @@ def read_arguments(arguments: Sequence[str]) -> Search:
                 f"{path}, space: {dimension.key} decides on what trials are judged on, or how, and cannot be searched; "
                 f"give it to the whole search: --{dimension.key}=..."
             )
-    space = space.without(given)
+    space = space.without(given, settings=given | plain.file_config_dict.keys())
     base = _checked(space, rest)
     start = {dimension.key: _value(base, dimension.key) for dimension in space.dimensions}
-    space = space.holding(start.__getitem__)
+    asked, space = space, space.holding(start.__getitem__)
     if not base["eval_step"]:
         raise UserError("tune judges by validation: eval_step should be 1 or more, not 0")
     if base["merge_valid"]:
@@ -120,6 +122,12 @@ def read_arguments(arguments: Sequence[str]) -> Search:
         trials=_number(own, "trials", int) or space.trials, seconds=_number(own, "seconds", float),
         folder=folder, write=write, split=split_mark, mark=mark,
         command=f"recbole-llm tune {shlex.join(arguments)}",
+        widened=tuple(
+            f"{path}, space: {wide.key} is {start[wide.key]!r} without a search, which {dimension} does not hold; "
+            f"{wide} is searched"
+            for dimension, wide in zip(asked.dimensions, space.dimensions, strict=True)
+            if str(wide) != str(dimension)
+        ),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class Dimension:
     log: bool = False
     whole: bool = False
     said: bool = False
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.choices)) if self.choices else f"{self.low:g} to {self.high:g}"
 
     def holding(self, value: Any) -> Dimension:
         """The dimension, widened where it does not hold a value."""
@@ -90,8 +93,12 @@ class Space:
     settings: Mapping[str, Any]
     dimensions: tuple[Dimension, ...]
 
-    def without(self, keys: set[str]) -> Space:
+    def without(self, keys: Set[str], settings: Set[str]) -> Space:
         """The space with some settings left to whoever fixed them.
+
+        Args:
+            keys: that do not move.
+            settings: of which the space's own values do not hold.
 
         Raises:
             UserError: nothing is left to search.
@@ -99,8 +106,8 @@ class Space:
         kept = tuple(dimension for dimension in self.dimensions if dimension.key not in keys)
         if not kept:
             raise UserError(f"{self.path}: the command line fixes every setting of the space; none is left to search")
-        settings = {key: value for key, value in self.settings.items() if key not in keys}
-        return replace(self, dimensions=kept, settings=settings)
+        own = {key: value for key, value in self.settings.items() if key not in settings}
+        return replace(self, dimensions=kept, settings=own)
 
     def holding(self, value_of: Callable[[str], Any]) -> Space:
         """The space, widened where it does not hold what a model has now (its first trial).

@@ -23,6 +23,7 @@ import optuna
 import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL
 from sqlalchemy.exc import DatabaseError
 
 from recbole_llm import processes
@@ -64,6 +65,8 @@ def tune(arguments: Sequence[str], say: Callable[[str], None] | None = None) -> 
         raise UserError("tune runs in one process; leave accelerate launch out")
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     search = read_arguments(arguments)
+    for line in search.widened:
+        say(line)
     search.folder.mkdir(parents=True, exist_ok=True)
     log = search.folder / f"tune-{time.strftime('%Y%m%d-%H%M%S')}.log"
     with (
@@ -114,12 +117,18 @@ def _file(search: Search) -> Path:
     return search.folder / f"search-{search.mark[:12]}.db"
 
 
+def _address(file: Path) -> str:
+    """A file as Optuna is told of it, which fills in what stands in braces."""
+    address = URL.create("sqlite", database=str(file.resolve())).render_as_string()
+    return address.replace("{", "%7B").replace("}", "%7D")
+
+
 def _study(search: Search) -> optuna.Study:
     """The study as the last process left it, or a new one whose first trial is the settings without a search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=search.mark,
-        storage=f"sqlite:///{_file(search).resolve()}",
+        storage=_address(_file(search)),
         direction="maximize" if search.base["valid_metric_bigger"] else "minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=search.space.warmup),
         load_if_exists=True,
