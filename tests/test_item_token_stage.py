@@ -177,7 +177,7 @@ def test_every_setting_of_the_codes_makes_the_stage_anew(base: tuple[dict[str, A
 
     def noted() -> dict[str, Any]:
         with pytest.raises(StopIteration):
-            tokenize_items(config, train_data._dataset, store, lambda _: trained)
+            tokenize_items(config, train_data._dataset, store, lambda _, look: trained)
         return store.noted
 
     before = noted()

@@ -281,7 +281,7 @@ def test_the_source_in_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_no_review_is_held(tmp_path: Path) -> None:
     """Neither of reviews in the interactions' own lines nor of those in a file of their own."""
-    text = "word " * 2000
+    text = f"{'w' * 99} " * 100
     rows = [(f"u{user}", f"b{item}") for user in range(120) for item in range(12)]
     plain = {"rating": 5, "date_added": "Wed Mar 22 11:37:04 -0700 2017"}
     lines = [json.dumps({"user_id": user, "book_id": item, "review_text": text, **plain}) for user, item in rows]

@@ -13,7 +13,7 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.standardise import scale_of, standardised
 from recbole_llm.model.states import NO_STATES, makes_states
-from recbole_llm.training.embeddings import graph_embeddings, item_embeddings
+from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, item_width
 from recbole_llm.training.teacher import frozen
 
 if TYPE_CHECKING:
@@ -79,24 +79,54 @@ class CollaborativeVectors:
         Raises:
             UserError: the recommender has none, or they are of another width than the items'.
         """
-        found = self._users(longest)
-        if found.width != self.items.shape[1]:
-            raise UserError(
-                f"{self.part}: the vectors of {self.name} have {found.width} numbers for a user and "
-                f"{self.items.shape[1]} for an item; one projector needs as many"
-            )
-        return found
-
-    def _users(self, longest: int) -> Users:
         fit = self._fit
+        check_vectors(fit.model, self.name, self.part, users=True)
         if fit.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-            return UserStates(fit.model, self._dataset, self.name, longest, self.part)
+            return UserStates(fit.model, self._dataset, longest)
         table = torch.from_numpy(graph_embeddings(fit.model, self.name, self.part)[0]).float()
         logger.info(
             "%s: %s reads no history, its vectors of users have seen all train interactions: those that are learned "
             "among them", self.part, self.name,
         )  # fmt: skip
         return UserTable(table, self._dataset)
+
+
+@torch.no_grad()
+def check_vectors(model: Any, name: str, part: str, users: bool) -> None:
+    """Refuse a recommender whose vectors prompts cannot hold; it need not be trained.
+
+    Args:
+        model: the recommender's.
+        name, part: what to call it, and the setting that named it, in an error.
+        users: vectors of users are asked for too.
+
+    Raises:
+        UserError: it has no table of items; or no vectors of users, or of another width than the items'.
+    """
+    width = item_width(model, name, "final")
+    if not users:
+        return
+    if model.type == ModelType.SEQUENTIAL:
+        state = _state_of_one(model) if makes_states(model) else None
+        if state is None or state.dim() != 2:
+            raise UserError(NO_STATES.format(part=part, name=name))
+        asked = state.shape[1]
+    else:
+        asked = graph_embeddings(model, name, part)[0].shape[1]
+    if asked != width:
+        raise UserError(
+            f"{part}: the vectors of {name} have {asked} numbers for a user and {width} for an item; one projector "
+            "needs as many"
+        )
+
+
+def _state_of_one(model: Any) -> Tensor:
+    """What a sequential recommender makes of a history of one item."""
+    device = next(model.parameters()).device
+    lists = torch.zeros(1, model.max_seq_length, dtype=torch.long, device=device)
+    lists[0, 0] = 1
+    state: Tensor = model.eval()(lists, torch.ones(1, dtype=torch.long, device=device))
+    return state
 
 
 class UserTable:
@@ -137,15 +167,10 @@ class UserStates:
     Args:
         model: in evaluation mode; its ``forward`` makes a state of item lists and their lengths.
         dataset: the train data set.
-        name: what to call it in an error.
         longest: items of a history that it is given at most.
-        part: the setting that named it.
-
-    Raises:
-        UserError: its ``forward`` does not.
     """
 
-    def __init__(self, model: Any, dataset: Any, name: str, longest: int, part: str = "embedding_model") -> None:
+    def __init__(self, model: Any, dataset: Any, longest: int) -> None:
         self._model = model
         self._device = next(model.parameters()).device
         self._width: int = model.max_seq_length
@@ -154,14 +179,9 @@ class UserStates:
         self._items = torch.from_numpy(self._histories.items).long()
         self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN
         self._asked = torch.empty(0)
-        refused = UserError(NO_STATES.format(part=part, name=name))
-        if not makes_states(model):
-            raise refused
         places = torch.arange(len(self._items))
         places = places[places > self._begins(places)]
         states = self.states(places[:: max(1, len(places) // MEASURED)].contiguous())
-        if states.dim() != 2:
-            raise refused
         self._mean, self._size = scale_of(states)
         self.width = states.shape[1]
 

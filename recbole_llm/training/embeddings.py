@@ -72,8 +72,25 @@ def item_embeddings(model: Any, name: str, layer: str) -> np.ndarray:
     Raises:
         UserError: the model has no such table, or it holds a value that is no number.
     """
+    made = _item_table(model, name, layer)
+    broken = int((~np.isfinite(made)).any(axis=1).sum())
+    if broken:
+        raise UserError(f"embedding_model: {broken} item embeddings of {name} are NaN or infinite; train it again")
+    return np.ascontiguousarray(made, dtype=np.float32)
+
+
+def item_width(model: Any, name: str, layer: str) -> int:
+    """How wide :func:`item_embeddings` will be, of a recommender that need not be trained.
+
+    Raises:
+        UserError: the model has no such table.
+    """
+    return _item_table(model, name, layer).shape[1]
+
+
+def _item_table(model: Any, name: str, layer: str) -> np.ndarray:
     own = getattr(model, "item_embedding", None)
-    made = None
+    made: np.ndarray | None = None
     if layer == "final" and not (isinstance(own, nn.Embedding) and not hasattr(model, "n_users")):
         made = graph_embeddings(model, name, "embedding_model")[1]
     elif hasattr(model, "graph_embeddings") and "layer" in inspect.signature(model.graph_embeddings).parameters:
@@ -83,10 +100,7 @@ def item_embeddings(model: Any, name: str, layer: str) -> np.ndarray:
         made = own.weight[: model.n_items].detach().cpu().numpy()
     if made is None:
         raise UserError(f"embedding_model: {name} has no table of items; take one such as DCCF, LightGCN or SASRec")
-    broken = int((~np.isfinite(made)).any(axis=1).sum())
-    if broken:
-        raise UserError(f"embedding_model: {broken} item embeddings of {name} are NaN or infinite; train it again")
-    return np.ascontiguousarray(made, dtype=np.float32)
+    return made
 
 
 @torch.no_grad()

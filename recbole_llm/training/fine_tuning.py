@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import mean_of
 from recbole_llm.model.guided import is_guided
 from recbole_llm.training.codebooks import Quantiser
-from recbole_llm.training.collaborative_vectors import CollaborativeVectors
+from recbole_llm.training.collaborative_vectors import CollaborativeVectors, check_vectors
 from recbole_llm.training.continuation import Continued
 from recbole_llm.training.guidance import Guidance
 from recbole_llm.training.item_tokens import Tokenized, has_codebook
@@ -163,7 +164,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         part = getattr(self.model, "vectors_of", None)
         if part is None:
             return []
-        fit = self._part(part, fit_part)
+        look = partial(check_vectors, name=self.config[part], part=part, users=self.model.tells_user)
+        fit = self._part(part, fit_part, look)
         self.model.take_vectors(CollaborativeVectors(fit, dataset, part))
         return [fit.fingerprint]
 
@@ -216,10 +218,10 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.model.take_guidance(Guidance(fit, dataset, part))
         return [fit.fingerprint for fit in fits]
 
-    def _part(self, part: str, fit_part: Callable[..., Any]) -> Any:
+    def _part(self, part: str, fit_part: Callable[..., Any], look: Callable[[Any], None] | None = None) -> Any:
         """Train (or find) a recommender of the run, once."""
         if part not in self.part_fits:
-            fit = self.part_fits[part] = fit_part(part)
+            fit = self.part_fits[part] = fit_part(part, look=look)
             self.stages += [{**line, "name": part} for line in fit.stages]
         return self.part_fits[part]
 

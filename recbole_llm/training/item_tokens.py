@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from recbole_llm.itemid.item_tokens import CARD as TOKENS
 from recbole_llm.itemid.kmeans import check_count
 from recbole_llm.itemid.new_items import from_text
 from recbole_llm.training.codebooks import check_settings, train_quantiser
-from recbole_llm.training.embeddings import item_embeddings, text_embeddings
+from recbole_llm.training.embeddings import item_embeddings, item_width, text_embeddings
 from recbole_llm.training.identifiers import LEAKING, METHODS, check_ids, has_ids, in_pieces, inputs_of, leaks, make_ids
 from recbole_llm.training.language import (
     named_backbone,
@@ -106,7 +107,7 @@ def has_codebook(config: Any) -> bool:
 
 
 def tokenize_items(
-    config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+    config: Any, dataset: Any, store: StageStore, fit_part: Callable[..., Any], named: Backbone | None = None
 ) -> Tokenized:
     """Run (or find) every stage up to the items' tokens.
 
@@ -254,7 +255,7 @@ def load_points(folder: Path) -> np.ndarray | None:
 
 
 def gather(
-    config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+    config: Any, dataset: Any, store: StageStore, fit_part: Callable[..., Any], named: Backbone | None = None
 ) -> Sources:
     """Item embeddings and texts as the settings ask for them, with points for items that training has not seen.
 
@@ -286,14 +287,15 @@ def gather(
         sources.item_text = _texts_of(config, dataset)
         named = named_reader(config) if config["text_llm"] else named or named_backbone(config)
     if behaviour or config["code_cf_weight"]:
-        fit = fit_part("embedding_model")
+        fit = fit_part("embedding_model", look=partial(_check_width, config))
         sources.parts["embedding_model"] = fit
         sources.lines += [{**line, "name": "embedding_model"} for line in fit.stages]
         embeddings = item_embeddings(fit.model, config["embedding_model"], config["embedding_layer"])
         sources.marks += [fit.fingerprint, config["embedding_layer"]]
         sources.points = embeddings if behaviour else None
         if config["code_cf_weight"]:
-            sources.behaviour = _aims(config, embeddings, seen)
+            # Of an item without train rows they say nothing.
+            sources.behaviour = np.where(seen[:, None], embeddings, np.float32(np.nan))
     if sources.item_text is not None:
         read_texts(config, dataset, store, sources, named)
     if not behaviour:
@@ -303,16 +305,15 @@ def gather(
     return sources
 
 
-def _aims(config: Any, embeddings: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The embeddings that ``code_cf_weight`` draws codes to; of an item without train rows they say nothing."""
-    width, wanted = embeddings.shape[1], config["code_dim"]
-    if width != wanted:
+def _check_width(config: Any, model: Any) -> None:
+    """Refuse an ``embedding_model``, trained or not, without item embeddings or that ``code_cf_weight`` cannot take."""
+    width, wanted = item_width(model, config["embedding_model"], config["embedding_layer"]), config["code_dim"]
+    if config["code_cf_weight"] and width != wanted:
         raise UserError(
             f"code_cf_weight multiplies codes (code_dim {wanted}) with the item embeddings of "
             f"{config['embedding_model']} ({width}): set embedding_model.hidden_size or .embedding_size to {wanted}, "
             f"or code_dim to {width}"
         )
-    return np.where(seen[:, None], embeddings, np.float32(np.nan))
 
 
 def _place_unseen(sources: Sources, unseen: np.ndarray) -> None:

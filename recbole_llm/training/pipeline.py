@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from recbole.utils import init_seed
 
 from recbole_llm import compat, processes, registry
@@ -36,6 +38,8 @@ TRAIN_VERSION = 1
 
 # Told the epoch (from 0) and the score on valid after each validation.
 Watch = Callable[[int, float], None]
+# Shown a model before it trains; refuses one whose training would be for nothing.
+Look = Callable[[Any], Any]
 
 
 class PrunedError(Exception):
@@ -83,8 +87,8 @@ def store_of(config: Config, run_folder: Path | None = None) -> StageStore:
 def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool = False) -> Callable[..., Fit]:
     """How a staged recommender trains the parts it names.
 
-    What is returned takes a part's name and, where it is to be trained without a fold of the train rows, that fold's
-    number and how many there are.
+    What is returned takes a part's name; where it is to be trained without a fold of the train rows, that fold's number
+    and how many there are; and a look at the part before it trains.
 
     Args:
         config: of the whole.
@@ -93,17 +97,17 @@ def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool =
     """
     merged = merged or config["merge_valid"]
 
-    def fit_part(name: str, fold: tuple[int, int] | None = None) -> Fit:
+    def fit_part(name: str, fold: tuple[int, int] | None = None, look: Look | None = None) -> Fit:
         part = config.part(name)
         part["refit_on_valid"] = merged
         if fold is not None:
             part[FOLD] = fold
-        return fit(part, store or store_of(config))
+        return fit(part, store or store_of(config), look=look)
 
     return fit_part
 
 
-def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
+def fit(config: Config, store: StageStore, watch: Watch | None = None, look: Look | None = None) -> Fit:
     """Train a recommender, stage by stage; every finished stage is kept and found again.
 
     Args:
@@ -111,6 +115,8 @@ def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
         store: the stage cache.
         watch: looks on at the last stage where that is trained rather than found, at the epochs that an attempt that
             was cut off has left first; what it raises ends the training.
+        look: is shown the model before any of it is trained; what it raises ends the call. Nothing it asks of the model
+            moves a number.
 
     Returns:
         The trained recommender with its best weights; after ``refit_on_valid`` the one trained on train + valid.
@@ -122,7 +128,7 @@ def fit(config: Config, store: StageStore, watch: Watch | None = None) -> Fit:
     note = config.tuned_note()
     if note:
         logger.info("%s", note)
-    first = _fit_once(config, store, None, watch)
+    first = _fit_once(config, store, None, watch, look)
     if not config["refit_on_valid"] or not len(first.valid_data):
         return first
     # Measured here, as the metrics asked for may differ from those that picked the epoch when it was trained.
@@ -182,8 +188,9 @@ def _with_valid(config: Config, dataset: Any, train_data: Any) -> Any:
 
 
 def _fit_once(
-    config: Config, store: StageStore, before: Fit | None, watch: Watch | None = None, refitted: bool = False
-) -> Fit:
+    config: Config, store: StageStore, before: Fit | None, watch: Watch | None = None, look: Look | None = None,
+    refitted: bool = False,
+) -> Fit:  # fmt: skip
     """Train on the train rows, or (given the fit before) on train + valid for that fit's best number of epochs.
 
     With ``refitted`` the settings are those of the latter already, and the fit before is not asked for.
@@ -206,6 +213,8 @@ def _fit_once(
     with compat.recbole_says():
         model = model(config, train_data._dataset).to(config["device"])
         check_sizes(model, config)
+        if look is not None:
+            _show(model, look)
         trainer = make_trainer(config, model)
     upstream, stages = [], []
     staged = hasattr(model, "stages")
@@ -230,6 +239,15 @@ def _fit_once(
         parts=trainer.part_fits,
         trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
     )  # fmt: skip
+
+
+def _show(model: Any, look: Look) -> None:
+    """Let somebody look at a model; dropout and the like draw from random numbers that are nobody's."""
+    training, drawn = model.training, np.random.get_state()
+    with torch.random.fork_rng():
+        look(model)
+    np.random.set_state(drawn)
+    model.train(training)
 
 
 def _train(

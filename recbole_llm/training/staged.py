@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         return super()._build_optimizer(**kwargs) if "params" in kwargs else None
 
     # --- the stages before the last ----------------------------------------------------------------------------------
-    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[..., Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model what they made.
 
         Args:
@@ -126,12 +127,13 @@ class StagedTrainer(TrainerMixin, Trainer):
     def _show(self) -> bool:
         return bool(self.config["show_progress"])
 
-    def _graph(self, fit_part: Callable[[str], Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _graph(self, fit_part: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
+        tables = partial(graph_embeddings, name=self.config["graph_model"])
         for part in self.model.parts:
-            fit = fit_part(part)
+            fit = fit_part(part, look=tables if part == "graph_model" else None)
             self.part_fits[part] = fit
             self.stages.extend({**line, "name": part} for line in fit.stages)
-        return graph_embeddings(self.part_fits["graph_model"].model, self.config["graph_model"])
+        return tables(self.part_fits["graph_model"].model)
 
     def _cold_items(self, dataset: Any, backbone: Backbone, item_embeddings: np.ndarray) -> np.ndarray:
         assert self.item_text is not None

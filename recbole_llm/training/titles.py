@@ -24,7 +24,7 @@ TITLES_VERSION = 2
 
 
 def tokenize(
-    config: Any, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+    config: Any, dataset: Any, store: StageStore, fit_part: Callable[..., Any], named: Backbone | None = None
 ) -> Tokenized:
     """Run (or find) every stage up to the items' tokens, of whatever kind the model reads.
 

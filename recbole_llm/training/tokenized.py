@@ -31,7 +31,7 @@ class TokenizedMixin(TrainerMixin):
         self.item_tokens: ItemTokens | None = None
         self._upstream: list[str] | None = None
 
-    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[[str], Any]) -> list[str]:
+    def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[..., Any]) -> list[str]:
         """Run (or find) every stage but the last and hand the model its tokens.
 
         Args:
@@ -50,7 +50,7 @@ class TokenizedMixin(TrainerMixin):
         return self._upstream
 
     def _tokenize(
-        self, dataset: Any, store: StageStore, fit_part: Callable[[str], Any], named: Backbone | None = None
+        self, dataset: Any, store: StageStore, fit_part: Callable[..., Any], named: Backbone | None = None
     ) -> Tokenized:
         """Run (or find) the stages up to the tokens, and note what a run reports of them."""
         return self._noted(tokenize(self.config, dataset, store, fit_part, named))
