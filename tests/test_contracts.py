@@ -157,12 +157,15 @@ def _train(settings: dict[str, Any], model: str) -> None:
     run(model, "small", config_dict=settings)
 
 
-@pytest.mark.parametrize("model", ["LightGCN", "SASRec", pytest.param("AlignTokenRec", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [("LightGCN", 128), ("SASRec", 1024), pytest.param("AlignTokenRec", 128, marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
-    model: str, settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, batch: int, settings_of: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "RESUME_SECONDS", 0.0)
-    settings = quick(settings_of, model, epochs=12, stopping_step=99, train_batch_size=128)
+    settings = quick(settings_of, model, epochs=12, stopping_step=99, train_batch_size=batch)
     whole = run(model, "small", config_dict=settings | {"output_dir": str(tmp_path / "whole")})
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_train, args=(settings, model))

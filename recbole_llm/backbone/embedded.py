@@ -40,7 +40,7 @@ TEXTS_PER_PLACE = 5
 SEPARATOR = "; "
 # The tokenizer learns from at most this many documents: more would take minutes and move few merges.
 TOKENIZER_DOCUMENTS = 100_000
-ENCODE_DOCUMENTS = 4096
+ENCODE_DOCUMENTS = 64
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 LAST_RATE = 0.1  # share of the learning rate that the cosine ends at
