@@ -17,7 +17,7 @@ help:
 	@echo "make demo         train GLTA and its LightGCN on ml-100k and print both (about 3 minutes on 2 cores)"
 	@echo "make leaderboard-quick  nine rows on ml-100k, tested against each other, as one page (about 15 minutes on 2 cores)"
 	@echo "make leaderboard  every system of the papers' tables on ml-100k (some hours on 2 cores; goes on where it stood)"
-	@echo "make test         ruff, mypy and the tests (about 10 minutes on 2 cores)"
+	@echo "make test         ruff, mypy and the tests (10 to 20 minutes on 2 cores)"
 	@echo "make test-full    the same with the slow tests"
 	@echo "make lint         ruff and mypy only"
 	@echo "make bench-quick  every benchmark in small"
