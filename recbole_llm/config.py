@@ -31,6 +31,7 @@ from recbole_llm.config_checks import (  # noqa: E402
 from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
+from recbole_llm.evaluation.metrics import USER_METRICS  # noqa: E402
 from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
 from recbole_llm.named_files import check_weights  # noqa: E402
 from recbole_llm.refusals import check_models_own, check_runs, check_unread, with_columns  # noqa: E402
@@ -418,11 +419,14 @@ class Config(StrictSettings, RecBoleConfig):
 
         A model may say of some that they mean nothing as the others stand (``idle_settings``): they are left out.
         """
-        idle = self._idle()
+        idle, neutral = self._idle(), NEUTRAL_KEYS
+        if self["valid_metric"].partition("@")[0].lower() not in USER_METRICS:
+            # RecBole's own classes round, and so decide on which epoch is the best one.
+            neutral = NEUTRAL_KEYS - {"metric_decimal_place"}
         return {
             key: plain(value)
             for key, value in sorted(self.final_config_dict.items())
-            if key not in NEUTRAL_KEYS and key not in idle and "." not in key
+            if key not in neutral and key not in idle and "." not in key
         }
 
     def parts(self) -> list[str]:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from recbole.evaluator import metric_types, metrics_dict, smaller_metrics
-from recbole.evaluator.base_metric import TopkMetric
+from recbole.evaluator import metric_types, smaller_metrics
+from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm.errors import UserError, did_you_mean
@@ -41,7 +41,8 @@ def check_metrics(final: dict[str, Any]) -> None:
     name, _, cut = str(final["valid_metric"]).partition("@")
     if name.lower() not in metric_types:
         raise UserError(f"unknown valid_metric '{final['valid_metric']}'{did_you_mean(name, metric_types)}")
-    at_k = issubclass(metrics_dict[name.lower()], TopkMetric)
+    # Those that count what is recommended have a K too, though they are no TopkMetric of RecBole's.
+    at_k = not {"rec.topk", "rec.items"}.isdisjoint(metric_information[name.lower()])
     wanted = list(map(str, final["topk"])) if at_k else [""]
     if name.lower() not in [metric.lower() for metric in final["metrics"]] or cut not in wanted:
         raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from conftest import ROOT
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError
 from recbole_llm.schema import Spec, parse_value, read_specs, read_yaml
+from recbole_llm.training.runs import run
 
 # properties/accelerate is in accelerate's own format.
 SHIPPED = sorted(file for file in (ROOT / "properties").rglob("*.yaml") if file.parent.name != "accelerate")
@@ -96,6 +99,23 @@ def test_settings_that_change_no_number_are_in_no_fingerprint() -> None:
     two = Config("BPR", "ml-100k", config_dict={"output_dir": "b/", "topk": [10, 20], "show_progress": True})
     assert one.stage_keys() == two.stage_keys()
     assert one.stage_keys() != Config("BPR", "ml-100k", config_dict={"learning_rate": 0.1}).stage_keys()
+
+
+def test_what_counts_items_picks_epochs_at_a_k_too(settings_of: Callable[..., dict[str, Any]]) -> None:
+    settings = settings_of(metrics=["NDCG", "ItemCoverage"], topk=[5, 10], valid_metric="ItemCoverage@10")
+    assert "itemcoverage@10" in run("BPR", "small", config_dict=settings)["valid"]
+    with pytest.raises(UserError, match="valid_metric 'ItemCoverage' is not among the metrics"):
+        Config("BPR", "small", config_dict=settings | {"valid_metric": "ItemCoverage"})
+
+
+@pytest.mark.parametrize(("metric", "rounded"), [("NDCG@10", False), ("ItemCoverage@10", True), ("GAUC", True)])
+def test_rounding_is_part_of_a_stage_where_it_picks_the_epoch(metric: str, rounded: bool) -> None:
+    asked = {"valid_metric": metric, "metrics": ["NDCG", "ItemCoverage", "GAUC"], "topk": [10]}
+    one, two = (
+        Config("BPR", "ml-100k", config_dict=asked | {"metric_decimal_place": places}).stage_keys()
+        for places in (2, 12)
+    )
+    assert (one != two) == rounded
 
 
 def test_recboles_shared_key_list_does_not_grow() -> None:
