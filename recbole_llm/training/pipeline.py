@@ -214,7 +214,7 @@ def _fit_once(
         model = model(config, train_data._dataset).to(config["device"])
         check_sizes(model, config)
         if look is not None:
-            _show(model, look)
+            _show(model, look, torch.device(config["device"]))
         trainer = make_trainer(config, model)
     upstream, stages = [], []
     staged = hasattr(model, "stages")
@@ -241,10 +241,10 @@ def _fit_once(
     )  # fmt: skip
 
 
-def _show(model: Any, look: Look) -> None:
+def _show(model: Any, look: Look, device: torch.device) -> None:
     """Let somebody look at a model; dropout and the like draw from random numbers that are nobody's."""
     training, drawn = model.training, np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         look(model)
     np.random.set_state(drawn)
     model.train(training)
