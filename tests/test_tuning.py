@@ -182,7 +182,7 @@ def test_what_a_space_is_given_beside_its_file_is_told(words: Callable[..., list
     mine = tmp_path / "mine.yaml"
     mine.write_text("learning_rate: 0.1", encoding="utf-8")
     (rate,) = read_arguments(words(embedding_size=8, config_files=mine)).widened
-    assert "learning_rate is 0.1 without a search, which 0.0005 to 0.05 does not hold; 0.0005 to 0.1 is" in rate
+    assert "learning_rate is 0.1 without a search, which 0.0005..0.05 log does not hold; 0.0005..0.1 log is" in rate
     told: list[str] = []
     tuning.tune(words(trials=1, learning_rate=0.01, epochs=1), told.append)
     assert told[0] == width

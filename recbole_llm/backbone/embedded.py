@@ -40,6 +40,7 @@ TEXTS_PER_PLACE = 5
 SEPARATOR = "; "
 # The tokenizer learns from at most this many documents: more would take minutes and move few merges.
 TOKENIZER_DOCUMENTS = 100_000
+# Encoded at a time, until there are tokens enough: what goes beyond is work for nothing.
 ENCODE_DOCUMENTS = 64
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises

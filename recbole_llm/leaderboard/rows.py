@@ -96,7 +96,8 @@ class Run:
                 )
         shown = {name: name for name in result["test"]} | arrays_of(result)
         users = arrays["user_id"][order]
-        values = {name: _by_user(arrays[own][order], users) for name, own in shown.items() if own in arrays}
+        first = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
+        values = {name: _by_user(arrays[own][order], first) for name, own in shown.items() if own in arrays}
         at_k = _at_k(file, result, arrays["user_id"])
         return cls(Path(path), result, users, figures_of(result), values, at_k)
 
@@ -115,23 +116,22 @@ class Run:
         return judged | {"ranking": ranking} | {key: bool(judged[key]) for key in ("title_match", "leaking_ids")}
 
 
-def _by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+def _by_user(values: np.ndarray, first: np.ndarray) -> np.ndarray:
     """One value for every user where some have several rankings.
 
     Rankings of one user are alike, so a test that took them for independent would find significance in their number.
     A user's value is the sum over his rankings times users over rankings, which leaves the mean as it is.
 
     Args:
-        values: float64 [R].
-        users: str [R], sorted.
+        values: float64 [R], user by user.
+        first: int64 [U], the place of each user's first ranking.
 
     Returns:
         float64 [U].
     """
-    _, of, counts = np.unique(users, return_inverse=True, return_counts=True)
-    if len(counts) == len(users):
+    if len(first) == len(values):
         return values
-    return np.bincount(of, weights=values) * (len(counts) / len(users))
+    return np.asarray(np.add.reduceat(values, first) * (len(first) / len(values)))
 
 
 def rankings_of(file: Path, result: Mapping[str, Any]) -> Rankings | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from recbole_llm.config import INPUT_KEYS, PROTOCOL_KEYS, Config
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.marks import beneath_settings
 from recbole_llm.leaderboard.space import Space, find_space, read_space
+from recbole_llm.leaderboard.tuned_file import describe_range
 from recbole_llm.training.pipeline import TRAIN_VERSION, data_mark, prepared
 from recbole_llm.training.runs import writable
 from recbole_llm.training.store import fingerprint_of
@@ -122,13 +123,18 @@ def read_arguments(arguments: Sequence[str]) -> Search:
         trials=_number(own, "trials", int) or space.trials, seconds=_number(own, "seconds", float),
         folder=folder, write=write, split=split_mark, mark=mark,
         command=f"recbole-llm tune {shlex.join(arguments)}",
-        widened=tuple(
-            f"{path}, space: {wide.key} is {start[wide.key]!r} without a search, which {dimension} does not hold; "
-            f"{wide} is searched"
-            for dimension, wide in zip(asked.dimensions, space.dimensions, strict=True)
-            if str(wide) != str(dimension)
-        ),
+        widened=tuple(_widened(path, asked, space, start)),
     )  # fmt: skip
+
+
+def _widened(path: Path, asked: Space, space: Space, start: Mapping[str, Any]) -> Iterator[str]:
+    for dimension, wide in zip(asked.dimensions, space.dimensions, strict=True):
+        said, searched = (describe_range(one.as_plain()) for one in (dimension, wide))
+        if said != searched:
+            yield (
+                f"{path}, space: {wide.key} is {start[wide.key]!r} without a search, which {said} does not hold; "
+                f"{searched} is searched"
+            )
 
 
 def _number(own: Mapping[str, str], key: str, kind: type) -> Any:

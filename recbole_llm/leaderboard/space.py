@@ -39,9 +39,6 @@ class Dimension:
     whole: bool = False
     said: bool = False
 
-    def __str__(self) -> str:
-        return " | ".join(map(str, self.choices)) if self.choices else f"{self.low:g} to {self.high:g}"
-
     def holding(self, value: Any) -> Dimension:
         """The dimension, widened where it does not hold a value."""
         if self.choices:

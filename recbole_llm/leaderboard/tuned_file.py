@@ -105,7 +105,7 @@ def _header(path: Path, config: Config, outcome: Outcome) -> list[str]:
         f"protocol  policy {config['policy']}, exclude_history {str(config['exclude_history']).lower()}, {protocol}",
         f"{outcome.metric:9} {outcome.value:.6f} on valid{_gain(outcome)}; {start}",
         f"budget    {_budget(outcome)}",
-        f"space     {outcome.space.name}: " + "; ".join(f"{key} {_range(moved[key])}" for key in moved),
+        f"space     {outcome.space.name}: " + "; ".join(f"{key} {describe_range(moved[key])}" for key in moved),
         f"seed      {config['seed']}, of the search and of every trial",
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions.items()),
         f"command   {outcome.command}",
@@ -123,7 +123,8 @@ def _gain(outcome: Outcome) -> str:
     return f" ({outcome.value / outcome.start_value - 1:+.1%})"
 
 
-def _range(plain: Any) -> str:
+def describe_range(plain: Any) -> str:
+    """What :meth:`~recbole_llm.leaderboard.space.Dimension.as_plain` gives, for a person."""
     if isinstance(plain, list):
         return " | ".join(map(_scalar, plain))
     return f"{_scalar(plain['low'])}..{_scalar(plain['high'])}{' log' if plain['log'] else ''}"
