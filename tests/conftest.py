@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from recbole_llm import compat
 compat.install()
 
 import recbole  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -81,6 +84,35 @@ def anomaly_mode_stays_off() -> Iterator[None]:
     """Anomaly mode doubles every training step; nothing of ours may leave it on."""
     yield
     assert not torch.is_anomaly_enabled()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_tokenizer_is_learned_once() -> Iterator[None]:
+    """A process learns a corpus's tokenizer once.
+
+    A tokenizer hangs on nothing but the arguments (test_backbone shows it), and learning it is a quarter of a small run
+    of a language model.
+    """
+    # A module that nobody has imported by now is left alone: its libraries take seconds to import.
+    names = [f"recbole_llm.backbone.{name}" for name in ("embedded", "embedded_t5")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in filter(None, map(sys.modules.get, names)):
+            patch.setattr(module, "byte_tokenizer", _learning_once(module.byte_tokenizer))
+        yield
+
+
+def _learning_once(learn: Callable[..., Any]) -> Callable[..., Any]:
+    learned: dict[str, str] = {}
+
+    def once(corpus: Sequence[str], vocab_size: int, specials: Sequence[str]) -> Any:
+        mark = hashlib.sha256(repr((list(corpus), vocab_size, list(specials))).encode()).hexdigest()
+        if mark not in learned:
+            learned[mark] = learn(corpus, vocab_size, specials).to_str()
+        tokenizer = tokenizers.Tokenizer.from_str(learned[mark])
+        tokenizer.encode_special_tokens = True  # The text does not hold it.
+        return tokenizer
+
+    return once
 
 
 @pytest.fixture(scope="session")

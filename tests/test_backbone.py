@@ -38,7 +38,7 @@ from transformers import (
 
 from recbole_llm.backbone import load
 from recbole_llm.backbone.base import Backbone, PlainEncoder
-from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, train_embedded
+from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, byte_tokenizer, train_embedded
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.errors import UserError
 
@@ -388,8 +388,11 @@ def test_corpus_holds_every_text_and_filled_prompts() -> None:
         build_corpus(["", " "], TEMPLATES, seed=1)
 
 
-def test_embedded_learns_and_is_deterministic(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+def test_embedded_learns_and_is_deterministic(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, figures = trained
+    monkeypatch.setattr("recbole_llm.backbone.embedded.byte_tokenizer", byte_tokenizer)  # Not the one that remembers.
     state = torch.get_rng_state()
     again = train_embedded(build_corpus(TEXTS, TEMPLATES, seed=5), SMALL, seed=5, folder=tmp_path / "again")
     assert torch.equal(torch.get_rng_state(), state)
