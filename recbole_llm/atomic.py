@@ -19,6 +19,7 @@ import pandas as pd
 from recbole_llm.errors import UserError
 
 FIELD_TYPES = ("token", "token_seq", "float", "float_seq")
+LONGEST_NAME = 60  # letters of a column's name that an error shows
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def _parse_header(path: Path, header: str, separator: str) -> tuple[tuple[str, .
     for field in header.split(separator):
         name, colon, kind = field.rpartition(":")
         if not colon or kind not in FIELD_TYPES:
+            # A file of another encoding may be one line.
+            shown = field if len(field) <= LONGEST_NAME else f"{field[:LONGEST_NAME]}..."
             raise UserError(
-                f"{path}, line 1: column {field!r} should read name:type with type one of {', '.join(FIELD_TYPES)}"
+                f"{path}, line 1: column {shown!r} should read name:type with type one of {', '.join(FIELD_TYPES)}"
             )
         if name in names:
             raise UserError(f"{path}, line 1: column '{name}' stands twice")

@@ -145,6 +145,7 @@ class AtomicMixin:
     logger: Any
     uid_field: str
     iid_field: str
+    inter_feat: Any
     field2type: dict[str, FeatureType]
     field2source: dict[str, Any]
     field2seqlen: dict[str, int]
@@ -156,6 +157,11 @@ class AtomicMixin:
         """Replaces dataset.py:427-512 (python engine, default quoting, chained fillna that pandas 3 ignores)."""
         load_col, unload_col = self._get_load_and_unload_col(source)  # type: ignore[attr-defined]
         if load_col == set():
+            if source == FeatureSource.INTERACTION:
+                ids = f"[{self.config['USER_ID_FIELD']}, {self.config['ITEM_ID_FIELD']}, ...]"
+                raise UserError(
+                    f"load_col leaves out the interactions; add inter: {ids}, or inter: '*' for every column"
+                )
             return None
         file = open_atomic(Path(filepath), self.config["field_separator"], self.config["encoding"] or "utf-8")
         columns = [
@@ -254,6 +260,38 @@ class AtomicMixin:
             if missing.any():
                 self.logger.warning("%d rows of %s have no id and are left out", missing.sum(), name)
                 feat.drop(feat.index[missing], inplace=True)
+
+    def _filter_by_field_value(self) -> None:
+        """``val_interval``, with what RecBole (dataset.py:1030) takes for granted looked at.
+
+        Interactions stay of the users and items whose value is in it: RecBole leaves that to
+        ``filter_inter_by_user_or_item``, without which only the features of the others went.
+
+        Raises:
+            UserError: a column is not loaded, or not of the kind that the value filters.
+        """
+        asked = self.config["val_interval"] or {}
+        for field, value in asked.items():
+            self._check_filtered(field, value)
+        super()._filter_by_field_value()  # type: ignore[misc]
+        sources = {self.field2source[field] for field in asked}
+        rows = self.inter_feat
+        for source, field in ((FeatureSource.USER, self.uid_field), (FeatureSource.ITEM, self.iid_field)):
+            if source in sources:
+                kept = getattr(self, f"{source.value}_feat")[field]
+                rows.drop(rows.index[~rows[field].isin(kept)], inplace=True)
+
+    def _check_filtered(self, field: str, value: Any) -> None:
+        if field not in self.field2type:
+            near = did_you_mean(field, list(self.field2type))
+            raise UserError(f"val_interval.{field}: no such column is loaded (load_col){near}")
+        kind = self.field2type[field]
+        column = f"{field}:{kind.value}"
+        if kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+            raise UserError(f"val_interval.{field}: {column} holds several values a row; RecBole filters by one")
+        if (kind == FeatureType.TOKEN) != isinstance(value, list):
+            wanted = "a list of values" if kind == FeatureType.TOKEN else "an interval such as [5,inf)"
+            raise UserError(f"val_interval.{field} should be {wanted}, as the column is {column}, but is {value!r}")
 
     def _fill_nan(self) -> None:
         """Replaces dataset.py:640-657: under pandas 3 its chained fillna changes nothing and corrupts features."""

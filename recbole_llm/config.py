@@ -40,9 +40,9 @@ from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, rea
 # What a part takes from the model it serves: the protocol as it finally stands, and whatever else the user set below.
 PROTOCOL_KEYS = (
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "eval_unit", "refit_on_valid", "metrics",
-    "topk", "valid_metric", "metric_decimal_place", "eval_max_cells", "seed", "reproducibility", "output_dir", "cache",
-    "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb", "wandb_project",
-    "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned", "cpu_products",
+    "topk", "valid_metric", "metric_decimal_place", "tail_ratio", "eval_max_cells", "seed", "reproducibility",
+    "output_dir", "cache", "show_progress", "state", "gpu_id", "use_gpu", "worker", "tensorboard", "log_wandb",
+    "wandb_project", "fast_baselines", "train_share", "cold_item_share", "cold_item_choice", "tuned", "cpu_products",
 )  # fmt: skip
 
 # RecBole says only "(int)" or "(float)" of them, and a value out of range ends a run somewhere in torch, or not at all.
@@ -71,7 +71,7 @@ _RANGES = {
 NEUTRAL_KEYS = frozenset({
     "gpu_id", "use_gpu", "state", "show_progress", "data_path", "checkpoint_dir", "save_dataset",
     "dataset_save_path", "save_dataloaders", "dataloaders_save_path", "log_wandb", "wandb_project", "tensorboard",
-    "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place",
+    "output_dir", "result_file", "cache", "evaluate_parts", "metrics", "topk", "metric_decimal_place", "tail_ratio",
     "eval_max_cells", "eval_batch_size", "loss_decimal_place", "device", "config_files", "eval_neg_sample_args",
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
@@ -421,8 +421,8 @@ class Config(StrictSettings, RecBoleConfig):
         """
         idle, neutral = self._idle(), NEUTRAL_KEYS
         if self["valid_metric"].partition("@")[0].lower() not in USER_METRICS:
-            # RecBole's own classes round, and so decide on which epoch is the best one.
-            neutral = NEUTRAL_KEYS - {"metric_decimal_place"}
+            # RecBole's own classes read these, which so decide on which epoch is the best one.
+            neutral = NEUTRAL_KEYS - {"metric_decimal_place", "tail_ratio"}
         return {
             key: plain(value)
             for key, value in sorted(self.final_config_dict.items())

@@ -92,7 +92,7 @@ def check_columns(final: Mapping[str, Any]) -> None:
             if suffix not in suffixes:
                 raise UserError(f"{key}: no file is read as '{suffix}'{did_you_mean(str(suffix), suffixes)}")
             named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
-            if columns is not None and columns != "*" and not named:
+            if columns != "*" and not named:
                 raise UserError(f"{key}.{suffix} should be a list of columns, but is {columns!r}")
             if key == "unload_col" and columns and (final.get("load_col") or {}).get(suffix, "*") != "*":
                 raise UserError(
@@ -157,15 +157,30 @@ def check_teacher(part: str, name: str, kind: Any, folds: int = 1) -> None:
         )
 
 
-def check_intervals(final: Mapping[str, Any]) -> None:
-    """RecBole only warns of an interval that it cannot read, and then filters nothing."""
+def check_intervals(final: dict[str, Any]) -> None:
+    """Filters can be read: RecBole only warns of an interval that it cannot read, and drops the last row but one.
+
+    Args:
+        final: the run's settings. Values that ``val_interval`` lists become texts, as which columns of tokens are read.
+
+    Raises:
+        UserError: they cannot.
+    """
     named = {key: final.get(key) for key in ("user_inter_num_interval", "item_inter_num_interval")}
+    values = {}
     for field, value in (final.get("val_interval") or {}).items():
-        if isinstance(value, str):
-            named[f"val_interval.{field}"] = value
+        values[field] = [str(one) for one in value] if isinstance(value, list) else value
+        if not isinstance(value, list):
+            named[f"val_interval.{field}"] = "" if value is None else value
     for key, value in named.items():
         if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
-            raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4), but is {value!r}")
+            lists = ", or a list of values where the column holds tokens" if key.startswith("val_interval") else ""
+            raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4){lists}, but is {value!r}")
+    if values:
+        final["val_interval"] = values
+    for field, value in (final.get("threshold") or {}).items():
+        if not _is_number(value):
+            raise UserError(f"threshold.{field} should be a number, but is {value!r}")
 
 
 def clip_of(setting: Any) -> dict[str, float] | None:
@@ -194,6 +209,15 @@ def check_training(final: dict[str, Any]) -> None:
     """
     final["clip_grad_norm"] = clip_of(final.get("clip_grad_norm"))
     negatives = final.get("train_neg_sample_args") or {}
+    known = ("distribution", "sample_num", "alpha", "dynamic", "candidate_num")
+    for key in negatives:
+        if key not in known:
+            raise UserError(f"unknown setting 'train_neg_sample_args.{key}'{did_you_mean(key, known)}")
+    candidates, dynamic = negatives.get("candidate_num", 0), negatives.get("dynamic", False)
+    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < 0:
+        raise UserError(f"train_neg_sample_args.candidate_num should be int >= 0, but is {candidates!r}")
+    if not isinstance(dynamic, bool):
+        raise UserError(f"train_neg_sample_args.dynamic should be true or false, but is {dynamic!r}")
     samples, alpha = negatives.get("sample_num", 1), negatives.get("alpha", 1.0)
     if not isinstance(samples, int) or samples < 1:
         raise UserError(f"train_neg_sample_args.sample_num should be int >= 1, but is {samples!r}")
@@ -214,9 +238,13 @@ def check_eval_args(final: dict[str, Any], dataset: str) -> None:
     for key in given:
         if key not in defaults:
             raise UserError(f"unknown setting 'eval_args.{key}'{did_you_mean(key, defaults)}")
-    if final["policy"] != "unified":
-        return
-    args = final["eval_args"] = defaults | given
+    if final["policy"] == "unified":
+        _check_unified(final, defaults | given)
+    _check_times_between_users(final, dataset)
+
+
+def _check_unified(final: dict[str, Any], args: dict[str, Any]) -> None:
+    final["eval_args"] = args
     split = args["split"]
     if not isinstance(split, dict) or len(split) != 1 or next(iter(split)) not in ("LS", "RS", "TS"):
         raise UserError(
@@ -237,15 +265,23 @@ def check_eval_args(final: dict[str, Any], dataset: str) -> None:
         _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
     elif not _is_ratios(value):
         raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
-    if final.get("time_scope") == "user":
-        _check_times_between_users(final, dataset, kind)
+    if _across_users(args) and final["short_users"] == "train":
+        raise UserError("short_users: train would train on what came after the time of this split; set drop or refuse")
 
 
-def _check_times_between_users(final: Mapping[str, Any], dataset: str, kind: str) -> None:
-    """Refuse what compares times of different users; called where they mean nothing."""
+def _across_users(args: Mapping[str, Any]) -> bool:
+    """Whether ``eval_args`` divide everybody's interactions at one time."""
+    split = args.get("split") or ()
+    return "TS" in split or ("RS" in split and args.get("order") == "TO" and args.get("group_by") in (None, "none"))
+
+
+def _check_times_between_users(final: Mapping[str, Any], dataset: str) -> None:
+    """Refuse what compares times of different users where they mean nothing."""
+    if final.get("time_scope") != "user":
+        return
     wanted = ""
-    if kind == "TS":
-        wanted = "no global time split (TS); use LS or RS"
+    if _across_users(final["eval_args"]):
+        wanted = "no split at one time for all (TS, or RS without group_by: user); use LS, or RS with group_by: user"
     elif final["cold_item_share"] > 0 and final["cold_item_choice"] == "newest":
         wanted = "no item is newer than another; take cold_item_choice: random"
     if wanted:

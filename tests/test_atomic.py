@@ -75,3 +75,26 @@ def test_a_model_that_reads_features_has_the_interactions_of_those_that_read_non
     assert len(prints) == 1
     stock = Config("SASRecF", "small", config_dict={"data_path": str(tmp_path), "policy": "recbole"})
     assert stock["filter_inter_by_user_or_item"] is True
+
+
+@pytest.mark.parametrize(("field", "kept"), [("gender", ["F"]), ("age", [41, 45])])
+def test_interactions_are_of_users_whose_value_is_asked_for(field: str, kept: list[object]) -> None:
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "user": "*"}
+    config = Config("BPR", "tiny", config_dict={"load_col": columns, "val_interval": {field: kept}, "state": "ERROR"})
+    dataset = create_dataset(config)
+    folder = Path(config["data_path"])
+    users = open_atomic(folder / "tiny.user").frame(["user_id", field])
+    inter = open_atomic(folder / "tiny.inter").frame(["user_id"])
+    wanted = set(users["user_id"][users[field].isin(list(map(str, kept)))])
+    assert 0 < len(wanted) < len(users)
+    assert len(dataset.inter_feat) == inter["user_id"].isin(wanted).sum()
+    found = dataset.field2id_token["user_id"][dataset.inter_feat["user_id"].unique()]
+    assert set(found) == wanted & set(inter["user_id"])
+
+
+def test_an_error_shows_no_more_than_the_beginning_of_a_column(tmp_path: Path) -> None:
+    file = tmp_path / "x.inter"
+    file.write_bytes(b"user_id:token\titem_id:token\n" + b"u1\ta\n" * 5000)
+    with pytest.raises(UserError) as refused:
+        open_atomic(file, encoding="utf-16")
+    assert len(str(refused.value)) < 400

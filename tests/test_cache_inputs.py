@@ -249,6 +249,32 @@ def test_models_that_cannot_be_run_so_are_refused(
         run(model, "small", config_dict=settings_of(**more))
 
 
+@pytest.mark.parametrize("split", [{"RS": [0.8, 0.1, 0.1]}, {"LS": "valid_and_test"}])
+def test_by_row_nothing_of_a_later_phase_is_looked_at(settings_of: Settings, split: dict[str, Any]) -> None:
+    import numpy as np
+
+    from recbole_llm.config import Config
+    from recbole_llm.data import create_dataset, data_preparation
+    from recbole_llm.data.phases import TEST, TRAIN, VALID
+
+    shuffled = {"split": split, "order": "RO", "group_by": "user", "mode": "full"}
+    config = Config("SASRec", "small", config_dict=settings_of(eval_args=shuffled, eval_unit="row"))
+    loaders = data_preparation(config, create_dataset(config))[1:]
+    for loader, phases in zip(loaders, ((TRAIN, VALID), (TRAIN, VALID, TEST)), strict=True):
+        rows, known = loader.split, np.isin(loader.split.phases, phases)
+        expected = []
+        for row in np.flatnonzero(rows.phases == phases[-1]):
+            before = np.flatnonzero(known[:row] & (rows.users[:row] == rows.users[row]))[-50:]
+            if len(before):
+                expected.append((rows.users[row], rows.items[row], rows.items[before].tolist()))
+        found = []
+        for interaction, _, _, targets in loader:
+            given = (interaction[name].tolist() for name in ("user_id", "item_id_list", "item_length"))
+            for user, items, length, target in zip(*given, targets.tolist(), strict=True):
+                found.append((user, target, items[:length]))
+        assert found == expected
+
+
 def test_rows_without_a_history_are_no_rankings_by_row(settings_of: Settings) -> None:
     shuffled = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
     sizes = {"embedding_size": 8, "hidden_size": 8, "MAX_ITEM_LIST_LENGTH": 5}

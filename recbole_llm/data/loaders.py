@@ -17,7 +17,7 @@ from recbole.sampler import KGSampler, Sampler
 from recbole.utils import ModelType
 
 from recbole_llm.data.dataset import take, windows, with_lists
-from recbole_llm.data.phases import DROPPED, TEST, TRAIN, VALID, WITHHELD
+from recbole_llm.data.phases import TEST, TRAIN, VALID, WITHHELD
 from recbole_llm.data.sampler import NegativeSampler
 from recbole_llm.data.split import Split
 from recbole_llm.data.ties import tie_order
@@ -196,8 +196,13 @@ class RankingLoader(FullSortEvalDataLoader):
         chosen = np.flatnonzero(split.phases == self.phase)
         users, items = split.users[chosen], split.items[chosen]
         if self.by_row:
-            # As after RecBole's augmentation, a user's very first row has no history and is no ranking.
-            chosen = chosen[split.ranks[chosen] > 0]
+            # RecBole's unit: everything the user did before the row. Under order RO that may be of a later phase, which
+            # no ranking may look at.
+            self.usable = np.isin(split.phases, (*self.shown, self.phase))
+            place = np.cumsum(self.usable) - 1
+            first = np.searchsorted(split.users[self.usable], users, side="left")
+            # As after RecBole's augmentation, a row with nothing before it is no ranking.
+            chosen = chosen[place[chosen] > first]
             users, items = split.users[chosen], split.items[chosen]
             self.users, self.target_offsets = users, np.arange(len(users) + 1)
             self.last: np.ndarray = chosen
@@ -217,11 +222,9 @@ class RankingLoader(FullSortEvalDataLoader):
         """Rows that sequential inputs are cut from, and where each ranking's input ends and how long it is."""
         split, width = self.split, dataset.max_item_list_len
         if self.by_row:
-            # RecBole's unit: everything the user did before the row, whatever its phase.
-            usable = ~np.isin(split.phases, (DROPPED, WITHHELD))
-            rank = np.cumsum(usable) - 1
+            usable = self.usable
             starts = np.searchsorted(split.users[usable], self.users, side="left")
-            ends = rank[self.last]
+            ends = np.cumsum(usable)[self.last] - 1
         else:
             usable = np.isin(split.phases, self.shown)
             starts = np.searchsorted(split.users[usable], self.users, side="left")

@@ -41,7 +41,7 @@ class Rankings:
         item_count: int64 [I], train interactions of each item; 0 for one that training never saw.
         user_count: int64 [U], train interactions of each user.
         history_length: int64 [U], items that a sequential input at test is cut from: train and valid ones; under
-            ``eval_unit: row`` a sequential model's are all before the row.
+            ``eval_unit: row`` a sequential model's are all before the row, but for those of a later phase.
         recent: int32 [U, RECENT], the last of them, newest last, -1 in front where there are fewer.
     """
 

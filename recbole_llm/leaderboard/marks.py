@@ -16,7 +16,7 @@ from recbole_llm.training.store import fingerprint_of
 # What moves a run beside the settings of its stages.
 MOVING = (*INPUT_KEYS, "refit_on_valid", "merge_valid", "continue_from")
 # What moves how it is measured.
-_MEASURING = ("metrics", "topk", "metric_decimal_place")
+_MEASURING = ("metrics", "topk", "metric_decimal_place", "tail_ratio")
 
 # Code that no figure depends on: it runs after a run has them, or makes data sets, whose bytes are in the mark.
 _APART = ("leaderboard/", "sources/", "cli.py", "inspection.py", "evaluation/alignment.py", "evaluation/pictures.py")
