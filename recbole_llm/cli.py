@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,9 +22,10 @@ verbs
            run every model of a study, as many at once as fit, and put them into tables and one page with tests, cost
            and examples; goes on where it stood
            recbole-llm leaderboard --suite=quick | --models=BPR,GLTA --dataset=ml-100k [--seeds=1,2]
-                       [--only=ROW] [--output=DIR] [--cores=2] [--memory=8] [--key=value ...] [--ROW.key=value ...]
+                       [--only=ROW] [--output=DIR] [--cores=2] [--threads=1] [--memory=8] [--key=value ...]
+                       [--ROW.key=value ...]
   compare  put the results of runs beside each other, with the same tests
-           recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--output=DIR]
+           recbole-llm compare RUN RUN [...] [--reference=NAME] [--metric=NDCG@10] [--curve=KEY] [--output=DIR]
   tune     search a model's settings on the valid rows; goes on where it stood, and writes a YAML that `run` takes
            recbole-llm tune --model=LightGCN --dataset=ml-100k [--space=FILE] [--trials=20] [--seconds=N] [--output=DIR]
            [--write=FILE.yaml] [--key=value ...]
@@ -36,7 +38,9 @@ verbs
   recommend
            recommend items to users of a finished run, live or from a store that was built once for all of them
            recbole-llm recommend --run=DIR --user=ID | --users=FILE | --history=ITEM,ITEM [--k=10] [--format=json]
-           recbole-llm recommend --run=DIR --build=true [--k=10] [--store=DIR] [--shard=0/4]
+           recbole-llm recommend --run=DIR --build=true|anew [--k=10] [--store=DIR] [--shard=0/4]
+           [--history_phases=train,valid,test] what counts as a user's history [--data_path=DIR --search_mode=MODE
+           --inference_tokens=N --eval_batch_size=N --gpu_id=N] where and how it computes
            [--index_file=PATH --new_items=FILE.item] lets in items that came later
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]
@@ -168,7 +172,22 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def help_of(verb: str) -> str:
+    """What the command line says of a verb; of all where it is none."""
+    if verb not in VERBS:
+        return HELP
+    start = HELP.index(f"\n  {verb}") + 1
+    after = re.search(r"\n  \w|\n\n", HELP[start:])
+    assert after is not None
+    rest = HELP[HELP.rindex("\n\n") :]
+    return HELP[start : start + after.start()] + rest
+
+
 def _carry_out(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help", "--version") or "--help" in words:
+        print(__version__ if words[:1] == ["--version"] else help_of(words[0] if words else ""))
+        sys.stdout.flush()
+        return 0
     if words[0].startswith("--"):
         raise UserError(f"a verb comes first: recbole-llm run {' '.join(words)}")
     if words[0] not in VERBS:
@@ -189,12 +208,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leaves a traceback and status 1.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
-        print(HELP)
-        return 0
-    if words[0] == "--version":
-        print(__version__)
-        return 0
     try:
         return _carry_out(words)
     except BrokenPipeError:
@@ -204,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if processes.speaks():
             print(f"recbole-llm: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"recbole-llm: {error.filename or 'a file'}: permission denied", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:

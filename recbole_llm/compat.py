@@ -178,6 +178,8 @@ class AtomicMixin:
         if not columns:
             return None
         frame = file.frame(columns)
+        if frame.empty and source == FeatureSource.INTERACTION:
+            raise UserError(f"{file.path} has a header and no interaction")
         for name in columns:
             self._convert(frame, name)
         return frame
@@ -375,8 +377,9 @@ def download(name: str, folder: Path) -> None:
     where = f"put {name}.inter (and .item, .user) into {folder.parent / name}/, or set --data_path"
     url = _urls().get(name)
     if url is None:
+        places = " or ".join(dict.fromkeys(("dataset", str(folder.parent))))
         raise UserError(
-            f"no data set '{name}' in dataset/ or {folder.parent}, and RecBole knows none of that name"
+            f"no data set '{name}' in {places}, and RecBole knows none of that name"
             f"{did_you_mean(name, known_datasets(folder.parent))}; {where}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ belongs to the recommender that trains as that part, e.g. ``graph_model.epochs``
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,18 @@ def _command_line() -> list[str]:
     return [] if foreign else [argument for argument in sys.argv[1:] if argument.startswith("--")]
 
 
+def _names_of_files(text: str) -> list[str]:
+    """``config_files`` as words between blanks, which quotes may hold; a path with blanks as it is; or a YAML list."""
+    if Path(text).is_file():
+        return [text]
+    if text.startswith("["):
+        return list(parse_value(text, None))
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"config_files: {text!r} cannot be read ({error})") from None
+
+
 class Config(StrictSettings, RecBoleConfig):
     """RecBole's ``Config``: same arguments, same reading of values.
 
@@ -158,7 +171,7 @@ class Config(StrictSettings, RecBoleConfig):
         files = self.external_config_dict.pop("config_files", None)
         if files:
             # Files named on the command line lie below the dict, as in RecBole's run_recbole.py.
-            names = files.split() if isinstance(files, str) else files
+            names = _names_of_files(files) if isinstance(files, str) else files
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise UserError(f"config_files should be a list of files, but is {files!r}")
             self.file_config_dict.update(self._load_config_files(names))
@@ -170,10 +183,12 @@ class Config(StrictSettings, RecBoleConfig):
         model = model if model is not None else given.get("model")
         dataset = dataset if dataset is not None else given.get("dataset")
         if model is None or dataset is None:
-            missing = "model" if model is None else "dataset"
-            raise UserError(f"no {missing} is named; add --{missing}=NAME (recbole-llm models lists the models)")
-        if not isinstance(dataset, str):
-            raise UserError(f"dataset should be a name, but is {dataset!r}")
+            missing, where = "model", "recbole-llm models lists them"
+            if model is not None:
+                missing, where = "dataset", "a folder in dataset/ or in data_path, e.g. ml-100k"
+            raise UserError(f"no {missing} is named; add --{missing}=NAME ({where})")
+        if not isinstance(dataset, str) or not dataset or "/" in dataset:
+            raise UserError(f"dataset should be a folder's name, whose place data_path says, but is {dataset!r}")
         if isinstance(model, type):
             return model.__name__, model, dataset
         if not isinstance(model, str):

@@ -163,7 +163,8 @@ def _backbone(llm: str, arguments: list[str]) -> str:
 
     The arguments are settings of GLTA's, and the prompts to count for: ``--rows``, ``--tokens``, ``--prefix``.
     """
-    from recbole_llm.backbone.memory import describe
+    from recbole_llm.backbone.embedded import EmbeddedSettings
+    from recbole_llm.backbone.memory import describe, read_config
     from recbole_llm.config import Config
 
     shape = {"rows": 8, "tokens": 347, "prefix": 38}
@@ -177,7 +178,11 @@ def _backbone(llm: str, arguments: list[str]) -> str:
         else:
             shape[key] = int(value)
     config = Config("GLTA", "ml-100k", command_line=settings)
-    return describe(config["llm"], config["llm_dtype"], config["llm_quantization"], **shape)
+    if config["llm"] == "embedded":
+        read = EmbeddedSettings.from_config(config).model_config(config["llm_vocab_size"])
+    else:
+        read = read_config(config["llm"])
+    return describe(config["llm"], read, config["llm_dtype"], config["llm_quantization"], **shape)
 
 
 _VIEWS: dict[str, Callable[[str, list[str]], str]] = {

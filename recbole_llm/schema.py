@@ -35,7 +35,21 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as RecBole reads it (``1e-3`` is a number), without its way of building Python objects."""
+    """YAML as RecBole reads it (``1e-3`` is a number), without its way of building Python objects.
+
+    A key that stands twice in a mapping is refused: PyYAML would take the last one without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """PyYAML's, before ``<<`` is resolved, which may give a key that the mapping has as well."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 Loader.add_implicit_resolver(
@@ -104,6 +118,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, broken (line named), or no mapping.
     """
+    if path.is_dir():
+        raise UserError(f"settings file {path} is a folder")
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"settings file {path} does not exist{did_you_mean(path.name, near)}")
@@ -116,7 +132,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: should be a list of `key: value` lines, but holds a {type(content).__name__}")
+        raise UserError(f"{path}: should be lines of `key: value`, but is a {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
 
 
@@ -168,5 +184,6 @@ def parse_value(text: str, spec: Spec | None) -> Any:
         return None
     try:
         return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError:
-        raise UserError(f"{text!r} is not a YAML value") from None
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None)
+        raise UserError(f"{text!r} is not a YAML value{f' ({reason})' if reason else ''}") from None

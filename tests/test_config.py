@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError
-from recbole_llm.schema import Spec, parse_value, read_specs, read_yaml
+from recbole_llm.schema import Spec, load_yaml, parse_value, read_specs, read_yaml
 from recbole_llm.training.runs import run
 
 # properties/accelerate is in accelerate's own format.
@@ -66,6 +66,26 @@ def test_types_allow_what_they_say(spec: str, good: list[object], bad: list[obje
 )  # fmt: skip
 def test_values_of_the_command_line(text: str, spec: str, value: object) -> None:
     assert parse_value(text, Spec(spec)) == value
+
+
+def test_a_settings_files_path_may_hold_blanks(tmp_path: Path) -> None:
+    first, second = tmp_path / "a file.yaml", tmp_path / "b.yaml"
+    first.write_text("epochs: 3", encoding="utf-8")
+    second.write_text("seed: 7", encoding="utf-8")
+    for files in (f"'{first}' {second}", f"['{first}', '{second}']"):
+        config = Config("BPR", "ml-100k", command_line=[f"--config_files={files}"])
+        assert (config["epochs"], config["seed"]) == (3, 7)
+    assert Config("BPR", "ml-100k", command_line=[f"--config_files={first}"])["epochs"] == 3
+
+
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 1\nseed: 2\nepochs: 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml, line 3: .*'epochs' stands twice"):
+        Config("BPR", "ml-100k", config_dict={"config_files": [str(file)]})
+    merged = "a: &a {x: 1}\nb: &b {<<: *a, x: 2, y: 1}\nc: {<<: [*a, *b], y: 3}\n"
+    file.write_text(merged, encoding="utf-8")
+    assert load_yaml(file)["c"] == {"x": 1, "y": 3}
 
 
 def test_a_broken_settings_file_is_named_with_its_line(tmp_path: Path) -> None:

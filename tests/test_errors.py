@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, small_ml100k
 
-from recbole_llm.cli import main
+from recbole_llm.cli import HELP, VERBS, main
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.errors import UserError
@@ -47,7 +48,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_modle.epochs=3"], ["no part 'graph_modle'"]),
         (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_model.epoch=3"], ["'graph_model.epoch'", "'epochs'"]),
         (["run", "--model=GLTA", "--dataset=ml-100k", "--graph_model=LightGNC"], ["'LightGNC'", "'LightGCN'"]),
-        (["run", "--model=BPR"], ["no dataset is named"]),
+        (["run", "--model=BPR"], ["no dataset is named", "a folder in dataset/"]),
+        (["run", "--model=BPR", "--dataset=tiny/"], ["a folder's name", "'tiny/'"]),
+        (["run", "--model=BPR", "--dataset="], ["a folder's name"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--config_files=."], ["settings file . is a folder"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--config_files='a"], ["config_files", "quotation"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--eval_args={order: TO, order: RO}"], ["'order' stands twice"]),
+        (["leaderboard", "--models=Pop,EASE,Pop", "--datasets=tiny"], ["--models names Pop twice"]),
+        (["leaderboard", "--models=EASE", "--datasets=tiny", "--EASY.epochs=1"], ["--EASY.epochs=1: 'EASY'"]),
         (["run", "BPR"], ["'BPR' is not understood", "--key=value"]),
         (["run", "--model=BPR", "--dataset=tiny", "--user_inter_num_interval=[5,inf"], ["num_interval should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: foo}"], ["val_interval.rating"]),
@@ -318,9 +326,36 @@ def test_the_runner_without_arguments_says_what_is_missing(tmp_path: Path) -> No
 
 
 def test_output_that_nobody_reads_on_is_no_error() -> None:
-    command = f"{sys.executable} -m recbole_llm inspect settings GLTA | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
+    for words, reader in (("inspect settings GLTA", "head -n 1"), ("--help", "true")):
+        command = f"{sys.executable} -m recbole_llm {words} | {reader}; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_is_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"recbole-llm {verb} " in told and len(told) < len(HELP) / 2
+    assert not any(f"\n  {other}" in told for other in VERBS if other != verb)
+
+
+def test_a_file_that_may_not_be_read_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 1", encoding="utf-8")
+    read = Path.read_text
+
+    def refusing(path: Path, *args: Any, **more: Any) -> str:
+        if path == file:  # The superuser, whom tests may run as, may read all.
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *args, **more)
+
+    monkeypatch.setattr(Path, "read_text", refusing)
+    assert f"{file}: permission denied" in refused(
+        capsys, "run", "--model=BPR", "--dataset=tiny", f"--config_files={file}"
+    )
 
 
 def test_a_column_that_load_col_misspells_is_named(tmp_path: Path) -> None:

@@ -169,5 +169,17 @@ def test_inspecting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--rows=2"]) == 0
     assert f"{activation_bytes(llama_2_7b(), 2, 347, 38) / GIB:.2f} GiB" in capsys.readouterr().out
     assert main([*arguments, "--rows=two"]) == 2
-    assert main(["inspect", "backbone", str(tmp_path / "none")]) == 2
-    assert "no folder or cached model" in capsys.readouterr().err
+    for name, words in (
+        (str(tmp_path / "none"), "hub's cache has no config.json"),
+        ("llama-2-7b-gptq", "hf download TheBloke/Llama-2-7B-GPTQ config.json"),
+        ("embeded", "did you mean 'embedded'"),
+    ):
+        assert main(["inspect", "backbone", name]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_inspecting_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "backbone", "embedded"]) == 0
+    # Two layers of width 128 (four square matrices, three of 352) with their norms, a last one, and 2000 tokens.
+    count = 2 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128) + 128 + 2000 * 128
+    assert f"{count:,} parameters" in capsys.readouterr().out

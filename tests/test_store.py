@@ -142,6 +142,14 @@ def test_a_checkpoint_of_the_first_release_has_no_checksum_and_is_read(tmp_path:
     assert torch.equal(load_state(path)["weights"], torch.ones(2))
 
 
+def test_who_may_read_a_file_is_the_umasks_affair(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    # safetensors lets nobody else read what it writes.
+    write_whole(tmp_path / "weights", lambda part: save_file({"a": torch.zeros(1)}, part))
+    assert (tmp_path / "weights").stat().st_mode == plain.stat().st_mode
+
+
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, lambda part: part.write_text("first", encoding="utf-8"))

@@ -257,8 +257,17 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
 def test_a_card_that_cannot_be_read_is_told(tmp_path: Path, content: str) -> None:
     filled(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text(content)
-    with pytest.raises(UserError, match=r"store.json cannot be read; remove"):
+    with pytest.raises(UserError, match=r"store.json cannot be read; --build=anew"):
         TopKStore.open(tmp_path / "store", WANTED, 4)
+
+
+def test_a_store_whose_card_is_broken_is_told_and_built_anew(tmp_path: Path) -> None:
+    TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue())
+    (tmp_path / "store" / "store.json").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be read.*--build=anew"):
+        TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue())
+    anew = TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue(), anew=True)
+    assert len(anew.missing()) == anew.n_blocks
 
 
 def test_the_store_of_another_version_is_told_and_built_anew(tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ class EmbeddedSettings:
         """The settings of a RecBole-style config, whose keys are these names after ``llm_``."""
         return cls(**{name: config[f"llm_{name}"] for name in cls.__dataclass_fields__})
 
+    def model_config(self, vocabulary: int) -> LlamaConfig:
+        """The configuration that transformers makes a model from, for so many tokens."""
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.hidden_size,
+            # Llama's own proportion, 8/3 of the width, in whole multiples of 32.
+            intermediate_size=32 * round(self.hidden_size * 8 / 3 / 32) or 32,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=True,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+            pad_token_id=PAD_ID,
+        )
+
 
 def build_corpus(item_texts: Sequence[str], templates: Sequence[str], seed: int) -> list[str]:
     """The documents to train on: every item text once, and the prompts filled with item texts.
@@ -151,7 +167,7 @@ def train_embedded(
     blocks = _pack(tokenizer, corpus, settings).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_model_config(tokenizer, settings))
+        model = LlamaForCausalLM(settings.model_config(tokenizer.get_vocab_size()))
     model.to(device)
     _train(model, blocks, settings, seed, resume)
     measured = blocks[:MEASURED_BLOCKS]
@@ -226,22 +242,6 @@ def _pack(tokenizer: Tokenizer, corpus: Sequence[str], settings: EmbeddedSetting
             break
     stream += [PAD_ID] * (-len(stream) % settings.context)
     return torch.tensor(stream).view(-1, settings.context)
-
-
-def _model_config(tokenizer: Tokenizer, settings: EmbeddedSettings) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=settings.hidden_size,
-        # Llama's own proportion, 8/3 of the width, in whole multiples of 32.
-        intermediate_size=32 * round(settings.hidden_size * 8 / 3 / 32) or 32,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-    )
 
 
 def _train(

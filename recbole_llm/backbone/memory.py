@@ -9,6 +9,7 @@ train, their optimizer, and what one kernel needs while it runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from recbole_llm.backbone.load import DTYPES, LOAD_ERRORS
-from recbole_llm.errors import UserError
+from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.schema import properties_dir
 
 GROUP = 128  # GPTQ's usual group: weights that share one scale and one zero point
 BLOCK = 64  # of nf4: weights that share one scale
@@ -109,11 +111,36 @@ def cache_bytes(config: Any, rows: int, tokens: int, dtype: str = "float16") -> 
     return 2 * config.num_hidden_layers * rows * tokens * heads * size * DTYPES[dtype].itemsize
 
 
-def describe(llm: str, dtype: str, quantization: str, rows: int, tokens: int, prefix: int) -> str:
-    """The arithmetic of a model in lines of text.
+def read_config(llm: str) -> Any:
+    """A model's configuration without its weights, and without asking the hub.
 
     Args:
         llm: a folder with a ``config.json``, or a hub id of which the hub's local cache has one.
+
+    Raises:
+        UserError: there is none, or it is of no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(llm, local_files_only=True)
+    except LOAD_ERRORS as error:
+        if not Path(llm).exists() and "/" in llm:
+            reason = f"the hub's cache has no config.json of it; fetch it first: hf download {llm} config.json"
+        else:
+            reason = f"it is no folder with a config.json of a model that transformers knows{_near(llm)}"
+            reason += f" ({type(error).__name__})"
+        raise UserError(f"llm '{llm}': {reason}") from None
+
+
+def _near(llm: str) -> str:
+    return did_you_mean(llm, [file.stem for file in (properties_dir() / "llm").glob("*.yaml")])
+
+
+def describe(llm: str, config: Any, dtype: str, quantization: str, rows: int, tokens: int, prefix: int) -> str:
+    """The arithmetic of a model in lines of text.
+
+    Args:
+        llm: its name.
+        config: its configuration.
         dtype: of the computation.
         quantization: of the weights.
         rows: prompts in a batch.
@@ -121,14 +148,13 @@ def describe(llm: str, dtype: str, quantization: str, rows: int, tokens: int, pr
         prefix: tokens that every prompt begins with.
 
     Raises:
-        UserError: there is no such configuration, or it is of no model that transformers knows.
+        UserError: it is of no model that transformers has a decoder for.
     """
     try:
-        config = AutoConfig.from_pretrained(llm, local_files_only=True)
         weights = count_weights(config, dtype, quantization)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"llm '{llm}': no folder or cached model whose config.json can be read ({reason})") from None
+        raise UserError(f"llm '{llm}': transformers makes no model of its config.json ({reason})") from None
     head = config.vocab_size * config.hidden_size
     lines = [
         f"{llm}: a {config.model_type}, {weights.parameters:,} parameters without its head ({head:,})",

@@ -131,7 +131,9 @@ def asked_for(arguments: Sequence[str]) -> Asked:
     for row, given in of_row.items():
         if row not in suite.rows:
             near = did_you_mean(row, suite.rows)
-            raise UserError(f"{given[0]}: '{row}' is neither a row nor a part of a model{near}")
+            raise UserError(
+                f"--{row}.{given[0].removeprefix('--')}: '{row}' is neither a row nor a part of a model{near}"
+            )
     folder = Path(words.get("output") or Path("saved") / "leaderboards" / re.sub(r"[^\w.+-]", "_", name)[:80])
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output={folder} is no folder")
@@ -200,6 +202,9 @@ def _plain_suite(words: Mapping[str, str], own: Mapping[str, Any]) -> Suite:
     datasets = own.get("datasets") or _names(words.get("dataset", ""))
     if not models or not datasets:
         raise UserError(f"a leaderboard needs a --suite, or --models and --datasets: {USAGE}")
+    twice = [model for model in dict.fromkeys(models) if models.count(model) > 1]
+    if twice:
+        raise UserError(f"--models names {twice[0]} twice; rows of one model with other settings need a --suite")
     rows = {model: {"model": model} for model in models}
     for model in models:
         registry.get_model(model)
@@ -213,7 +218,7 @@ def _listed(text: str) -> list[Any]:
 
 
 def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(str(name) for name in _listed(text))) if text else []
+    return [str(name) for name in _listed(text)] if text else []
 
 
 def _budget(words: Mapping[str, str]) -> Budget:

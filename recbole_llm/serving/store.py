@@ -110,7 +110,13 @@ class TopKStore:
         except OSError as error:
             raise UserError(f"store: {folder} cannot be made ({error.strerror})") from None
         with FileLock(str(folder / ".lock")):
-            found = cls._card_of(folder)
+            broken, found = False, None
+            try:
+                found = cls._card_of(folder)
+            except UserError:
+                broken = True
+                if not anew:
+                    raise
             if found is not None:
                 problem = cls._problem(folder, found, wanted, shape)
                 if not problem:
@@ -118,7 +124,7 @@ class TopKStore:
                     return cls(folder, found)
                 if not anew:
                     raise UserError(problem + _REPLACE)
-            elif any(path.name not in _OWN for path in folder.iterdir()):
+            elif not broken and any(path.name not in _OWN for path in folder.iterdir()):
                 raise UserError(f"store: {folder} holds something that is no store; name an empty folder or a new one")
             # The card goes first: without it nothing else is read.
             remove(folder / CARD)
@@ -195,7 +201,7 @@ class TopKStore:
                 return dict(card)
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"{file} cannot be read; remove {folder} and build the store again")
+        raise UserError(f"{file} cannot be read{_REPLACE}")
 
     @staticmethod
     def _problem(folder: Path, card: Mapping[str, Any], wanted: Mapping[str, Any], shape: Mapping[str, int]) -> str:
