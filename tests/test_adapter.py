@@ -13,11 +13,13 @@ from small_models import SMALL
 from test_glta import generator, model
 from tiny_folders import KINDS, write
 from tiny_lm import gpt2, llama
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from recbole_llm.backbone import load
 from recbole_llm.backbone.adapter import adapt
+from recbole_llm.backbone.encoder_decoder import base_of
+from recbole_llm.backbone.live_head import live_head
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.errors import UserError
 from recbole_llm.model.glta import GLTA
@@ -314,3 +316,21 @@ def test_a_gptq_model_is_loaded_whole_and_its_head_left_behind(tmp_path: Path, m
     assert type(decoder) is type(plain)
     for name, weight in decoder.state_dict().items():
         assert torch.equal(weight, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_reads_what_lora_over_packed_weights_makes_float32(tied: bool) -> None:
+    sizes = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    causal = LlamaForCausalLM(sizes).to(torch.bfloat16).eval().requires_grad_(False)
+    wanted = LORA | {"llm_quantization": "int8", "lora_rank": 2, "lora_alpha": 4, "lora_target_modules": "all-linear"}
+    assert adapt(base_of(causal), wanted, causal.get_output_embeddings())
+    with torch.no_grad():
+        assert causal(input_ids=torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    live_head(causal, causal.get_input_embeddings().weight)

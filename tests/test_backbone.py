@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -450,6 +451,26 @@ def test_a_fingerprint_knows_one_changed_weight(tmp_path: Path) -> None:
     with torch.no_grad():
         next(second.decoder.parameters())[0] += 1
     assert first.fingerprint() != second.fingerprint()
+
+
+def test_a_block_of_one_token_spoils_no_figure(tmp_path: Path) -> None:
+    corpus = [f"title number {number} of a story" for number in range(40)]
+    tokenizer = byte_tokenizer(corpus, 300, ("<s>", "</s>", "<pad>"))
+    tokens = sum(len(tokenizer.encode(text).ids) + 2 for text in corpus)
+    context = next(size for size in range(24, tokens) if tokens % size == 1)
+    sizes = EmbeddedSettings(1, 16, 2, 300, context, train_steps=30, train_batch_size=1)
+    figures = train_embedded(corpus, sizes, seed=0, folder=tmp_path / "model")
+    assert math.isfinite(figures["loss"]) and figures["corpus_tokens"] == tokens - 1
+
+
+def test_weights_at_random_are_drawn_in_float32_whatever_the_folder_says(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "half")
+    file = tmp_path / "half" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}), encoding="utf-8")
+    drawn = [load_backbone(folder, random_init=1).embed_tokens.weight for folder in (trained[0], tmp_path / "half")]
+    assert drawn[1].dtype == torch.float32 and torch.equal(*drawn)
 
 
 def test_a_random_backbone_keeps_architecture_and_tokenizer_only(trained: tuple[Path, dict[str, float]]) -> None:

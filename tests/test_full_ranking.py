@@ -108,6 +108,25 @@ def test_pruned_is_the_top_of_the_full(
     assert all(len(set(row)) == beams for row in found.items.tolist())
 
 
+@pytest.mark.parametrize("normaliser", ["legal", "vocabulary"])
+def test_what_the_beams_found_is_kept_where_the_second_reading_differs(
+    llama: Any, normaliser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[int(token)] for token in torch.arange(3, 60)]
+    search = searcher(llama, random_codes(55), beams=10, normaliser=normaliser)
+    pruned, generator = PrunedRanking(search, 64), torch.Generator().manual_seed(5)
+    read = pruned._states
+
+    def noisy(*given: Any) -> torch.Tensor:
+        states = read(*given)
+        return states * (1 + 10.0 * torch.randn(states.shape, generator=generator))
+
+    monkeypatch.setattr(pruned, "_states", noisy)
+    found = pruned(prompts)
+    assert found.scores.isfinite().all()
+    assert all(len(set(row)) == 10 for row in found.items.tolist())
+
+
 def test_pruning_finds_what_one_beam_misses_and_reads_a_part(llama: Any) -> None:
     item_tokens = random_codes(55)
     prompts = [[int(token)] for token in torch.arange(3, 60)]

@@ -519,6 +519,16 @@ def test_learned_slot_inputs() -> None:
     assert torch.isfinite(made.full_sort_predict(interaction())[:, 1:]).all()
 
 
+@pytest.mark.parametrize("slot_input", ["auto", "user", "last", "pad", "learned", "item"])
+def test_the_first_slot_reads_the_same_in_every_mode(slot_input: str) -> None:
+    found = []
+    for inference in ("fl", "ar"):
+        made = model(slot_input=slot_input, inference=inference, response_slots=1, alignment_items_per_prompt=1)
+        rows, items = seen([1, 2, 3])
+        found.append(made.full_sort_predict_excluding(interaction([1, 2, 3]), rows, items, every_item()))
+    assert torch.equal(found[0].argsort(1, descending=True), found[1].argsort(1, descending=True))
+
+
 def test_user_slot_inputs_are_the_prompts_own_users_and_add_no_parameter() -> None:
     made = model(slot_input="user")
     assert set(made.state_dict()) == set(model().state_dict())

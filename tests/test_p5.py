@@ -237,6 +237,8 @@ def test_ids_in_the_language_models_own_tokens(tmp_path: Path) -> None:
     assert shown > blanks + 1
     with pytest.raises(UserError, match="nothing trains"):
         fitted(tmp_path, item_tokens="random", id_spelling="pieces", adapter="none")
+    with pytest.raises(UserError, match=r"constraint: level needs ids of one length, and id_spelling: pieces gives"):
+        fitted(tmp_path, item_tokens="random", id_spelling="pieces", constraint="level")
 
 
 # --- the leak --------------------------------------------------------------------------------------------------------

@@ -119,13 +119,14 @@ def check_targets(config: Any, decoder: nn.Module | None) -> None:
         raise UserError(f"lora_target_modules: {' '.join(str(error).split())}") from None
 
 
-def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
+def adapt(decoder: nn.Module, config: Any, head: nn.Module | None = None) -> Adapter | None:
     """Make weights of a decoder trainable; LoRA's are drawn by torch's own generator.
 
     Args:
         decoder: a frozen Hugging Face base model in evaluation mode; LoRA is put into it in place. One with an encoder
             trains with the dropout of its configuration where all of it trains, as such models are made (T5).
         config: with ``adapter``, ``adapter_learning_rate`` and the ``lora_...`` settings.
+        head: the vocabulary head that reads the decoder's states, if one does.
 
     Returns:
         The weights that train; ``None`` for ``adapter: none``.
@@ -138,13 +139,13 @@ def adapt(decoder: nn.Module, config: Any) -> Adapter | None:
     if config["adapter"] == "full":
         decoder.requires_grad_(True)
     else:
-        _put_lora(decoder, config)
+        _put_lora(decoder, config, head)
     decoder.eval()
     own_dropout = config["adapter"] == "full" and encodes(decoder)
     return Adapter(decoder, config["adapter_learning_rate"], own_dropout)
 
 
-def _put_lora(decoder: nn.Module, config: Any) -> None:
+def _put_lora(decoder: nn.Module, config: Any, head: nn.Module | None) -> None:
     # Not at the top: it takes a second, and most runs have no adapter.
     from peft import prepare_model_for_kbit_training
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -154,6 +155,9 @@ def _put_lora(decoder: nn.Module, config: Any) -> None:
     if config["llm_quantization"] in ("int8", "nf4"):
         # Layer norms and embeddings in float32. Gradient checkpointing is a matter of its own.
         prepare_model_for_kbit_training(decoder, use_gradient_checkpointing=False)
+        if head is not None:
+            # One that is not tied to the embeddings reads their float32 states too; it is never quantised.
+            head.float()
     _inject(decoder, names, config)
     # Adam's steps are lost in weights of half precision, and these are few.
     cast_adapter_dtype(decoder, LORA_NAME)

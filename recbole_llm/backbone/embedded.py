@@ -240,6 +240,9 @@ def _pack(tokenizer: Tokenizer, corpus: Sequence[str], settings: EmbeddedSetting
         if len(stream) >= needed:
             stream = stream[:needed]
             break
+    if len(stream) % settings.context == 1:
+        # Alone in a block it would be no target, and the block's loss none.
+        stream.pop()
     stream += [PAD_ID] * (-len(stream) % settings.context)
     return torch.tensor(stream).view(-1, settings.context)
 

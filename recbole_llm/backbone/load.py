@@ -226,7 +226,7 @@ def _model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_init)
             # Drawn in float32 and then rounded, so that every type starts from the same weights.
-            return kind.from_config(config, **options).to(dtype), {"missing_keys": set()}
+            return kind.from_config(config, dtype=torch.float32, **options).to(dtype), {"missing_keys": set()}
     if quantization != "gptq":
         return kind.from_pretrained(source, output_loading_info=True, **options)
     # optimum finds the layers to replace by their names in the whole model, so that is what has to be loaded.

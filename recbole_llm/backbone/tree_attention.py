@@ -142,6 +142,8 @@ class Whole:
             self._masks[window] = self._mask(window)
         attention = _compiled() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
+        # Under autocast what is rotated stays float32 beside values of half precision.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         made = attention(query, key, value, block_mask=self._masks[window], scale=scaling, enable_gqa=grouped)
         return made.transpose(1, 2)
 

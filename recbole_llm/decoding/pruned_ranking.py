@@ -17,8 +17,9 @@ from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.tree_reader import TreeReader, check_nodes, tree_behind
 from recbole_llm.itemid.exclusion import Exclusion
 
-# How far below the k-th score a node's may lie, relative: more than two readings of a prompt differ by.
-SLACK = 1e-3
+# How far below the k-th score a node's may lie, relative, by bytes a number of the states: more than two readings of a
+# prompt differ by.
+SLACK = {8: 1e-3, 4: 1e-3, 2: 5e-2}
 
 
 class PrunedRanking:
@@ -76,9 +77,9 @@ class PrunedRanking:
         search, trie = self._search, self._search.trie
         k = search.beams if k is None else k
         first = search(prompts, k, exclude, guide=guide)
-        least = first.scores[:, -1:]
-        least = least - SLACK * least.abs().clamp(min=1)
         reader = tree_behind(search, prompts, self.behind)
+        least = first.scores[:, -1:]
+        least = least - SLACK[reader.state.element_size()] * least.abs().clamp(min=1)
         scores = torch.full((len(prompts), len(trie) + 1), -torch.inf, device=trie.device)
         scores[:, 0] = 0.0
         self._grow(scores, reader.state.unsqueeze(1), scores.new_zeros(len(prompts), 1).long(), 0, exclude, guide)
@@ -95,7 +96,7 @@ class PrunedRanking:
             for part in waiting.masked_fill(waiting == high, -1).split(self._nodes, dim=1):
                 self._grow(scores, self._states(reader, part), part, depth, exclude, guide)
         self.there += self._inner * len(prompts)
-        return self._found(scores, k, exclude, guide)
+        return self._found(scores, first, exclude, guide)
 
     def _grow(
         self, scores: Tensor, states: Tensor, nodes: Tensor, depth: int, exclude: Exclusion | None, guide: Guide | None
@@ -135,9 +136,9 @@ class PrunedRanking:
         places = torch.searchsorted(every, nodes.clamp(min=0)).clamp(max=every.shape[1] - 1)
         return states.gather(1, places.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
-    def _found(self, scores: Tensor, k: int, exclude: Exclusion | None, guide: Guide | None) -> Found:
+    def _found(self, scores: Tensor, first: Found, exclude: Exclusion | None, guide: Guide | None) -> Found:
         search, trie = self._search, self._search.trie
-        rows, count = len(scores), len(trie.order)
+        rows, count, k = len(scores), len(trie.order), first.items.shape[1]
         leaves = trie.leaves[trie.order].expand(rows, -1)
         places = torch.arange(count, device=trie.device).expand(rows, -1)
         found = scores.gather(1, leaves)
@@ -146,6 +147,12 @@ class PrunedRanking:
         if exclude is not None:
             row = torch.arange(rows, device=trie.device).unsqueeze(1)
             found = found.masked_fill(exclude.contains(row, places), -torch.inf)
+        # What the beams found and this reading did not reach, as it rounded otherwise, keeps the beams' score.
+        place_of = torch.full((len(search.rank),), count, device=trie.device).scatter(0, trie.order, places[0])
+        own = place_of[first.items]
+        found = torch.cat((found, found.new_full((rows, 1), -torch.inf)), dim=1)
+        reached = found.gather(1, own)
+        found = found.scatter(1, own, torch.where(reached.isneginf(), first.scores, reached))[:, :count]
         items = trie.order.expand(rows, -1)
         chosen = best(found, k, search.rank[items])
         return Found(items.gather(1, chosen), found.gather(1, chosen), None)

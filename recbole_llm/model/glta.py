@@ -338,11 +338,12 @@ class GLTA(SequentialRecommender):
         prompt = writer.user_prompts(users, history)
         suffix, soft = prompt.suffix, self._soft_tokens(prompt.users.to(self.device), prompt.items.to(self.device))
         reader = self._readers[ALIGN_USERS]
-        if self.config["inference"] == "ar":
-            ids = suffix.padded(writer.slot_id).to(self.device)
-            return self._autoregressive_scores(reader.stream(ids, soft, suffix.lengths.to(self.device)), allowed)
-        slots = 1 if self.config["inference"] == "fl" else self.slots
+        # Where each slot reads the item before, the first reads what it did in training.
+        slots = self.slots if self.config["inference"] == "first_k" else 1
         ids, slot_places = writer.with_slots(suffix, writer.slot_ids(len(users), slots, prompt), slots)
+        if self.config["inference"] == "ar":
+            stream = reader.stream(ids.to(self.device), soft, (slot_places[:, 0] + 1).to(self.device))
+            return self._autoregressive_scores(stream, allowed)
         states = reader.states(ids.to(self.device), soft, slot_places.to(self.device))
         log_probs = self.item_logits(states.float()).log_softmax(-1)
         if slots == 1:

@@ -106,7 +106,7 @@ class TokenRanking(GuidedSearch):
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
-        self._search = self._one_user = None
+        self._search = self._one_user = self._exact = None
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; the search is made anew, as weights may have changed."""
@@ -241,7 +241,9 @@ class TokenRanking(GuidedSearch):
             exclude = Exclusion.from_lists(search.trie, barred.offsets, barred.values)
             found = ranker(prompts, exclude=exclude, guide=guide)
             found = self._placed(search, found, own, barred)
-            least = found.scores.masked_fill(found.items == 0, torch.inf).amin(1, keepdim=True)
+            least = found.scores.masked_fill((found.items == 0) | ~found.scores.isfinite(), torch.inf).amin(
+                1, keepdim=True
+            )
             # Below the least of them by one; equal, so that the tie order alone ranks them.
             own = own + torch.where(least.isfinite(), least - 1.0, 0.0)
             scores[part.to(self.device)] = own.scatter(1, found.items, found.scores)

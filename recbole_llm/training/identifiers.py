@@ -88,6 +88,8 @@ def _check_method(config: Any) -> None:
                 f"user_tokens: {config['user_tokens']} adds tokens to the vocabulary, and id_spelling: pieces takes "
                 "the language model's own alone; set user_tokens: 0 or id_spelling: digits"
             )
+        if "constraint" in config and config["constraint"] == "level":
+            raise UserError("constraint: level needs ids of one length, and id_spelling: pieces gives them several")
         if "adapter" in config and config["adapter"] == "none":
             raise UserError(
                 "id_spelling: pieces adds no tokens, so with adapter: none nothing trains; set adapter: full"
