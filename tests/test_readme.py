@@ -31,7 +31,8 @@ KINDS = {
     # The same with the slow tests; the quick ones only check the settings.
     "slow": (
         r"\S+/bin/recbole-llm run"
-        r" --model=(GLTA|SASRec|SASRecAllPositions|SASRecCodes|AlignTokenRec|LCRec|P5|TIGER|LETTER|MSL|LLaRA|TCA4Rec|RLMRec(Con|Gen)) .*",
+        r" --model=(GLTA|SASRec(AllPositions|Codes)|AlignTokenRec|LCRec|P5|TIGER|LETTER|MSL|LLaRA|TCA4Rec"
+        r"|RLMRec(Con|Gen)) .*",
         r"\.venv/bin/python run_recbole_llm\.py --model=GLTA .*",
     ),
     # Runs, and the file that it names is there.
