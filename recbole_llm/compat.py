@@ -263,6 +263,16 @@ class AtomicMixin:
                 self.logger.warning("%d rows of %s have no id and are left out", missing.sum(), name)
                 feat.drop(feat.index[missing], inplace=True)
 
+    def _benchmark_presets(self) -> None:
+        """What sequential models read of files that are split already (sequential_dataset.py:154 takes it as given)."""
+        wanted = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+        if wanted not in self.inter_feat:
+            raise UserError(
+                f"benchmark_filename: sequential models read histories from a column '{wanted}' of files that are "
+                "split already, and these have none; leave benchmark_filename out, or take a general model"
+            )
+        super()._benchmark_presets()  # type: ignore[misc]
+
     def _filter_by_field_value(self) -> None:
         """``val_interval``, with what RecBole (dataset.py:1030) takes for granted looked at.
 

@@ -92,6 +92,17 @@ def test_interactions_are_of_users_whose_value_is_asked_for(field: str, kept: li
     assert set(found) == wanted & set(inter["user_id"])
 
 
+def test_files_split_before_without_histories_are_refused_for_sequential_models(tmp_path: Path) -> None:
+    small_ml100k(tmp_path, users=8)
+    rows = (tmp_path / "small/small.inter").read_text(encoding="utf-8").splitlines()
+    for phase, part in (("train", rows[1:300]), ("valid", rows[300:350]), ("test", rows[350:400])):
+        (tmp_path / f"small/small.{phase}.inter").write_text("\n".join([rows[0], *part]) + "\n", encoding="utf-8")
+    settings = {"data_path": str(tmp_path), "policy": "recbole", "benchmark_filename": ["train", "valid", "test"]}
+    with pytest.raises(UserError, match="read histories from a column 'item_id_list'"):
+        create_dataset(Config("SASRec", "small", config_dict=settings))
+    assert create_dataset(Config("BPR", "small", config_dict=settings)).inter_num == len(rows[1:400])
+
+
 def test_an_error_shows_no_more_than_the_beginning_of_a_column(tmp_path: Path) -> None:
     file = tmp_path / "x.inter"
     file.write_bytes(b"user_id:token\titem_id:token\n" + b"u1\ta\n" * 5000)
