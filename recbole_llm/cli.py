@@ -40,7 +40,7 @@ verbs
            recbole-llm recommend --run=DIR --user=ID | --users=FILE | --history=ITEM,ITEM [--k=10] [--format=json]
            recbole-llm recommend --run=DIR --build=true|anew [--k=10] [--store=DIR] [--shard=0/4]
            [--history_phases=train,valid,test] what counts as a user's history [--data_path=DIR --search_mode=MODE
-           --inference_tokens=N --eval_batch_size=N --gpu_id=N] where and how it computes
+           --inference_tokens=N --inference_batch_size=N --eval_batch_size=N --gpu_id=N] where and how it computes
            [--index_file=PATH --new_items=FILE.item] lets in items that came later
   models   what is registered, with each model's kind, stages and needs
            recbole-llm models [--kind=language]

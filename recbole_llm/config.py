@@ -77,7 +77,7 @@ NEUTRAL_KEYS = frozenset({
     "refit_on_valid", "item_text", "item_text_fallback", "item_text_max_words", "time_scope", "tensorboard_dir",
     "train_share", "text_drop", "text_shuffle", "text_noise_seed", "gradient_checkpointing", "cold_item_share",
     "cold_item_choice", "tuned", "merge_valid", "continue_from", "train_fold", "search_mode",
-    "inference_tokens", "cpu_products",
+    "inference_tokens", "inference_batch_size", "tree_nodes", "cpu_products",
 })  # fmt: skip
 
 # The fold of train rows that a part is trained without, (number, of how many): whoever asks for the part sets it.

@@ -119,6 +119,13 @@ def test_settings_that_change_no_number_are_in_no_fingerprint() -> None:
     two = Config("BPR", "ml-100k", config_dict={"output_dir": "b/", "topk": [10, 20], "show_progress": True})
     assert one.stage_keys() == two.stage_keys()
     assert one.stage_keys() != Config("BPR", "ml-100k", config_dict={"learning_rate": 0.1}).stage_keys()
+    # Less memory for ranking is no reason to train again.
+    asked = {"ranking": "pruned", "epochs": 1}
+    small, large = (
+        Config("AlignTokenRec", "ml-100k", config_dict=asked | {"inference_batch_size": size, "tree_nodes": 4 * size})
+        for size in (1, 64)
+    )
+    assert small.stage_keys() == large.stage_keys()
 
 
 def test_what_counts_items_picks_epochs_at_a_k_too(settings_of: Callable[..., dict[str, Any]]) -> None:

@@ -403,6 +403,19 @@ def test_the_order_of_a_history_counts_and_its_items_are_left_out(loaded: Callab
     assert all(by_end[item] == pytest.approx(score) for item, score in by_long.items())
 
 
+def test_a_store_that_cannot_be_read_is_built_anew(
+    run_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").touch()
+    words = ["recommend", f"--run={run_of('BPR')}", f"--store={tmp_path / 'store'}", "--show_progress=false"]
+    for more in ("--build=true", "--user=u3"):
+        assert main([*words, more]) == 2
+        assert "store.json cannot be read; --build=anew" in capsys.readouterr().err
+    assert main([*words, "--build=anew"]) == 0
+    assert main([*words, "--user=u3"]) == 0
+
+
 # --- items that come later -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["SASRecCodes", "AlignTokenRec"])
 def test_new_items_are_recommended_without_training(

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from contract import DRAW, EIGHT, UNSEEN, ours, recboles, settings_for, write_data
-from recbole.utils import init_seed
+from recbole.utils import ModelType, init_seed
 
+from recbole_llm import registry
 from recbole_llm.config import Config
 from recbole_llm.evaluation.ranking import catalogue_scores
 from recbole_llm.limits import REFUSED, packages_missing
+from recbole_llm.training import trainer
 from recbole_llm.training.found import FoundStages, config_of
 from recbole_llm.training.pipeline import Fit, fit, fit_found, store_of
 
@@ -93,3 +95,60 @@ def test_contract_of_the_rest(model: str, data: Path, tmp_path: Path) -> None:
     if missing:
         pytest.skip(f"PACKAGE MISSING: {model} needs {missing}")
     check(model, data, tmp_path)
+
+
+class CutError(Exception):
+    """What a test ends a training with."""
+
+
+def check_resumed(model: str, data: Path, tmp_path: Path) -> None:
+    """Cut off after its second epoch, or the only one of a closed form, a model ends as if it had not been."""
+    found = []
+    last = 0 if registry.get_model(model).type == ModelType.TRADITIONAL else 1
+
+    def watch(epoch: int, _score: float) -> None:
+        if epoch == last:
+            raise CutError
+
+    for name in ("whole", "cut"):
+        config = config_for(model, data, tmp_path / name)
+        config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+        if name == "cut":
+            with pytest.raises(CutError):
+                fit(config, store_of(config), watch)
+            config = config_for(model, data, tmp_path / name)
+            config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+        found.append(fit(config, store_of(config)))
+    assert found[0].facts["losses"] == found[1].facts["losses"]
+    assert torch.equal(*map(scores_of, found))
+
+
+# A knowledge graph's two loaders; what moves a list, or tensors that are no weights; what keeps its counts elsewhere.
+@pytest.mark.parametrize("model", ["CKE", "LINE", "DiffRec", "Pop"])
+def test_a_model_goes_on_as_if_it_had_not_been_cut_off(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
+    check_resumed(model, data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [name for name in [*ours(), *recboles()] if name not in REFUSED])
+def test_every_model_goes_on_as_if_it_had_not_been_cut_off(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = packages_missing(model)
+    if missing:
+        pytest.skip(f"PACKAGE MISSING: {model} needs {missing}")
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
+    check_resumed(model, data, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["EASE", "Pop"])
+def test_what_has_a_closed_form_is_validated_however_seldom_the_others_are(
+    model: str, data: Path, tmp_path: Path
+) -> None:
+    config = config_for(model, data, tmp_path)
+    config["epochs"], config["eval_step"] = 300, 5
+    made = fit(config, store_of(config))
+    assert made.facts["best_epoch"] == 0 and len(made.facts["valid_curve"]) == 1

@@ -30,7 +30,7 @@ OWN = (
 # Settings of the run that say where and how it computes, and change no recommendation.
 PASSED = (
     "data_path", "output_dir", "gpu_id", "use_gpu", "eval_batch_size", "eval_max_cells", "show_progress", "search_mode",
-    "inference_tokens",
+    "inference_tokens", "inference_batch_size",
 )  # fmt: skip
 FORMATS = ("table", "json")
 STORE = "topk"
@@ -102,7 +102,9 @@ def recommend(arguments: Sequence[str]) -> str:
 
 def _wanted(asked: Asked) -> dict[str, Any]:
     """What the recommendations depend on, of the run as it is now."""
-    seen = TopKStore.built_for(asked.store).get("weight_files") if asked.store is not None else None
+    # What is built anew may stand in the place of a store that cannot be read.
+    known = asked.store is not None and asked.build != "anew"
+    seen = TopKStore.built_for(asked.store).get("weight_files") if known and asked.store is not None else None
     return identity(read_result(asked.run), asked.run, asked.phases, asked.index_file, asked.settings, seen)
 
 

@@ -243,6 +243,7 @@ class Continued:
         inputs = {
             "continued": line["fingerprint"], "pool": pool_of(raw_ids), "rows": origin, "backbone": mark,
             "texts": fingerprint_of(texts), "unseen_items": config["unseen_items"],
+            "reading": [config["text_embedding"], config["text_embedding_tokens"]],
         }  # fmt: skip
 
         def make(folder: Path) -> dict[str, Any]:

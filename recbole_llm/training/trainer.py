@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.trainer import Trainer
+from recbole.trainer import TraditionalTrainer, Trainer
 from recbole.trainer.trainer import AbstractTrainer
 from recbole.utils import get_trainer as recbole_trainer
 from torch import nn
@@ -45,6 +45,8 @@ class TrainerMixin:
         folder = config["tensorboard_dir"]
         with compat.tensorboard_in(Path(folder) if folder else None):
             super().__init__(config, model)  # type: ignore[call-arg]
+        # What has a closed form has one epoch whatever `epochs` says, and is validated after it.
+        self.eval_step = min(self.eval_step, self.epochs)  # type: ignore[attr-defined, has-type]
         self.saved_model_file = str(Path(self.saved_model_file).with_suffix(".safetensors"))
         self.resume_file: Path | None = None
         self.part_fits: dict[str, Any] = {}
@@ -168,10 +170,12 @@ class TrainerMixin:
         self.best_epoch = state["epoch"]
 
     def _generators(self) -> list[Generator]:
-        loader = self._train_data
-        samplers = getattr(loader, "samplers", None) or [getattr(loader, "_sampler", None)]
-        owners = (loader, *samplers, self.model)
-        return [getattr(owner, "generator", None) for owner in owners]
+        # A knowledge graph's loader has one of interactions and one of triples inside.
+        inside = [getattr(self._train_data, name, None) for name in ("general_dataloader", "kg_dataloader")]
+        owners: list[Any] = []
+        for loader in (self._train_data, *filter(None, inside)):
+            owners += [loader, *(getattr(loader, "samplers", None) or [getattr(loader, "_sampler", None)])]
+        return [getattr(owner, "generator", None) for owner in (*owners, self.model)]
 
     def _keep(self, epoch: int) -> None:
         """Save what is needed to go on after this epoch as if nothing had happened."""
@@ -215,8 +219,11 @@ class TrainerMixin:
     def _resumable(self) -> bool:
         """Whether a run can go on from weights, one optimizer and random streams.
 
-        RecBole's trainers with a ``fit`` of their own (NCL, RecVAE, S3Rec, ...) have phases that these do not tell.
+        RecBole's trainers with a ``fit`` of their own (NCL, RecVAE, S3Rec, ...) have phases that these do not tell,
+        some models move what is in none of them, and what has a closed form has its one epoch behind it.
         """
+        if isinstance(self, TraditionalTrainer) or self.config["model"] in _MOVES_MORE:
+            return False
         own = [cls for cls in type(self).__mro__ if "fit" in vars(cls) and cls.__module__.startswith("recbole.")]
         return all(cls in _KNOWN_FITS for cls in own)
 
@@ -298,6 +305,8 @@ class TrainerMixin:
 
 # The fits that checkpoints of ours are made for.
 _KNOWN_FITS = (Trainer, AbstractTrainer)
+# Models with lists or tensors of their own that training moves: LINE's shuffled vertices, a diffusion's losses by step.
+_MOVES_MORE = ("LINE", "DiffRec", "LDiffRec")
 
 
 class _Watched:
