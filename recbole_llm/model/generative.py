@@ -141,7 +141,7 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         # Not a submodule: of the language model only what trains is part of the model's state and parameters.
         self.__dict__["backbone"] = backbone
         self._tie_order = tie_order
-        self.adapter: Adapter | None = adapt(backbone.decoder, config, backbone.causal.get_output_embeddings())
+        self.adapter: Adapter | None = adapt(backbone.decoder, config, head_model.get_output_embeddings())
         self._take_tokens(item_tokens, head_model, codebook)
         self.take_item_tokens(item_tokens)
         self.to(self.device)
