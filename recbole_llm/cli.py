@@ -219,7 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"recbole-llm: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        print(f"recbole-llm: {error.filename or 'a file'}: permission denied", file=sys.stderr)
+        if error.filename is None:
+            raise
+        if processes.speaks():
+            print(f"recbole-llm: {error.filename}: permission denied", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -7,6 +7,7 @@ belongs to the recommender that trains as that part, e.g. ``graph_model.epochs``
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,8 +100,12 @@ def _command_line() -> list[str]:
 
 def _names_of_files(text: str) -> list[str]:
     """``config_files`` as words between blanks, which quotes may hold; a path with blanks as it is; or a YAML list."""
-    if Path(text).is_file():
+    plain_words = text.split()
+    # Not Path.is_file, which raises where many names are longer than one may be.
+    if os.path.isfile(text):
         return [text]
+    if all(map(os.path.isfile, plain_words)):
+        return plain_words
     if text.startswith("["):
         return list(parse_value(text, None))
     try:

@@ -171,9 +171,12 @@ def check_intervals(final: dict[str, Any]) -> None:
     for field, value in (final.get("val_interval") or {}).items():
         values[field] = [str(one) for one in value] if isinstance(value, list) else value
         if not isinstance(value, list):
-            named[f"val_interval.{field}"] = "" if value is None else value
+            named[f"val_interval.{field}"] = value
     for key, value in named.items():
-        if value is not None and not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
+        # What is left empty is no filter of RecBole's own two, and a mistake where a column is named.
+        if value is None and not key.startswith("val_interval"):
+            continue
+        if not all(_INTERVAL.fullmatch(part.strip()) for part in str(value).split(";")):
             lists = ", or a list of values where the column holds tokens" if key.startswith("val_interval") else ""
             raise UserError(f"{key} should be an interval such as [5,inf) or (0,1];[3,4){lists}, but is {value!r}")
     if values:
@@ -240,7 +243,10 @@ def check_eval_args(final: dict[str, Any], dataset: str) -> None:
             raise UserError(f"unknown setting 'eval_args.{key}'{did_you_mean(key, defaults)}")
     if final["policy"] == "unified":
         _check_unified(final, defaults | given)
-    _check_times_between_users(final, dataset)
+        _check_times_between_users(final, final["eval_args"], dataset)
+    else:
+        # What RecBole itself fills in, which it has not done yet.
+        _check_times_between_users(final, {"order": "RO", "group_by": "user"} | given, dataset)
 
 
 def _check_unified(final: dict[str, Any], args: dict[str, Any]) -> None:
@@ -271,16 +277,18 @@ def _check_unified(final: dict[str, Any], args: dict[str, Any]) -> None:
 
 def _across_users(args: Mapping[str, Any]) -> bool:
     """Whether ``eval_args`` divide everybody's interactions at one time."""
-    split = args.get("split") or ()
+    split = args.get("split")
+    if not isinstance(split, Mapping):
+        return False
     return "TS" in split or ("RS" in split and args.get("order") == "TO" and args.get("group_by") in (None, "none"))
 
 
-def _check_times_between_users(final: Mapping[str, Any], dataset: str) -> None:
+def _check_times_between_users(final: Mapping[str, Any], args: Mapping[str, Any], dataset: str) -> None:
     """Refuse what compares times of different users where they mean nothing."""
     if final.get("time_scope") != "user":
         return
     wanted = ""
-    if _across_users(final["eval_args"]):
+    if _across_users(args):
         wanted = "no split at one time for all (TS, or RS without group_by: user); use LS, or RS with group_by: user"
     elif final["cold_item_share"] > 0 and final["cold_item_choice"] == "newest":
         wanted = "no item is newer than another; take cold_item_choice: random"

@@ -64,7 +64,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             scratch.mkdir()
             write(scratch / path.name)
             # safetensors makes a file that nobody else may read; the folder is as the user's umask has it.
-            os.chmod(scratch / path.name, scratch.stat().st_mode & 0o666)
+            # Some mounted file systems know no modes and refuse.
+            with contextlib.suppress(PermissionError):
+                os.chmod(scratch / path.name, scratch.stat().st_mode & 0o666)
             sync(scratch / path.name)
             os.replace(scratch / path.name, path)
         finally:

@@ -101,6 +101,13 @@ def test_files_split_before_without_histories_are_refused_for_sequential_models(
     with pytest.raises(UserError, match="read histories from a column 'item_id_list'"):
         create_dataset(Config("SASRec", "small", config_dict=settings))
     assert create_dataset(Config("BPR", "small", config_dict=settings)).inter_num == len(rows[1:400])
+    (tmp_path / "small/small.valid.inter").write_text(rows[0] + "\n", encoding="utf-8")
+    assert create_dataset(Config("BPR", "small", config_dict=settings)).inter_num == len(rows[1:300]) + len(
+        rows[350:400]
+    )
+    (tmp_path / "small/small.train.inter").write_text(rows[0] + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"small\.train\.inter has a header and no interaction"):
+        create_dataset(Config("BPR", "small", config_dict=settings))
 
 
 def test_an_error_shows_no_more_than_the_beginning_of_a_column(tmp_path: Path) -> None:

@@ -78,6 +78,20 @@ def test_a_settings_files_path_may_hold_blanks(tmp_path: Path) -> None:
     assert Config("BPR", "ml-100k", command_line=[f"--config_files={first}"])["epochs"] == 3
 
 
+def test_settings_files_may_be_many_and_their_names_may_hold_quotes(tmp_path: Path) -> None:
+    files = [tmp_path / f"o'neil-{number:02}.yaml" for number in range(40)]
+    for number, file in enumerate(files):
+        file.write_text(f"epochs: {number}", encoding="utf-8")
+    named = " ".join(map(str, files))
+    assert Config("BPR", "ml-100k", command_line=[f"--config_files={named}"])["epochs"] == 39
+
+
+def test_positions_inside_a_user_may_order_him_as_recbole_fills_it_in() -> None:
+    split = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO"}
+    config = Config("BPR", "tiny", config_dict={"policy": "recbole", "time_scope": "user", "eval_args": split})
+    assert config["eval_args"]["group_by"] == "user"
+
+
 def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 1\nseed: 2\nepochs: 2\n", encoding="utf-8")

@@ -60,6 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--user_inter_num_interval=[5,inf"], ["num_interval should be"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: foo}"], ["val_interval.rating"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: 3}"], ["val_interval.rating", "is 3"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: ~}"], ["val_interval.rating", "is None"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: [3]}"], ["rating should be an interval"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={user_id: '[3,4]'}"], ["user_id should be a list"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={ratin: '[3,4]'}"], ["ratin", "'rating'"]),
@@ -356,6 +357,14 @@ def test_a_file_that_may_not_be_read_is_told_in_one_line(
     assert f"{file}: permission denied" in refused(
         capsys, "run", "--model=BPR", "--dataset=tiny", f"--config_files={file}"
     )
+
+    def forbidden(path: Path, *_args: Any, **_more: Any) -> str:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    # Of no file: no mistake of the user's.
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(PermissionError):
+        main(["run", "--model=BPR", "--dataset=tiny", f"--config_files={file}"])
 
 
 def test_a_column_that_load_col_misspells_is_named(tmp_path: Path) -> None:

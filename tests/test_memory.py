@@ -170,7 +170,12 @@ def test_inspecting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{activation_bytes(llama_2_7b(), 2, 347, 38) / GIB:.2f} GiB" in capsys.readouterr().out
     assert main([*arguments, "--rows=two"]) == 2
     for name, words in (
-        (str(tmp_path / "none"), "hub's cache has no config.json"),
+        (str(tmp_path / "none"), "it is no folder with a config.json"),
+        (
+            "gpt2-not-here",
+            "hub's cache has no config.json of it; fetch it first: hf download gpt2-not-here config.json",
+        ),
+        ("embedded-t5", "made on the spot"),
         ("llama-2-7b-gptq", "hf download TheBloke/Llama-2-7B-GPTQ config.json"),
         ("embeded", "did you mean 'embedded'"),
     ):

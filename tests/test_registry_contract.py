@@ -18,6 +18,7 @@ from recbole_llm.limits import REFUSED, packages_missing
 from recbole_llm.training import trainer
 from recbole_llm.training.found import FoundStages, config_of
 from recbole_llm.training.pipeline import Fit, fit, fit_found, store_of
+from recbole_llm.training.state import RESUME_FILE
 
 TOP = 10
 
@@ -101,7 +102,7 @@ class CutError(Exception):
     """What a test ends a training with."""
 
 
-def check_resumed(model: str, data: Path, tmp_path: Path) -> None:
+def check_resumed(model: str, data: Path, tmp_path: Path, kept: bool | None = None) -> None:
     """Cut off after its second epoch, or the only one of a closed form, a model ends as if it had not been."""
     found = []
     last = 0 if registry.get_model(model).type == ModelType.TRADITIONAL else 1
@@ -116,6 +117,8 @@ def check_resumed(model: str, data: Path, tmp_path: Path) -> None:
         if name == "cut":
             with pytest.raises(CutError):
                 fit(config, store_of(config), watch)
+            if kept is not None:
+                assert bool(list((tmp_path / name).rglob(RESUME_FILE))) == kept
             config = config_for(model, data, tmp_path / name)
             config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
         found.append(fit(config, store_of(config)))
@@ -124,12 +127,36 @@ def check_resumed(model: str, data: Path, tmp_path: Path) -> None:
 
 
 # A knowledge graph's two loaders; what moves a list, or tensors that are no weights; what keeps its counts elsewhere.
-@pytest.mark.parametrize("model", ["CKE", "LINE", "DiffRec", "Pop"])
+@pytest.mark.parametrize(("model", "kept"), [("CKE", True), ("LINE", False), ("DiffRec", False), ("Pop", False)])
 def test_a_model_goes_on_as_if_it_had_not_been_cut_off(
-    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, kept: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
-    check_resumed(model, data, tmp_path)
+    check_resumed(model, data, tmp_path, kept)
+
+
+def test_what_cannot_go_on_does_not_go_on_from_what_an_earlier_version_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
+    now = trainer._MOVES_MORE
+
+    def settings(name: str) -> Config:
+        config = config_for("DiffRec", data, tmp_path / name)
+        config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+        return config
+
+    def cut(epoch: int, _score: float) -> None:
+        if epoch == 1:
+            raise CutError
+
+    monkeypatch.setattr(trainer, "_MOVES_MORE", frozenset())
+    with pytest.raises(CutError):
+        fit(settings("cut"), store_of(settings("cut")), cut)
+    assert list((tmp_path / "cut").rglob(RESUME_FILE))
+    monkeypatch.setattr(trainer, "_MOVES_MORE", now)
+    whole, gone_on = (fit(settings(name), store_of(settings(name))) for name in ("whole", "cut"))
+    assert whole.facts["losses"] == gone_on.facts["losses"]
 
 
 @pytest.mark.slow

@@ -266,6 +266,10 @@ def test_a_store_whose_card_is_broken_is_told_and_built_anew(tmp_path: Path) -> 
     (tmp_path / "store" / "store.json").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be read.*--build=anew"):
         TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue())
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is no store"):
+        TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue(), anew=True)
+    (tmp_path / "store" / "notes.txt").unlink()
     anew = TopKStore.begin(tmp_path / "store", WANTED, Plan(4, 2, 6), catalogue(), anew=True)
     assert len(anew.missing()) == anew.n_blocks
 

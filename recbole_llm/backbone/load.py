@@ -90,7 +90,7 @@ def load_backbone(
         if not (source / "config.json").is_file():
             raise UserError(f"llm '{name}': the folder has no config.json{_models_in(source)}")
         return _load(str(source), dtype, attention, quantization, device, options | {"local_files_only": True})
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise UserError(f"llm '{name}': no such folder{_siblings(source)}")
     try:
         return _load(name, dtype, attention, quantization, device, options | {"local_files_only": True})
@@ -243,7 +243,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype, config: Any) -> 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name that is no folder may be a hub id: ``name`` or ``owner/name``, and no path."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
 

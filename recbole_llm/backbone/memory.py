@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from recbole_llm.backbone.load import DTYPES, LOAD_ERRORS
+from recbole_llm.backbone.load import DTYPES, LOAD_ERRORS, is_hub_id
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.schema import properties_dir
 
@@ -123,7 +123,9 @@ def read_config(llm: str) -> Any:
     try:
         return AutoConfig.from_pretrained(llm, local_files_only=True)
     except LOAD_ERRORS as error:
-        if not Path(llm).exists() and "/" in llm:
+        if llm in _shipped():
+            reason = "it is made on the spot and has no config.json; of those, only embedded can be looked at here"
+        elif not Path(llm).exists() and is_hub_id(llm) and not _near(llm):
             reason = f"the hub's cache has no config.json of it; fetch it first: hf download {llm} config.json"
         else:
             reason = f"it is no folder with a config.json of a model that transformers knows{_near(llm)}"
@@ -131,8 +133,12 @@ def read_config(llm: str) -> Any:
         raise UserError(f"llm '{llm}': {reason}") from None
 
 
+def _shipped() -> list[str]:
+    return [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
+
+
 def _near(llm: str) -> str:
-    return did_you_mean(llm, [file.stem for file in (properties_dir() / "llm").glob("*.yaml")])
+    return did_you_mean(llm, _shipped())
 
 
 def describe(llm: str, config: Any, dtype: str, quantization: str, rows: int, tokens: int, prefix: int) -> str:

@@ -36,7 +36,8 @@ OPEN = 256
 # What else a build that goes on must have in common with the one that began.
 SHAPE = {
     "k": "holds the best {0} items of each user, and --k is {1}",
-    "batch": "was begun with {0} users at once, and now it is {1} (eval_max_cells, eval_batch_size)",
+    "batch": "was begun with {0} users at once, and now it is {1} "
+    "(eval_max_cells, eval_batch_size, inference_batch_size)",
     "users": "has {0} users, and the data set has {1}",
     "items": "has {0} items, and the data set has {1}",
 }
@@ -124,7 +125,7 @@ class TopKStore:
                     return cls(folder, found)
                 if not anew:
                     raise UserError(problem + _REPLACE)
-            elif not broken and any(path.name not in _OWN for path in folder.iterdir()):
+            elif any(path.name not in (_OWN | {CARD} if broken else _OWN) for path in folder.iterdir()):
                 raise UserError(f"store: {folder} holds something that is no store; name an empty folder or a new one")
             # The card goes first: without it nothing else is read.
             remove(folder / CARD)

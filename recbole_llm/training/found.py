@@ -33,8 +33,8 @@ class FoundStages(StageStore):
         mark, final = self.place(name, version, inputs)
         if not final.exists():
             raise UserError(
-                f"{name} of this run is not in the cache {self.root}, or data or settings have changed since; "
-                "run it again"
+                f"{name} of this run is not in the cache {self.root}, or data, settings or the code have changed since "
+                "then; run it again"
             )
         found = damage(final, mark)
         if found:

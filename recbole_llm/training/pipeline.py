@@ -255,13 +255,16 @@ def _train(
     watch: Watch | None,
 ) -> Stage:  # fmt: skip
     split = getattr(train_data._dataset, "split", None)
-    inputs = {
+    inputs: dict[str, Any] = {
         "config": config.stage_keys(),
         "files": data_mark(config),
         "split": [split.fingerprint, split.count(TRAIN)] if split else None,
         "code": code_mark(type(trainer.model)),
         "upstream": upstream,
     }
+    if getattr(valid_data, "by_row", False) and config["eval_args"]["order"] == "RO":
+        # Rankings of rows looked at later phases once, and picked the best epoch by it.
+        inputs["selection"] = 2
 
     def make(folder: Path) -> dict[str, Any]:
         trainer.saved_model_file = str(folder / WEIGHTS)

@@ -244,7 +244,8 @@ class TrainerMixin:
         Returns:
             Whether there was one; where it is damaged or does not fit, that is told and training starts over.
         """
-        if self.resume_file is None:
+        if self.resume_file is None or not self._resumable():
+            # What an earlier version kept of a model that cannot go on is not gone on from either.
             return False
         resume = ResumeFile(self.resume_file)
         # On the CPU: random states live there, and loading copies the rest to where it belongs.
