@@ -125,7 +125,7 @@ def read_config(llm: str) -> Any:
     except LOAD_ERRORS as error:
         if llm in _shipped():
             reason = "it is made on the spot and has no config.json; of those, only embedded can be looked at here"
-        elif not Path(llm).exists() and is_hub_id(llm) and not _near(llm):
+        elif not Path(llm).exists() and is_hub_id(llm) and ("/" in llm or not _near(llm)):
             reason = f"the hub's cache has no config.json of it; fetch it first: hf download {llm} config.json"
         else:
             reason = f"it is no folder with a config.json of a model that transformers knows{_near(llm)}"
