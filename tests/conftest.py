@@ -58,8 +58,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def three_worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same train rows; the test items exchanged in the second, the valid items in the third."""
+def worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same train rows; the test items exchanged in the second, the valid items in the third, both in the last."""
     from worlds import worlds_of
 
     return worlds_of(small_data, tmp_path_factory)

@@ -23,14 +23,12 @@ QUICK = (
 
 
 @pytest.mark.parametrize("model", QUICK)
-def test_exchanged_test_and_valid_items_move_no_fitted_state(
-    model: str, three_worlds: list[Path], tmp_path: Path
-) -> None:
-    check_worlds(model, three_worlds, tmp_path)
+def test_exchanged_test_and_valid_items_move_no_fitted_state(model: str, worlds: list[Path], tmp_path: Path) -> None:
+    check_worlds(model, worlds, tmp_path)
 
 
-def test_negatives_at_every_position_know_train_rows_only(three_worlds: list[Path], tmp_path: Path) -> None:
-    check_worlds("SASRecAllPositions", three_worlds, tmp_path, loss_type="BCE")
+def test_negatives_at_every_position_know_train_rows_only(worlds: list[Path], tmp_path: Path) -> None:
+    check_worlds("SASRecAllPositions", worlds, tmp_path, loss_type="BCE")
 
 
 def write_with_withheld(source: Path, target: Path, swap: bool) -> None:
@@ -99,7 +97,7 @@ def test_the_rest_of_the_registry(model: str, rich_worlds: list[Path], tmp_path:
     check_worlds(model, rich_worlds, tmp_path, **settings_for(model))
 
 
-def test_the_check_sees_a_leak(three_worlds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_sees_a_leak(worlds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that knows every phase, as RecBole builds it, must be caught."""
     from recbole.sampler import Sampler
 
@@ -109,9 +107,6 @@ def test_the_check_sees_a_leak(three_worlds: list[Path], tmp_path: Path, monkeyp
         return Sampler(["all"], [train.cut(train.split.with_valid_in_train())[0]]).set_phase("all")
 
     monkeypatch.setattr(loaders, "train_sampler", leaky)
-    states = [
-        fitted_state("BPR", world, tmp_path / str(number))
-        for number, world in enumerate((three_worlds[0], three_worlds[2]))
-    ]
+    states = [fitted_state("BPR", world, tmp_path / str(number)) for number, world in enumerate((worlds[0], worlds[2]))]
     with pytest.raises(AssertionError):
         assert_same(*states)

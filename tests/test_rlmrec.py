@@ -455,7 +455,7 @@ def with_reviews(folder: Path, name: str = "small") -> Path:
 def worlds(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same train rows; test items exchanged in the second, valid items in the third. All have reviews."""
     folders = [tmp_path_factory.mktemp(name) for name in ("plain", "test_swapped", "valid_swapped")]
-    for folder, swap in zip(folders, (None, TEST, VALID), strict=True):
+    for folder, swap in zip(folders, ((), (TEST,), (VALID,)), strict=True):
         write_by_phase(small_data, folder, swap)
         with_reviews(folder)
     return folders

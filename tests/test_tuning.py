@@ -412,8 +412,8 @@ def test_exchanged_test_items_move_no_trial(model: str, small_data: Path, tmp_pa
     space = tmp_path / "quick.yaml"
     space.write_text("warmup: 0\nspace: {learning_rate: {low: 0.0005, high: 0.05, log: true}}", encoding="utf-8")
     seen, marks = [], []
-    for swap in (None, TEST):
-        world = tmp_path / str(swap)
+    for swap in ((), (TEST,)):
+        world = tmp_path / f"swapped-{len(swap)}"
         world.mkdir()
         write_by_phase(small_data, world, swap)
         settings = leakage_settings(world, world / "saved", epochs=2, eval_step=1)
