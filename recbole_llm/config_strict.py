@@ -8,7 +8,7 @@ from typing import Any
 
 from recbole_llm import registry
 from recbole_llm.config_checks import check_negatives, check_split, check_table, check_teacher
-from recbole_llm.errors import UserError, did_you_mean
+from recbole_llm.errors import UserError, did_you_mean, nearest_setting
 from recbole_llm.keys import base_specs, known_keys, model_specs, other_models_keys
 from recbole_llm.limits import REFUSED
 from recbole_llm.schema import Spec, parse_value
@@ -36,7 +36,7 @@ class StrictSettings:
                 continue
             if key not in known:
                 # A key of another model deserves a better word than the nearest spelling.
-                raise UserError(f"unknown setting '{key}' for {model}{did_you_mean(key, known)}")
+                raise UserError(f"unknown setting '{key}' for {model}{nearest_setting(key, known)}")
             self._check_value(key)
 
     def _check_beside(self, file: Path, given: Mapping[str, Any], model: str, model_class: Any) -> None:
@@ -64,7 +64,7 @@ class StrictSettings:
             raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}")
         specs, known = self._part(prefix)
         if rest not in known:
-            raise UserError(f"unknown setting '{key}' for {self._setting(prefix)}{did_you_mean(rest, known)}")
+            raise UserError(f"unknown setting '{key}' for {self._setting(prefix)}{nearest_setting(rest, known)}")
         if isinstance(self.external_config_dict[key], str):
             self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
         _require(key, self.external_config_dict[key], specs.get(rest))

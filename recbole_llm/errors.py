@@ -38,6 +38,29 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return [by_lower[match] for match in close]
 
 
+# What other programs call a setting; no spelling is near.
+_CALLED = {
+    "lr": "learning_rate", "wd": "weight_decay", "l2": "reg_weight", "bs": "train_batch_size",
+    "patience": "stopping_step", "early_stopping": "stopping_step", "device_id": "gpu_id", "cuda": "gpu_id",
+    "max_len": "MAX_ITEM_LIST_LENGTH", "max_epochs": "epochs", "k": "topk", "random_seed": "seed",
+}  # fmt: skip
+
+
+def nearest_setting(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for a key, whatever it is: by meaning, else by spelling, else the least far.
+
+    Args:
+        name: what the user wrote.
+        known: the keys that would have been right.
+    """
+    names = set(known)
+    meant = _CALLED.get(name.lower())
+    if meant in names:
+        return f"; did you mean {meant!r}?"
+    least = difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.0)
+    return did_you_mean(name, names) or (f"; the nearest there is is {least[0]!r}" if least else "")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x' or 'y'?"``, or an empty string when nothing known is close to ``name``."""
     close = nearest(name, known)

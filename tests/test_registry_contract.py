@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,25 @@ def test_every_model_goes_on_as_if_it_had_not_been_cut_off(
         pytest.skip(f"PACKAGE MISSING: {model} needs {missing}")
     monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
     check_resumed(model, data, tmp_path)
+
+
+def test_the_cost_of_a_closed_form_is_that_of_its_fit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recbole.model.general_recommender import EASE
+
+    fitted = EASE.__init__
+
+    def slowly(self: EASE, *arguments: object) -> None:
+        time.sleep(1.0)
+        fitted(self, *arguments)
+
+    monkeypatch.setattr(EASE, "__init__", slowly)
+    config = config_for("EASE", data, tmp_path)
+    (stage,) = fit(config, store_of(config)).stages
+    assert stage["seconds"] >= 1.0 and not stage["cached"]
+    (again,) = fit(config, store_of(config)).stages
+    assert again["seconds"] == stage["seconds"] and again["cached"]
 
 
 @pytest.mark.parametrize("model", ["EASE", "Pop"])

@@ -97,7 +97,7 @@ class StageStore:
             version: raised whenever the code that makes it changes what it makes.
             inputs: everything else that its artefacts depend on, as plain data.
             make: fills the folder it is given and returns facts (plain data). What it finds there is its own, from an
-                attempt that was cut off.
+                attempt that was cut off. ``seconds_before`` among them is what went before and counts as the stage's.
             together: every process of the run makes it, and the main one alone writes; else the main one makes it
                 while the others wait.
 
@@ -212,7 +212,7 @@ class StageStore:
             facts = make(work)
         finally:
             _note(work, before + time.monotonic() - start)
-        seconds = before + time.monotonic() - start
+        seconds = before + time.monotonic() - start + facts.pop("seconds_before", 0.0)
         peak = peak_memory_mb()
         extra = _unfinished(work)
         files = {}
