@@ -138,7 +138,7 @@ def report(
         "ratios": [round(ratio, 4) for ratio in ratios],
         "equal": equal,
         "max_error": max_error,
-        "detail": {**(detail or {}), "machine": machine()},
+        "detail": {**(detail or {}), "fastest": [min(ours), min(reference)], "machine": machine()},
     }
     print(json.dumps(result), flush=True)
     return result

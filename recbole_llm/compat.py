@@ -178,10 +178,10 @@ class AtomicMixin:
         if not columns:
             return None
         frame = file.frame(columns)
-        # Of files that are split already, those behind the first may be empty: of train rows there have to be some.
-        first = next(iter(self.config["benchmark_filename"] or ()), None)
-        needed = first is None or file.path.name.endswith(f".{first}.inter")
-        if frame.empty and source == FeatureSource.INTERACTION and needed:
+        # Of files that are split already only the first, the train rows, has to hold some.
+        splits = self.config["benchmark_filename"]
+        needed = not splits or file.path.name.endswith(f".{splits[0]}.inter")
+        if source == FeatureSource.INTERACTION and needed and frame.empty:
             raise UserError(f"{file.path} has a header and no interaction")
         for name in columns:
             self._convert(frame, name)

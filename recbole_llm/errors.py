@@ -57,8 +57,11 @@ def nearest_setting(name: str, known: Iterable[str]) -> str:
     meant = _CALLED.get(name.lower())
     if meant in names:
         return f"; did you mean {meant!r}?"
+    close = did_you_mean(name, names)
+    if close or not names:
+        return close
     least = difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.0)
-    return did_you_mean(name, names) or (f"; the nearest there is is {least[0]!r}" if least else "")
+    return f"; the nearest of all is {least[0]!r}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

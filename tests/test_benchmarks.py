@@ -60,6 +60,7 @@ class TestHarness:
         assert list(result) == ["name", "ratio", "ratios", "equal", "max_error", "detail"]
         assert result["ratios"] == [10.0, 4.0, 2.0] and result["ratio"] == 4.0
         assert result["equal"] is True and result["detail"]["rows"] == 3
+        assert result["detail"]["fastest"] == [1.0, 8.0]
         assert result["detail"]["machine"]["cores"] >= 1 and len(result["detail"]["machine"]["load_average"]) == 3
 
     def test_quick_is_an_option(self, harness: ModuleType) -> None:
@@ -111,8 +112,9 @@ NO_FORK = pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU no 
 def test_quick_run(name: str, tmp_path: Path) -> None:
     result = quick(name, tmp_path)
     assert result["equal"] is True
-    # Far below what is claimed: in a run that shares its machine with other work 2.6x has been seen as 1.4x.
-    assert result["ratio"] > 0.5
+    # Of the fastest runs of both sides: those of a pair meet other work alike only on the average.
+    ours, reference = result["detail"]["fastest"]
+    assert reference > 1.5 * ours
 
 
 @pytest.mark.parametrize(

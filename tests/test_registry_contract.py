@@ -103,6 +103,13 @@ class CutError(Exception):
     """What a test ends a training with."""
 
 
+def of_four_epochs(model: str, data: Path, folder: Path) -> Config:
+    """A configuration whose training is validated after each of four epochs and never stops early."""
+    config = config_for(model, data, folder)
+    config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+    return config
+
+
 def check_resumed(model: str, data: Path, tmp_path: Path, kept: bool | None = None) -> None:
     """Cut off after its second epoch, or the only one of a closed form, a model ends as if it had not been."""
     found = []
@@ -113,15 +120,13 @@ def check_resumed(model: str, data: Path, tmp_path: Path, kept: bool | None = No
             raise CutError
 
     for name in ("whole", "cut"):
-        config = config_for(model, data, tmp_path / name)
-        config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+        config = of_four_epochs(model, data, tmp_path / name)
         if name == "cut":
             with pytest.raises(CutError):
                 fit(config, store_of(config), watch)
             if kept is not None:
                 assert bool(list((tmp_path / name).rglob(RESUME_FILE))) == kept
-            config = config_for(model, data, tmp_path / name)
-            config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
+            config = of_four_epochs(model, data, tmp_path / name)
         found.append(fit(config, store_of(config)))
     assert found[0].facts["losses"] == found[1].facts["losses"]
     assert torch.equal(*map(scores_of, found))
@@ -143,9 +148,7 @@ def test_what_cannot_go_on_does_not_go_on_from_what_an_earlier_version_kept(
     now = trainer._MOVES_MORE
 
     def settings(name: str) -> Config:
-        config = config_for("DiffRec", data, tmp_path / name)
-        config["epochs"], config["eval_step"], config["stopping_step"] = 4, 1, 9
-        return config
+        return of_four_epochs("DiffRec", data, tmp_path / name)
 
     def cut(epoch: int, _score: float) -> None:
         if epoch == 1:

@@ -248,9 +248,13 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
 
 
+def shipped_models() -> list[str]:
+    """The names of the language models whose settings come with the package, e.g. ``embedded``."""
+    return [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
+
+
 def _ask_hub(name: str, source: Path) -> None:
-    shipped = [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
-    near = did_you_mean(name, shipped) or _siblings(source)
+    near = did_you_mean(name, shipped_models()) or _siblings(source)
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except (RepositoryNotFoundError, HFValidationError):

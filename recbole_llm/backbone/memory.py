@@ -17,9 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from recbole_llm.backbone.load import DTYPES, LOAD_ERRORS, is_hub_id
+from recbole_llm.backbone.load import DTYPES, LOAD_ERRORS, is_hub_id, shipped_models
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.schema import properties_dir
 
 GROUP = 128  # GPTQ's usual group: weights that share one scale and one zero point
 BLOCK = 64  # of nf4: weights that share one scale
@@ -123,7 +122,7 @@ def read_config(llm: str) -> Any:
     try:
         return AutoConfig.from_pretrained(llm, local_files_only=True)
     except LOAD_ERRORS as error:
-        if llm in _shipped():
+        if llm in shipped_models():
             reason = "it is made on the spot and has no config.json; of those, only embedded can be looked at here"
         elif not Path(llm).exists() and is_hub_id(llm) and ("/" in llm or not _near(llm)):
             reason = f"the hub's cache has no config.json of it; fetch it first: hf download {llm} config.json"
@@ -133,12 +132,8 @@ def read_config(llm: str) -> Any:
         raise UserError(f"llm '{llm}': {reason}") from None
 
 
-def _shipped() -> list[str]:
-    return [file.stem for file in (properties_dir() / "llm").glob("*.yaml")]
-
-
 def _near(llm: str) -> str:
-    return did_you_mean(llm, _shipped())
+    return did_you_mean(llm, shipped_models())
 
 
 def describe(llm: str, config: Any, dtype: str, quantization: str, rows: int, tokens: int, prefix: int) -> str:

@@ -102,9 +102,10 @@ def recommend(arguments: Sequence[str]) -> str:
 
 def _wanted(asked: Asked) -> dict[str, Any]:
     """What the recommendations depend on, of the run as it is now."""
+    seen = None
     # What is built anew may stand in the place of a store that cannot be read.
-    known = asked.store is not None and asked.build != "anew"
-    seen = TopKStore.built_for(asked.store).get("weight_files") if known and asked.store is not None else None
+    if asked.store is not None and asked.build != "anew":
+        seen = TopKStore.built_for(asked.store).get("weight_files")
     return identity(read_result(asked.run), asked.run, asked.phases, asked.index_file, asked.settings, seen)
 
 

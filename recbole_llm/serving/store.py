@@ -125,7 +125,7 @@ class TopKStore:
                     return cls(folder, found)
                 if not anew:
                     raise UserError(problem + _REPLACE)
-            elif any(path.name not in (_OWN | {CARD} if broken else _OWN) for path in folder.iterdir()):
+            elif not {path.name for path in folder.iterdir()} <= _OWN | ({CARD} if broken else set()):
                 raise UserError(f"store: {folder} holds something that is no store; name an empty folder or a new one")
             # The card goes first: without it nothing else is read.
             remove(folder / CARD)
