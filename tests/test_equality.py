@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -65,10 +66,18 @@ def test_policy_recbole_gives_stock_metrics(
     else:
         settings["eval_args"] = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
     stock = stock_metrics(model, settings, tmp_path, monkeypatch)
-    ours = run(model, "small", config_dict={
+    result = run(model, "small", config_dict={
         **settings, "policy": "recbole", "output_dir": str(tmp_path / "ours"), "show_progress": False,
         "tensorboard": False,
-    })["test"]  # fmt: skip
+    })  # fmt: skip
+    ours, split = result["test"], result["split"]
+    rows = pd.read_csv(small_data / "small" / "small.inter", sep="\t")
+    assert split["fingerprint"] is None
+    assert split["users"] == rows["user_id:token"].nunique() and split["items"] == rows["item_id:token"].nunique()
+    # A sequence has a sample for each item but the first.
+    told = split["train"] + split["valid"] + split["test"]
+    assert told == len(rows) - (split["users"] if sequential else 0)
+    assert not sequential or split["valid"] == split["test"] == split["users"]
     assert set(stock) <= set(ours)
     for name, value in stock.items():
         assert ours[name] == pytest.approx(float(value), abs=1e-6), name

@@ -71,6 +71,21 @@ def test_rankings_against_a_plain_loop(loaders: tuple[Any, Any, Any, Any]) -> No
     assert found.metrics["itemcoverage@7"] == pytest.approx(len(np.unique(found.items)) / split.n_items)
 
 
+def test_targets_that_tie_within_reach_of_the_cut_are_counted(loaders: tuple[Any, Any, Any, Any]) -> None:
+    config, train, _, test = loaders
+    split = train._dataset.split
+    scores = torch.from_numpy(np.random.default_rng(1).integers(0, 12, split.n_items)).float()
+    found = measure(Fixed(scores), test, config, train)
+    known, wanted, tied = split.histories(0, 1), split.histories(2), 0
+    for user in found.users.tolist():
+        legal = [item for item in np.flatnonzero(split.candidates) if item and item not in known.of(user)]
+        values = sorted((float(scores[item]) for item in legal), reverse=True)
+        own = float(scores[int(wanted.of(user)[0])])
+        tied += own >= values[6] and values.count(own) > 1
+    assert 0 < tied == found.tied_targets < len(found.users)
+    assert measure(Fixed(torch.arange(split.n_items).float()), test, config, train).tied_targets == 0
+
+
 def test_counting_what_is_recommended_needs_so_much_to_recommend(loaders: tuple[Any, Any, Any, Any]) -> None:
     """To RecBole's ItemCoverage and its like the padding item, where nothing is left, is one that was recommended."""
     config, train, _, test = loaders

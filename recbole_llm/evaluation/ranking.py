@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,10 @@ class Measured:
         users: int64 [U], internal user ids in the arrays' order.
         items: int64 [U, K], the ranked items; 0, the padding item, where fewer may be recommended to a user.
         counts_as: int64 [n_items], the item as which each was ranked and met; ``None``, itself.
+        tied_targets: targets with the score of another item that may be recommended, where that is high enough to be
+            among the K best: the order of names, not the model, says which of the two comes first.
         prompts: how many evaluations, each with a prompt of its own, the metrics are the mean of; the ranked items are
-            the first one's.
+            the first one's, and so is the count of ties.
     """
 
     metrics: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -42,6 +44,7 @@ class Measured:
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     counts_as: np.ndarray | None = None
+    tied_targets: int = 0
     prompts: int = 1
 
 
@@ -50,7 +53,7 @@ def mean_of(parts: Sequence[Measured]) -> Measured:
     first = parts[0]
     metrics = OrderedDict((name, float(np.mean([part.metrics[name] for part in parts]))) for name in first.metrics)
     per_user = {name: np.mean([part.per_user[name] for part in parts], axis=0) for name in first.per_user}
-    return Measured(metrics, per_user, first.users, first.items, first.counts_as, len(parts))
+    return replace(first, metrics=metrics, per_user=per_user, prompts=len(parts))
 
 
 @torch.no_grad()
@@ -180,11 +183,13 @@ class _Found:
         self.items: list[torch.Tensor] = []
         self.hits: list[torch.Tensor] = []
         self.targets: list[torch.Tensor] = []
+        self.tied: list[torch.Tensor] = []
         self.mean_ranks: list[torch.Tensor] = []
 
     def add(self, users: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor) -> None:
         """Take one batch: users [B], scores [B, n_items], targets as (row, item) pairs."""
         top = top_items(scores, self.largest, self.order)
+        last = scores.gather(1, top[:, -1:])
         # Behind the last that may be recommended stands nothing, and no item that was excluded.
         top = top.masked_fill(scores.gather(1, top).isneginf(), 0)
         is_target = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -196,6 +201,7 @@ class _Found:
         row, item = is_target.nonzero(as_tuple=True)
         counts = torch.bincount(row, minlength=len(scores))
         self.targets.append(counts.cpu())
+        self.tied.append(_tied(scores, row, item, last).cpu())
         if self.ranks:
             self.mean_ranks.append(_mean_ranks(scores, row, item, counts).cpu())
 
@@ -204,7 +210,7 @@ class _Found:
         counts = [sum(len(users) for users in part.users) for part in parts]
         places = [torch.arange(count) * len(parts) + rank for rank, count in enumerate(counts)]
         order = torch.cat(places).argsort()
-        for name in ("users", "items", "hits", "targets", "mean_ranks"):
+        for name in ("users", "items", "hits", "targets", "tied", "mean_ranks"):
             tensors = [tensor for part in parts for tensor in getattr(part, name)]
             setattr(self, name, [torch.cat(tensors)[order]] if tensors else [])
 
@@ -213,6 +219,7 @@ class _Found:
         hits = torch.cat(self.hits).numpy()
         targets = torch.cat(self.targets).numpy()
         result = Measured(users=torch.cat(self.users).numpy(), items=torch.cat(self.items).numpy())
+        result.tied_targets = int(torch.cat(self.tied).sum())
         _check_full(result.items, config)
         struct = DataStruct()
         struct.set("rec.items", torch.cat(self.items))
@@ -243,6 +250,29 @@ def _check_full(items: np.ndarray, config: Any) -> None:
             f"{', '.join(counting)} count what is recommended, and {short} users have fewer than {max(config['topk'])} "
             "items left; lower topk or leave them out of metrics"
         )
+
+
+def _tied(scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """How many targets of each row share their score with another item, at or above the last of the K best.
+
+    Args:
+        scores: [B, n_items], -inf where nothing may be recommended.
+        rows: int64 [T], of the targets.
+        items: int64 [T], the targets.
+        last: [B, 1], the score of the Kth item.
+
+    Returns:
+        int64 [B].
+    """
+    own = scores[rows, items]
+    near = (own >= last[rows, 0]) & torch.isfinite(own)
+    rows, own = rows[near], own[near]
+    tied = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        equal = (scores[rows[part]] == own[part, None]).sum(dim=1)
+        tied.index_add_(0, rows[part], (equal > 1).long())
+    return tied
 
 
 def _mean_ranks(scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

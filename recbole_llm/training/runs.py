@@ -167,9 +167,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "model": config["model"],
         "dataset": config["dataset"],
         "seed": config["seed"],
-        "split": split.as_dict()
-        if split
-        else {"fingerprint": None, "protocol": {"policy": "recbole", **config["eval_args"]}},
+        "split": split.as_dict() if split else _recboles_split(fitted),
         "evaluation": _evaluation(config, measured, fitted),
         "valid": dict(valid),
         "test": dict(test),
@@ -281,6 +279,18 @@ def _curves(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _recboles_split(fitted: Fit) -> dict[str, Any]:
+    """The ``split`` block under ``policy: recbole``: a sequential model's rows are its samples, one for each target."""
+    phases = {"train": fitted.train_data, "valid": fitted.valid_data, "test": fitted.test_data}
+    return {
+        "fingerprint": None,
+        "protocol": {"policy": "recbole", **fitted.config["eval_args"]},
+        "users": fitted.dataset.user_num - 1,
+        "items": fitted.dataset.item_num - 1,
+        **{phase: 0 if data is None else len(data._dataset) for phase, data in phases.items()},
+    }
+
+
 def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, Any]:
     invalid = getattr(fitted.model, "invalid_share", None)
     visited = getattr(fitted.model, "visited_share", None)
@@ -304,6 +314,8 @@ def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, An
         **({} if invalid is None else {"invalid_share": invalid}),
         **({} if visited is None else {"visited_share": visited}),
         "test_users": len(measured.users),
+        # Their order is that of a hash of the items' names.
+        "tied_targets": measured.tied_targets,
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,
         "refit_on_valid": bool(config["refit_on_valid"]),
