@@ -522,9 +522,10 @@ def test_no_text_is_an_item(folders: Any) -> None:
 # --- recommending ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_scores_are_those_of_each_item_read_alone(kind: str, folders: Any) -> None:
-    model = build(folders(kind), beams=N_ITEMS - 1 - 4)
+@pytest.mark.parametrize(("kind", "ended"), [("llama", True), ("llama", False), ("qwen3", True)])
+def test_scores_are_those_of_each_item_read_alone(kind: str, ended: bool, folders: Any) -> None:
+    model = build(folders(kind), beams=N_ITEMS - 1 - 4, score_end=ended)
+    end = torch.tensor([model.backbone.eos_id] if ended else [], dtype=torch.int64)
     own, given = tokens(), users(1, 4, 6)
     barred = [[3, 8], [1, 2, 3, 29], []]
     rows = torch.tensor([row for row, items in enumerate(barred) for _ in items])
@@ -550,17 +551,18 @@ def test_scores_are_those_of_each_item_read_alone(kind: str, folders: Any) -> No
             if item in barred[row] or item == 17:
                 assert scores[row, item] == -torch.inf
                 continue
-            answer = model._lm_ids[own.of(item)]
+            answer = torch.cat((model._lm_ids[own.of(item)], end))
             with torch.no_grad():
                 states = model.backbone.decoder(input_ids=torch.cat([prompt, answer])[None]).last_hidden_state[0]
                 logs = model.head.logits(states).log_softmax(-1)
-            found.append((float(logs[range(len(prompt) - 1, len(prompt) + 2), answer].sum()), item))
-        best = sorted(found, reverse=True)[: N_ITEMS - 5]
-        torch.testing.assert_close(
-            scores[row, [item for _, item in best]], torch.tensor([score for score, _ in best]), rtol=1e-4, atol=1e-4
-        )
-        rest = [item for _, item in sorted(found, reverse=True)[N_ITEMS - 5 :]]
-        assert (scores[row, rest] < best[-1][0]).all() and len(set(scores[row, rest].tolist())) <= 1
+            each = logs[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+            found.append((float(each[:3].sum()), float(each.sum()), item))
+        # Beams are chosen by the codes; all of them are read to their end.
+        found.sort(reverse=True)
+        best, rest = found[: N_ITEMS - 5], [item for *_, item in found[N_ITEMS - 5 :]]
+        wanted = torch.tensor([score for _, score, _ in best])
+        torch.testing.assert_close(scores[row, [item for *_, item in best]], wanted, rtol=1e-4, atol=1e-4)
+        assert (scores[row, rest] < wanted.min()).all() and len(set(scores[row, rest].tolist())) <= 1
         assert scores[row, 0] == -torch.inf
 
 

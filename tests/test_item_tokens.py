@@ -69,6 +69,20 @@ class TestThereAndBack:
         assert item_tokens.items_of(tokens).tolist() == [1, 2, 3]
         assert item_tokens.items_of(tokens[:, :1]).tolist() == [-1] * 3
 
+    @given(codes())
+    def test_an_end_token_behind_each(self, item_tokens: ItemTokens) -> None:
+        ended = item_tokens.ended()
+        for item in range(item_tokens.n_items):
+            own = item_tokens.of(item)
+            assert ended.of(item) == ([*own, item_tokens.size] if own else [])
+        assert ended.size == item_tokens.size + 1 and ended.level_sizes == (*item_tokens.level_sizes, 1)
+
+    def test_ids_of_any_lengths_get_one_and_titles_have_theirs(self) -> None:
+        ended = ItemTokens.named([[], [0, 1], [2]], ["x", "y", "z"]).ended()
+        assert ended.strings(1) == ["x", "y", "<end>"] and ended.strings(2) == ["z", "<end>"] and not ended.of(0)
+        with pytest.raises(ValueError, match="already"):
+            ItemTokens.from_sequences([[], [7, 8]], END).ended()
+
     def test_raw_ids(self) -> None:
         item_tokens = ItemTokens.raw(9)
         assert item_tokens.strings(7) == ["<i_7>"] and item_tokens.strings(0) == [] and item_tokens.size == 8

@@ -186,6 +186,35 @@ class ItemTokens:
         offsets = (torch.arange(n_items + 1) - 1).clamp(min=0)
         return cls("raw", offsets, torch.arange(n_items - 1), n_items - 1, pool=_pool(raw_ids, n_items))
 
+    def ended(self) -> ItemTokens:
+        """The same sequences with an end token behind each, the last of the vocabulary; of codes it is a level more.
+
+        Returns:
+            Tokens without ``lm_ids``.
+
+        Raises:
+            ValueError: titles have their end token.
+        """
+        if self.vocabulary is None:
+            raise ValueError("titles end in the language model's end token already")
+        has = (self.lengths > 0).long()
+        offsets = self.offsets + torch.cat((has.new_zeros(1), has.cumsum(0)))
+        tokens = self.tokens.new_full((len(self.tokens) + int(has.sum()),), self.size)
+        own = torch.ones_like(tokens, dtype=torch.bool)
+        own[offsets[1:][has > 0] - 1] = False
+        tokens[own] = self.tokens
+        if self.kind == "codes":
+            return replace(
+                self,
+                offsets=offsets,
+                tokens=tokens,
+                size=self.size + 1,
+                level_sizes=(*self.level_sizes, 1),
+                lm_ids=None,
+            )
+        names = (*self.vocabulary, "<end>")
+        return replace(self, kind="ids", offsets=offsets, tokens=tokens, size=self.size + 1, names=names, lm_ids=None)
+
     @property
     def n_items(self) -> int:
         """Number of internal item ids, the padding item 0 included."""

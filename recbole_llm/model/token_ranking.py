@@ -102,7 +102,8 @@ class TokenRanking(GuidedSearch):
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
         """Settings that mean nothing as the others stand."""
         told = super().idle_settings(config)
-        return (*told, "tree_nodes") if config["ranking"] == "beam" else told
+        told = (*told, "tree_nodes") if config["ranking"] == "beam" else told
+        return (*told, "score_end") if config["normaliser"] == "legal" else told
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
@@ -121,18 +122,30 @@ class TokenRanking(GuidedSearch):
         """
         candidates = candidates.cpu()
         if self._search is None or not torch.equal(self._search[0], candidates):
-            tokens = self.item_tokens
+            tokens, lm_ids = self._searched()
             kept = candidates.repeat_interleave(tokens.lengths)
             offsets = torch.cat([tokens.offsets[:1], (tokens.lengths * candidates).cumsum(0)])
             kind, more = self._search_kind()
             search = kind(
                 self.backbone.decoder, self.head.for_search(),
                 replace(tokens, offsets=offsets, tokens=tokens.tokens[kept]),
-                beams=self.config["beams"], lm_ids=self._lm_ids, normaliser=self.config["normaliser"],
+                beams=self.config["beams"], lm_ids=lm_ids, normaliser=self.config["normaliser"],
                 tie_order=self._tie_order, **more,
             )  # fmt: skip
             self._search = candidates, search
         return self._search[1]
+
+    def _searched(self) -> tuple[ItemTokens, Tensor]:
+        """The tokens that make up an item's score, and the language model's ids of their vocabulary.
+
+        Where an end token behind an item's own could only add nothing, as it is the one token that is counted, the
+        search is spared reading what stands before it.
+        """
+        tokens = self.item_tokens
+        alone = {"legal": True, "level": tokens.kind != "ids", "vocabulary": False}[self.config["normaliser"]]
+        if tokens.kind == "titles" or alone or not self.config["score_end"]:
+            return tokens, self._lm_ids
+        return tokens.ended(), torch.cat((self._lm_ids, self._lm_ids.new_tensor([self.backbone.eos_id])))
 
     def _ranker(self, search: BeamSearch) -> BeamSearch | FullRanking | PrunedRanking:
         """What ranks: the search, or what goes beyond it."""
