@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,36 @@ def test_what_cannot_go_on_does_not_go_on_from_what_an_earlier_version_kept(
     monkeypatch.setattr(trainer, "_MOVES_MORE", now)
     whole, gone_on = (fit(settings(name), store_of(settings(name))) for name in ("whole", "cut"))
     assert whole.facts["losses"] == gone_on.facts["losses"]
+
+
+@pytest.mark.parametrize("model", ["BPR", "SASRec", "GLTA", "AlignTokenRec"])
+def test_a_cut_before_the_first_validation_costs_one_epoch(
+    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
+    begun: list[int] = []
+    begin = trainer.TrainerMixin._begin_epoch
+
+    def counted(self: Any, epoch: int) -> None:
+        begin(self, epoch)
+        if self.config["model"] == model:
+            begun.append(epoch)
+            if begun == [0, 1, 2]:
+                raise CutError
+
+    def settings(name: str) -> Config:
+        config = of_four_epochs(model, data, tmp_path / name)
+        config["eval_step"] = 4
+        return config
+
+    whole = fit(settings("whole"), store_of(settings("whole")))
+    monkeypatch.setattr(trainer.TrainerMixin, "_begin_epoch", counted)
+    with pytest.raises(CutError):
+        fit(settings("cut"), store_of(settings("cut")))
+    gone_on = fit(settings("cut"), store_of(settings("cut")))
+    assert begun == [0, 1, 2, 2, 3]
+    assert whole.facts["losses"] == gone_on.facts["losses"]
+    assert torch.equal(scores_of(whole), scores_of(gone_on))
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ class TrainerMixin:
         self._stopped = False
         self._has_valid = True
         self._last_resume = time.monotonic()
+        self._kept = -1
 
     # --- training ----------------------------------------------------------------------------------------------------
     def fit(
@@ -106,9 +107,15 @@ class TrainerMixin:
             self._steps.close()
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
-        self._where = (epoch_idx, 0)
+        self._begin_epoch(epoch_idx)
         watched = _Watched(train_data, self._tick)
         return super()._train_epoch(watched, epoch_idx, loss_func, show_progress=False)  # type: ignore[misc]
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Note where training stands; what the epoch before has reached is kept, if no validation did so."""
+        self._where = (epoch, 0)
+        if self.start_epoch < epoch != self._kept + 1:  # type: ignore[has-type]
+            self._save_resumable(epoch - 1)
 
     def _tick(self, batch: int) -> None:
         self._where = (self._where[0], batch)
@@ -178,9 +185,14 @@ class TrainerMixin:
         return [getattr(owner, "generator", None) for owner in (*owners, self.model)]
 
     def _keep(self, epoch: int) -> None:
-        """Save what is needed to go on after this epoch as if nothing had happened."""
+        """Tell of an epoch that was validated, and save what is needed to go on after it."""
         if self._steps is not None and self.best_valid_result:  # type: ignore[has-type]
             self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
+        self._save_resumable(epoch)
+
+    def _save_resumable(self, epoch: int) -> None:
+        """Save what is needed to go on after this epoch as if nothing had happened."""
+        self._kept = epoch
         if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
             return
         if not self._resumable() or not processes.is_main():
@@ -254,8 +266,9 @@ class TrainerMixin:
             return False
         before = copy.deepcopy(self._moving_state())
         try:
-            # The best weights so far end as the result without being looked at again.
-            load_state(Path(self.saved_model_file))
+            if state["best_epoch"] >= 0:
+                # The best weights so far end as the result without being looked at again.
+                load_state(Path(self.saved_model_file))
             self._put(state)
         except (UserError, ValueError, RuntimeError, KeyError, TypeError) as error:
             self._put(before)
