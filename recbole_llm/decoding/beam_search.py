@@ -79,7 +79,7 @@ class _Beams(NamedTuple):
 class BeamSearch(nn.Module):
     """Finds the k items whose tokens a language model thinks likeliest after a prompt.
 
-    An item's score is the sum of the log-probabilities of its tokens, the end token of a title among them, without
+    An item's score is the sum of the log-probabilities of its tokens, an end token among them if they have one, without
     normalisation by length. A log-probability is relative to the ``vocabulary``, to the tokens of the ``level`` (all
     codes of one; with titles all tokens that any item has at the place), or to the ``legal`` ones, those of the trie's
     children, whether or not they are excluded for a user. Hence what is excluded never moves another item's score.
