@@ -17,6 +17,7 @@ from conftest import ROOT
 from small_models import SMALL
 from tiny_lm import TinyBackbone, llama
 
+from recbole_llm.backbone import text_projector
 from recbole_llm.cli import main
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset
@@ -32,6 +33,7 @@ from recbole_llm.training.embeddings import graph_embeddings, item_embeddings, t
 from recbole_llm.training.item_tokens import CARD, INDEX, ORIGIN, TOKENS, Tokenized, tokenize_items
 from recbole_llm.training.pipeline import fit, fit_parts_of, prepared, store_of
 from recbole_llm.training.runs import run
+from recbole_llm.training.state import ResumeFile
 from recbole_llm.training.store import Stage, StageStore
 
 PROPERTIES = ROOT / "recbole_llm" / "properties" if (ROOT / "recbole_llm/properties").is_dir() else ROOT / "properties"
@@ -648,3 +650,32 @@ def test_text_embeddings_are_means_of_the_input_table() -> None:
         ids = torch.tensor([[backbone.bos_id, *backbone.encode(text)[:5]]])
         states = backbone.decoder(input_ids=ids).last_hidden_state[0, 1:]
         np.testing.assert_allclose(row, states.mean(0).numpy() if text else np.zeros(32), atol=1e-5)
+
+
+def test_texts_that_were_read_before_a_cut_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_projector, "BATCH", 2)
+    monkeypatch.setattr(state, "RESUME_SECONDS", 0.0)
+    texts = ["", "one", "two words", "three words here", "", "a text that is longer", "and one more", "last"]
+    states, calls = text_projector.text_states, []
+
+    def embed(stops: int, resume: ResumeFile | None) -> tuple[np.ndarray, int]:
+        backbone = WithBatches(llama())
+        calls.clear()
+
+        def read(decoder: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            if len(calls) == stops:
+                raise KeyboardInterrupt
+            calls.append(ids)
+            backbone.tokens_read += ids.numel()
+            return states(decoder, ids, lengths)
+
+        monkeypatch.setattr(text_projector, "text_states", read)
+        return text_embeddings(backbone, texts, "last", 5, resume), backbone.tokens_read
+
+    whole, tokens = embed(9, None)
+    resume = ResumeFile(tmp_path / "resume")
+    with pytest.raises(KeyboardInterrupt):
+        embed(2, resume)
+    gone_on, read = embed(9, resume)
+    np.testing.assert_array_equal(gone_on, whole)
+    assert len(calls) == 1 and read == tokens

@@ -34,6 +34,7 @@ class TinyBackbone:
     bos_id: int | None = 0
     eos_id: int = 1
     pad_id: int = 2
+    tokens_read: int = 0
 
     @property
     def embed_tokens(self) -> torch.nn.Module:

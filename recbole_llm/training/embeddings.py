@@ -13,6 +13,7 @@ from torch import nn
 from recbole_llm.backbone.base import Backbone
 from recbole_llm.backbone.text_projector import text_features
 from recbole_llm.errors import UserError
+from recbole_llm.training.state import ResumeFile
 
 
 def graph_embeddings(model: Any, name: str, part: str = "graph_model") -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,9 @@ def _item_table(model: Any, name: str, layer: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def text_embeddings(backbone: Backbone, texts: Sequence[str], kind: str, limit: int) -> np.ndarray:
+def text_embeddings(
+    backbone: Backbone, texts: Sequence[str], kind: str, limit: int, resume: ResumeFile | None = None
+) -> np.ndarray:
     """Items' texts in a language model's space.
 
     Args:
@@ -113,12 +116,13 @@ def text_embeddings(backbone: Backbone, texts: Sequence[str], kind: str, limit: 
         kind: ``input``, the mean of the input table's rows of a text's tokens, without BOS and padding ("Semantic
             Convergence", section on alignment tokenization); ``last``, the mean of the last states (LC-Rec).
         limit: each text is cut to so many tokens.
+        resume: where to keep what was read so far, and to find what an attempt that was cut off has read.
 
     Returns:
         float32 ``[len(texts), H]``; zero for a text without tokens.
     """
     if kind == "last":
-        return text_features(backbone, texts, limit).numpy()
+        return text_features(backbone, texts, limit, resume).numpy()
     rows = [ids[:limit] for ids in backbone.encode_batch(texts)]
     lengths = torch.tensor([len(ids) for ids in rows])
     flat = torch.tensor([token for ids in rows for token in ids], dtype=torch.int64)

@@ -368,7 +368,7 @@ def vectors_of(
 
     def make(folder: Path) -> dict[str, Any]:
         before = backbone.tokens_read
-        vectors = text_embeddings(backbone, texts, kind, limit)
+        vectors = text_embeddings(backbone, texts, kind, limit, ResumeFile(folder / RESUME_FILE))
         np.savez(folder / VECTORS, vectors=vectors)
         return {"tokens": backbone.tokens_read - before}
 
