@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-# A step shorter than this shows nothing; without a terminal a line is logged no more often than this.
+# A step shorter than the first shows nothing; without a terminal a line is logged then, and later every so often.
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
 
@@ -46,13 +46,14 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, show: b
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True)
         return
-    start = last = time.monotonic()
+    start = time.monotonic()
+    due = start + QUIET_SECONDS
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= LINE_SECONDS and total and done:
+        if now >= due and total and done:
             left = (now - start) / done * (total - done)
             logger.info("%s: %d of %d, about %s left", what, done, total, clock(left))
-            last = now
+            due = now + LINE_SECONDS
         yield item
 
 
@@ -68,7 +69,8 @@ class Steps:
     def __init__(self, what: str, total: int, show: bool = True) -> None:
         self.what, self.total, self.show = what, total, show
         self.done, self.text = 0, ""
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self._due = self.start + QUIET_SECONDS
         terminal = show and sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, desc=what, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True) if terminal else None
@@ -87,11 +89,11 @@ class Steps:
             self.bar.update()
             return
         now = time.monotonic()
-        if self.show and now - self.last >= LINE_SECONDS:
+        if self.show and now >= self._due:
             left = (now - self.start) / self.done * max(self.total - self.done, 0)
             text = f", {self.text}" if self.text else ""
             logger.info("%s: step %d of %d%s, at most %s left", self.what, self.done, self.total, text, clock(left))
-            self.last = now
+            self._due = now + LINE_SECONDS
 
     def close(self) -> None:
         """Take the bar away."""
