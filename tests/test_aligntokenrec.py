@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from peft.tuners.lora import LoraLayer
 from small_models import SMALL
@@ -54,8 +55,6 @@ SETTINGS: dict[str, Any] = {
 
 
 def shipped() -> dict[str, Any]:
-    import yaml
-
     return yaml.load((properties_dir() / "model" / "AlignTokenRec.yaml").read_text(encoding="utf-8"), Loader=Loader)
 
 
@@ -564,6 +563,21 @@ def test_scores_are_those_of_each_item_read_alone(kind: str, ended: bool, folder
         torch.testing.assert_close(scores[row, [item for *_, item in best]], wanted, rtol=1e-4, atol=1e-4)
         assert (scores[row, rest] < wanted.min()).all() and len(set(scores[row, rest].tolist())) <= 1
         assert scores[row, 0] == -torch.inf
+
+
+@pytest.mark.parametrize(("ended", "answer"), [(True, "{target}."), (False, "{target}."), (True, "It is {target}")])
+def test_a_score_with_its_end_token_needs_it_behind_the_item(
+    ended: bool, answer: str, folders: Any, tmp_path: Path
+) -> None:
+    asked = {"ask": "After {history}", "answer": answer}
+    content = {"wrapper": "{instruction}", "separator": ", ", "inference": "After {history}", "sequential": [asked]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    given = {"prompts": str(tmp_path / "own.yaml"), "tasks": ["sequential"], "score_end": ended}
+    if ended and answer.endswith("."):
+        with pytest.raises(UserError, match=r"should end with \{target\} for .*score_end"):
+            build(folders("llama"), **given)
+    else:
+        build(folders("llama"), **given)
 
 
 def test_a_search_sees_what_was_learned_since(folders: Any) -> None:

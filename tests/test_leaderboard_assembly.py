@@ -347,10 +347,12 @@ def test_what_a_rows_seeds_do_not_share_is_their_mean(tmp_path: Path) -> None:
     for seed, share in ((1, 0.1), (2, 0.2)):
         runs.append(write_run(tmp_path / str(seed), "LCRec", seed, around(0.2, seed)))
         result = json.loads((runs[-1] / "result.json").read_text(encoding="utf-8"))
-        result["evaluation"]["invalid_share"] = share
+        result["evaluation"] |= {"invalid_share": share, "tied_targets": 20 * seed, "merge_valid": seed == 1}
         (runs[-1] / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    (row,) = table([RowRuns("LCRec", runs)])["rows"]
-    assert row["evaluation"] == {"invalid_share": pytest.approx(0.15)}
+    made = table([RowRuns("LCRec", runs)])
+    wanted = {"invalid_share": pytest.approx(0.15), "tied_targets": 30, "merge_valid": True}
+    assert made["rows"][0]["evaluation"] == wanted
+    assert not any("tied" in line for line in unshared(made))
 
 
 def test_a_papers_figures_stand_beside_ours(tmp_path: Path) -> None:

@@ -235,6 +235,18 @@ def test_ids_in_the_language_models_own_tokens(tmp_path: Path) -> None:
     asked = plain[: int(batch.places[(batch.rows == row) & batch.answers].min()) + 1]
     blanks = sum(piece.startswith("Ġ") for piece in model.backbone.tokenizer.convert_ids_to_tokens(asked.tolist()))
     assert shown > blanks + 1
+    # Each is scored with the end token behind it.
+    interaction, *_ = made.test_data.collate_fn(made.test_data.order[:2])
+    every = model._ask(model._histories_of(interaction), model._users_of(interaction))
+    prompts = every.values.split(every.lengths.tolist())
+    found = model.eval().searcher(torch.arange(model.n_items) > 0)(prompts)
+    for row, prompt in enumerate(prompts):
+        for item, score in zip(found.items[row].tolist(), found.scores[row].tolist(), strict=True):
+            answer = torch.tensor([*model._lm_ids[model.item_tokens.of(item)].tolist(), model.backbone.eos_id])
+            with torch.no_grad():
+                states = model.backbone.decoder(input_ids=torch.cat([prompt, answer])[None]).last_hidden_state[0]
+                logs = model.head.logits(states[len(prompt) - 1 : -1]).log_softmax(-1)
+            assert score == pytest.approx(float(logs.gather(1, answer[:, None]).sum()), abs=2e-3)
     with pytest.raises(UserError, match="nothing trains"):
         fitted(tmp_path, item_tokens="random", id_spelling="pieces", adapter="none")
     with pytest.raises(UserError, match=r"constraint: level needs ids of one length, and id_spelling: pieces gives"):

@@ -165,33 +165,90 @@ def test_what_cannot_go_on_does_not_go_on_from_what_an_earlier_version_kept(
 
 
 @pytest.mark.parametrize("model", ["BPR", "SASRec", "GLTA", "AlignTokenRec"])
-def test_a_cut_before_the_first_validation_costs_one_epoch(
-    model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("eval_step", "cut", "begun"),
+    [
+        (4, 2, [0, 1, 2, 2, 3]),
+        # Behind an epoch that was validated and one that was not.
+        (2, 3, [0, 1, 2, 3, 3]),
+        # In the second validation: its epoch begins again, and is not trained again.
+        (2, None, [0, 1, 2, 3, 3]),
+    ],
+)
+def test_a_cut_costs_no_more_than_the_epoch_at_work(
+    model: str, eval_step: int, cut: int | None, begun: list[int], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
-    begun: list[int] = []
-    begin = trainer.TrainerMixin._begin_epoch
+    found: list[int] = []
+    steps, validations = [0], [0]
+    begin, tick, valid = (getattr(trainer.TrainerMixin, name) for name in ("_begin_epoch", "_tick", "_save_resumable"))
 
-    def counted(self: Any, epoch: int) -> None:
-        begin(self, epoch)
+    def begins(self: Any, epoch: int) -> bool:
+        trained: bool = begin(self, epoch)
         if self.config["model"] == model:
-            begun.append(epoch)
-            if begun == [0, 1, 2]:
+            found.append(epoch)
+            if epoch == cut and found.count(epoch) == 1:
                 raise CutError
+        return trained
+
+    def ticks(self: Any, batch: int) -> None:
+        steps[0] += self.config["model"] == model
+        tick(self, batch)
+
+    def saves(self: Any, epoch: int, trained: bool = False) -> None:
+        valid(self, epoch, trained)
+        validations[0] += trained and self.config["model"] == model
+        if trained and cut is None and validations[0] == 2:
+            validations[0] += 1
+            raise CutError
 
     def settings(name: str) -> Config:
         config = of_four_epochs(model, data, tmp_path / name)
-        config["eval_step"] = 4
+        config["eval_step"] = eval_step
         return config
 
+    monkeypatch.setattr(trainer.TrainerMixin, "_tick", ticks)
     whole = fit(settings("whole"), store_of(settings("whole")))
-    monkeypatch.setattr(trainer.TrainerMixin, "_begin_epoch", counted)
+    trained, steps[0] = steps[0], 0
+    monkeypatch.setattr(trainer.TrainerMixin, "_begin_epoch", begins)
+    monkeypatch.setattr(trainer.TrainerMixin, "_save_resumable", saves)
     with pytest.raises(CutError):
         fit(settings("cut"), store_of(settings("cut")))
     gone_on = fit(settings("cut"), store_of(settings("cut")))
-    assert begun == [0, 1, 2, 2, 3]
-    assert whole.facts["losses"] == gone_on.facts["losses"]
+    assert found == begun and steps[0] == trained
+    assert whole.facts["losses"] == gone_on.facts["losses"] and whole.valid == gone_on.valid
+    assert whole.facts["valid_curve"] == gone_on.facts["valid_curve"]
     assert torch.equal(scores_of(whole), scores_of(gone_on))
+
+
+def test_a_run_from_before_a_setting_is_found(data: Path, tmp_path: Path) -> None:
+    """What a run that says nothing of ``score_end`` has in its cache goes by the settings of that time."""
+    config = config_for("LCRec", data, tmp_path)
+    config["score_end"] = False
+    before = {"model": "LCRec", "dataset": "small", "config": config.as_dict()}
+    assert "score_end" not in config.stage_keys()
+    del before["config"]["score_end"]
+    assert config_of(before, data_path=str(data)).stage_keys() == config.stage_keys()
+    counted = config_for("LCRec", data, tmp_path)
+    assert counted.stage_keys() == config.stage_keys() | {"score_end": True}
+
+
+def test_what_has_lost_its_best_weights_starts_over(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0.0)
+
+    def cut(epoch: int, _score: float) -> None:
+        if epoch == 1:
+            raise CutError
+
+    with pytest.raises(CutError):
+        fit(of_four_epochs("BPR", data, tmp_path), store_of(of_four_epochs("BPR", data, tmp_path)), cut)
+    (kept,) = tmp_path.rglob(RESUME_FILE)
+    (kept.parent / "weights.safetensors").unlink()
+    whole = fit(of_four_epochs("BPR", data, tmp_path), store_of(of_four_epochs("BPR", data, tmp_path)))
+    assert "starts over" in caplog.text and len(whole.facts["losses"]) == 4
 
 
 @pytest.mark.slow

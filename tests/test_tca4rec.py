@@ -174,7 +174,8 @@ def test_skipped_and_dropped_labels_are_not_in_the_mean(folder: Path) -> None:
     quirky = build(folder, TCA4Rec, official_quirks=True, alpha=0.0, **sequential)
     _, batch = sampled(quirky)
     _, counted = quirky.soft_labels(batch)
-    # Of the codes and the end token of each answer the last two are none.
+    # Of the codes and the end token of each answer the last two are none, and what is no label is not ranked by.
+    assert quirky._searched()[0] is quirky.item_tokens and forced._searched()[0].size == forced.item_tokens.size + 1
     assert counted is not None and counted.tolist() == [True, True, False, False] * len(batch.ids)
     logits = torch.randn(len(batch.labels), int(quirky._lm_ids[-1]) + 1, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.cross_entropy(logits[counted], batch.labels[counted])

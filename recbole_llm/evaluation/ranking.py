@@ -34,7 +34,7 @@ class Measured:
         items: int64 [U, K], the ranked items; 0, the padding item, where fewer may be recommended to a user.
         counts_as: int64 [n_items], the item as which each was ranked and met; ``None``, itself.
         tied_targets: targets with the score of another item that may be recommended, where that is high enough to be
-            among the K best: the order of names, not the model, says which of the two comes first.
+            among the K best: not the model says which of the two comes first. ``None`` where nothing was counted.
         prompts: how many evaluations, each with a prompt of its own, the metrics are the mean of; the ranked items are
             the first one's, and so is the count of ties.
     """
@@ -44,7 +44,7 @@ class Measured:
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     items: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     counts_as: np.ndarray | None = None
-    tied_targets: int = 0
+    tied_targets: int | None = None
     prompts: int = 1
 
 

@@ -195,7 +195,7 @@ class ItemTokens:
         Raises:
             ValueError: titles have their end token.
         """
-        if self.vocabulary is None:
+        if self.kind == "titles":
             raise ValueError("titles end in the language model's end token already")
         has = (self.lengths > 0).long()
         offsets = self.offsets + torch.cat((has.new_zeros(1), has.cumsum(0)))
@@ -203,17 +203,11 @@ class ItemTokens:
         own = torch.ones_like(tokens, dtype=torch.bool)
         own[offsets[1:][has > 0] - 1] = False
         tokens[own] = self.tokens
-        if self.kind == "codes":
-            return replace(
-                self,
-                offsets=offsets,
-                tokens=tokens,
-                size=self.size + 1,
-                level_sizes=(*self.level_sizes, 1),
-                lm_ids=None,
-            )
-        names = (*self.vocabulary, "<end>")
-        return replace(self, kind="ids", offsets=offsets, tokens=tokens, size=self.size + 1, names=names, lm_ids=None)
+        codes = self.kind == "codes"
+        return replace(
+            self, kind="codes" if codes else "ids", offsets=offsets, tokens=tokens, size=self.size + 1, lm_ids=None,
+            level_sizes=(*self.level_sizes, 1) if codes else (), names=(*self.names, "<end>") if self.names else (),
+        )  # fmt: skip
 
     @property
     def n_items(self) -> int:

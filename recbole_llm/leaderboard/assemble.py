@@ -246,12 +246,13 @@ def _shared(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _own(blocks: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row's blocks say beside what all rows' say alike; of shares that its seeds do not share, their mean."""
+    """What a row's blocks say beside what all rows' say alike; of numbers that its seeds do not share, their mean."""
     found = {}
     for key in (key for block in blocks[:1] for key in block if key not in shared):
         values = [block.get(key) for block in blocks]
-        shares = [value for value in values if isinstance(value, float)]
-        found[key] = fmean(shares) if len(shares) == len(values) else values[0]
+        numbers = [value for value in values if isinstance(value, float | int) and not isinstance(value, bool)]
+        same = all(value == values[0] for value in values)
+        found[key] = fmean(numbers) if len(numbers) == len(values) and not same else values[0]
     return found
 
 

@@ -151,7 +151,10 @@ def unshared(table: Mapping[str, Any]) -> list[str]:
     """What is not the same in the evaluation of all rows, though it leaves them comparable."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in table["rows"]:
+        # Hardly two rows have as many ties, and each says so itself.
         for key, content in row["evaluation"].items():
+            if key == "tied_targets":
+                continue
             found.setdefault(key, {}).setdefault(str(content).lower(), []).append(row["name"])
     lines = []
     for key, by_value in found.items():

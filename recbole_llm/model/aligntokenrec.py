@@ -50,6 +50,8 @@ class AlignTokenRec(GenerativeRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        if config["score_end"]:
+            self._check_answers(self.templates, "its score counts the end token behind it (score_end)")
         hidden_widths(config)
         _check_idle(config, [task.name for task in self.tasks])
 

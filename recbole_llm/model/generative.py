@@ -26,12 +26,12 @@ from recbole_llm.backbone.packed import PackedReader
 from recbole_llm.data.instructions import InstructionWriter, TokenBatch
 from recbole_llm.data.prompts import Ragged, check_history_length
 from recbole_llm.data.task_loader import groups_of, packs
-from recbole_llm.data.templates import INFERENCE, templates_of
+from recbole_llm.data.templates import INFERENCE, Templates, templates_of
 from recbole_llm.data.token_table import TokenTable
 from recbole_llm.errors import UserError
 from recbole_llm.model.token_ranking import TokenRanking
 from recbole_llm.tasks import active_tasks, known_tasks, number
-from recbole_llm.tasks.base import DRAW, USER
+from recbole_llm.tasks.base import DRAW, TARGET, USER
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -176,6 +176,16 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
             **({"title_tokens": config["history_title_tokens"]} if "title" in texts else {}),
         )
         self._make_writer()
+
+    def _check_answers(self, templates: Templates, reason: str, alone: bool = False) -> None:
+        """Refuse answers of the sequential task in which something stands behind the item, or, if alone, before it."""
+        for wording in templates.tasks.get(SEQUENTIAL, ()):
+            before, _, behind = wording.answer.partition(f"{{{TARGET}}}")
+            if behind or (before and alone):
+                raise UserError(
+                    f"prompts: the answer of {SEQUENTIAL} should {'be' if alone else 'end with'} {{{TARGET}}} for "
+                    f"{self.config['model']}, as {reason}, but is {wording.answer!r}"
+                )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """What texts that prompts hold are read as."""

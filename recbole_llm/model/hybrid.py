@@ -62,7 +62,7 @@ class HybridRecommender(TitleRecommender):
         self.text_templates = templates_of({**own, "prompts": config["text_prompts"] or config["prompts"]}, self.tasks)
         if self.templates.shown is None or self.text_templates.shown is None:
             raise UserError(f"prompts: {config['model']} needs a file that says under 'shown' how an item is shown")
-        self._check_answers(self.text_templates)
+        self._check_titles(self.text_templates)
         if any(USER in wording.places for wordings in self.text_templates.tasks.values() for wording in wordings):
             raise UserError(f"text_prompts: prompts without vectors have no {{{USER}}}; name a file without")
 

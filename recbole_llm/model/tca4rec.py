@@ -130,6 +130,13 @@ class CollaborativeLabels:
         """Last tokens of an item that are no labels; titles bring their end token, of codes it is the answer's."""
         return max(self._quirks.drop_last - (self.item_tokens.kind != "titles"), 0)
 
+    def _searched(self) -> tuple[ItemTokens, Tensor]:
+        """As of the base; an end token that is no label is nothing to rank by."""
+        if self._quirks.drop_last:
+            return self.item_tokens, self._lm_ids
+        searched: tuple[ItemTokens, Tensor] = super()._searched()  # type: ignore[misc]
+        return searched
+
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples, and which of their labels are in the mean."""
         batch: TokenBatch = super().training_batch(interaction)  # type: ignore[misc]

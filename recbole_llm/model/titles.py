@@ -13,7 +13,6 @@ from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.generative import GenerativeRecommender
 from recbole_llm.tasks import active_tasks
-from recbole_llm.tasks.base import TARGET
 from recbole_llm.tasks.behaviour import SEQUENTIAL
 
 
@@ -41,18 +40,11 @@ class TitleRecommender(GenerativeRecommender):
         if others:
             raise UserError(f"tasks: {config['model']} learns next items alone; {others[0]} is no task of its")
         super().__init__(config, dataset)
-        self._check_answers(self.templates)
+        self._check_titles(self.templates)
 
-    def _check_answers(self, templates: Templates) -> None:
+    def _check_titles(self, templates: Templates) -> None:
         """Refuse answers in which a title's end token would not be the last, or whose words the loss cannot take."""
-        for wording in templates.tasks.get(SEQUENTIAL, ()):
-            before, _, behind = wording.answer.partition(f"{{{TARGET}}}")
-            if behind or (before and self.legal_only):
-                wanted = "be" if self.legal_only else "end with"
-                raise UserError(
-                    f"prompts: the answer of {SEQUENTIAL} should {wanted} {{{TARGET}}} for {self.config['model']}, as "
-                    f"a title ends with a token of its own, but is {wording.answer!r}"
-                )
+        self._check_answers(templates, "a title ends with a token of its own", alone=self.legal_only)
 
     def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
         head, own = live_head(head_model, self.backbone.embed_tokens.weight)

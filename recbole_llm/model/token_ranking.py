@@ -103,7 +103,8 @@ class TokenRanking(GuidedSearch):
         """Settings that mean nothing as the others stand."""
         told = super().idle_settings(config)
         told = (*told, "tree_nodes") if config["ranking"] == "beam" else told
-        return (*told, "score_end") if config["normaliser"] == "legal" else told
+        # Without it a run is one of those from before there was such a setting.
+        return (*told, "score_end") if config["normaliser"] == "legal" or not config["score_end"] else told
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
@@ -141,9 +142,9 @@ class TokenRanking(GuidedSearch):
         Where an end token behind an item's own could only add nothing, as it is the one token that is counted, the
         search is spared reading what stands before it.
         """
-        tokens = self.item_tokens
-        alone = {"legal": True, "level": tokens.kind != "ids", "vocabulary": False}[self.config["normaliser"]]
-        if tokens.kind == "titles" or alone or not self.config["score_end"]:
+        tokens, normaliser = self.item_tokens, self.config["normaliser"]
+        counts = normaliser == "vocabulary" or (normaliser == "level" and tokens.kind == "ids")
+        if tokens.kind == "titles" or not (counts and self.config["score_end"]):
             return tokens, self._lm_ids
         return tokens.ended(), torch.cat((self._lm_ids, self._lm_ids.new_tensor([self.backbone.eos_id])))
 

@@ -22,6 +22,8 @@ _DERIVED = frozenset({
 # A setting that names others (a recipe, a language model) moves defaults; theirs name none.
 _ROUNDS = 4
 SCHEDULE = "schedule_epochs"
+# Settings that came later, and what runs that say nothing of them did.
+_LATER = {"score_end": False}
 
 
 class FoundStages(StageStore):
@@ -60,7 +62,9 @@ def config_of(result: Mapping[str, Any], **settings: Any) -> Config:
     model_class = registry.class_of(model, saved)
     parts = tuple(f"{part}." for part in registry.parts_of(model_class))
     wanted = {key: value for key, value in saved.items() if key not in _DERIVED and key not in settings}
-    fixed = {"data_path": data_path, **settings}
+    there = known_keys(model, model_class)
+    fixed: dict[str, Any] = {key: value for key, value in _LATER.items() if key in there and key not in saved}
+    fixed |= {"data_path": data_path, **settings}
     given: dict[str, Any] = {}
     for _ in range(_ROUNDS):
         config = Config(model, dataset, config_dict=given | fixed, command_line=[])

@@ -314,7 +314,7 @@ def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, An
         **({} if invalid is None else {"invalid_share": invalid}),
         **({} if visited is None else {"visited_share": visited}),
         "test_users": len(measured.users),
-        # Their order is that of a hash of the items' names.
+        # Of equal scores the model does not say which comes first.
         "tied_targets": measured.tied_targets,
         # Sequential and language models see the valid rows as input at test, graphs never do: refit_on_valid evens it.
         "valid_rows_in_test_input": sequential,

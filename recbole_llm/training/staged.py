@@ -261,7 +261,8 @@ class StagedTrainer(TrainerMixin, Trainer):
     def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
         """Replaces trainer.py:208; the sum of the steps' losses."""
         assert self._loop is not None
-        self._begin_epoch(epoch_idx)
+        if self._begin_epoch(epoch_idx):
+            return self.train_loss_dict[epoch_idx]
         batches = (self.model.training_batch(interaction) for interaction in _Watched(train_data, self._tick))
         return sum(self._loop.epoch(batches, self._check_nan), 0.0)
 

@@ -60,6 +60,7 @@ class TrainerMixin:
         self._has_valid = True
         self._last_resume = time.monotonic()
         self._kept = -1
+        self._trained = False
 
     # --- training ----------------------------------------------------------------------------------------------------
     def fit(
@@ -107,15 +108,27 @@ class TrainerMixin:
             self._steps.close()
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
-        self._begin_epoch(epoch_idx)
+        if self._begin_epoch(epoch_idx):
+            return self.train_loss_dict[epoch_idx]  # type: ignore[attr-defined]
         watched = _Watched(train_data, self._tick)
         return super()._train_epoch(watched, epoch_idx, loss_func, show_progress=False)  # type: ignore[misc]
 
-    def _begin_epoch(self, epoch: int) -> None:
-        """Note where training stands; what the epoch before has reached is kept, if no validation did so."""
+    def _begin_epoch(self, epoch: int) -> bool:
+        """Note where training stands; what the epoch before has reached is kept, if no validation did so.
+
+        Returns:
+            Whether the epoch was trained before a cut, which came in its validation.
+        """
         self._where = (epoch, 0)
+        trained, self._trained = self._trained, False
         if self.start_epoch < epoch != self._kept + 1:  # type: ignore[has-type]
             self._save_resumable(epoch - 1)
+        return trained
+
+    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's; a validation may take as long as an epoch, so what it is of is kept first."""
+        self._save_resumable(self._where[0] - 1, trained=True)
+        return super()._valid_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _tick(self, batch: int) -> None:
         self._where = (self._where[0], batch)
@@ -190,8 +203,8 @@ class TrainerMixin:
             self._steps.note(f"epoch {epoch + 1}, best {self.valid_metric} {self.best_valid_score:.4f}")  # type: ignore[attr-defined]
         self._save_resumable(epoch)
 
-    def _save_resumable(self, epoch: int) -> None:
-        """Save what is needed to go on after this epoch as if nothing had happened."""
+    def _save_resumable(self, epoch: int, trained: bool = False) -> None:
+        """Save what is needed to go on after this epoch as if nothing had happened; or after training of the next."""
         self._kept = epoch
         if self.resume_file is None or time.monotonic() - self._last_resume < RESUME_SECONDS:
             return
@@ -207,6 +220,7 @@ class TrainerMixin:
             "valid_curve": self.valid_curve,
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
             "stopped": stopping,
+            "trained": trained,
             "counters": self._counters(),
             **self._moving_state(),
         })  # fmt: skip
@@ -231,7 +245,7 @@ class TrainerMixin:
     def _resumable(self) -> bool:
         """Whether a run can go on from weights, one optimizer and random streams.
 
-        RecBole's trainers with a ``fit`` of their own (NCL, RecVAE, S3Rec, ...) have phases that these do not tell,
+        RecBole's trainers with a ``fit`` of their own (NCL, S3Rec, ...) have phases that these do not tell,
         some models move what is in none of them, and what has a closed form has its one epoch behind it.
         """
         if isinstance(self, TraditionalTrainer) or self.config["model"] in _MOVES_MORE:
@@ -279,6 +293,8 @@ class TrainerMixin:
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
         self.best_valid_result = OrderedDict(state["best_valid_result"])
         self.best_epoch, self._stopped = state["best_epoch"], state["stopped"]
+        # What an earlier version kept is of whole epochs.
+        self._trained = state.get("trained", False)
         self.train_loss_dict = dict(state["losses"])
         self.valid_curve = [(epoch, score) for epoch, score in state["valid_curve"]]
         for name, value in state["counters"].items():
@@ -319,8 +335,9 @@ class TrainerMixin:
 
 # The fits that checkpoints of ours are made for.
 _KNOWN_FITS = (Trainer, AbstractTrainer)
-# Models with lists or tensors of their own that training moves: LINE's shuffled vertices, a diffusion's losses by step.
-_MOVES_MORE = ("LINE", "DiffRec", "LDiffRec")
+# Models with lists or tensors of their own that training moves: LINE's shuffled vertices, a diffusion's losses by step,
+# KGAT's attention; and RecVAE, which makes its optimizers anew for each part of an epoch.
+_MOVES_MORE = ("LINE", "DiffRec", "LDiffRec", "KGAT", "RecVAE")
 
 
 class _Watched:
