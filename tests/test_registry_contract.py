@@ -232,6 +232,8 @@ def test_a_run_from_before_a_setting_is_found(data: Path, tmp_path: Path) -> Non
     assert config_of(before, data_path=str(data)).stage_keys() == config.stage_keys()
     counted = config_for("LCRec", data, tmp_path)
     assert counted.stage_keys() == config.stage_keys() | {"score_end": True}
+    # Titles have an end token in any case.
+    assert "score_end" not in config_for("TALLRec", data, tmp_path).stage_keys()
 
 
 def test_what_has_lost_its_best_weights_starts_over(

@@ -53,6 +53,8 @@ class TokenRanking(GuidedSearch):
     asked_with = 0
     tells_user = False
 
+    # What the items' tokens are: ``codes`` (or raw ids) or ``titles``.
+    item_kind: str
     backbone: Backbone
     head: Any
     item_tokens: ItemTokens
@@ -104,7 +106,8 @@ class TokenRanking(GuidedSearch):
         told = super().idle_settings(config)
         told = (*told, "tree_nodes") if config["ranking"] == "beam" else told
         # Without it a run is one of those from before there was such a setting.
-        return (*told, "score_end") if config["normaliser"] == "legal" or not config["score_end"] else told
+        idle = cls.item_kind == "titles" or config["normaliser"] == "legal" or not config["score_end"]
+        return (*told, "score_end") if idle else told
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""
