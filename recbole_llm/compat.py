@@ -395,25 +395,29 @@ def download(name: str, folder: Path) -> None:
             f"no data set '{name}' in {places}, and RecBole knows none of that name"
             f"{did_you_mean(name, known_datasets(folder.parent))}; {where}"
         )
+    made = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder.with_name(f".{name}.lock"))):
-        if folder.is_dir():
-            return
-        # Beside the others only when it is whole: an interrupted download must not look like a data set.
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
+    lock = folder.with_name(f".{name}.lock")
+    try:
+        with FileLock(str(lock)):
+            if folder.is_dir():
+                return
+            # Beside the others only when it is whole: an interrupted download must not look like a data set.
+            with tempfile.TemporaryDirectory() as scratch:
                 archive = download_url(url, scratch)
                 extract_zip(archive, scratch)
                 Path(archive).unlink()
                 rename_atomic_files(scratch, Path(archive).stem, name)
-            except (urllib.error.URLError, OSError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"data set '{name}' is not here and could not be downloaded ({error}); {where}"
-                ) from None
-            part = folder.with_name(f"{name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(scratch, part)
-            part.rename(folder)
+                part = folder.with_name(f"{name}.part")
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(scratch, part)
+                part.rename(folder)
+    except (urllib.error.URLError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"data set '{name}' is not here and could not be downloaded ({error}); {where}") from None
+    finally:
+        lock.unlink(missing_ok=True)
+        if made and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 def _urls() -> dict[str, str]:

@@ -200,12 +200,13 @@ def test_data_that_are_missing_are_fetched_once_and_before_marks_are_taken(
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: download("ml-1m", tmp_path / "data" / "ml-1m"), range(4)))
     assert len(fetched) == 2 and first == marks()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["ml-1m"]
     with pytest.raises(UserError, match="RecBole knows none of that name"):
         download("ml-2m", tmp_path / "data" / "ml-2m")
     (tmp_path / "ml-1m.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match="could not be downloaded"):
         download("ml-1m", tmp_path / "other" / "ml-1m")
-    assert not (tmp_path / "other" / "ml-1m").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_marks_follow_the_code_that_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
