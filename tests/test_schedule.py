@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -91,6 +93,20 @@ def test_what_a_callback_raises_stops_the_rest(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no room"):
         run_jobs([job(tmp_path, "a", "0"), job(tmp_path, "b", "time.sleep(60)")], Budget(2, 8), full)
     assert time.monotonic() - start < 30 and not (tmp_path / "b").exists()
+
+
+def test_an_interrupt_while_a_run_is_being_started_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(pool: ThreadPoolExecutor, *given: Any) -> Any:
+        submit(pool, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([job(tmp_path, "long", "time.sleep(20)")], Budget(1, 8))
+    assert time.monotonic() - began < 15
 
 
 def test_a_run_of_a_suite_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def run_jobs(
         start: starts a job that may compute with so many threads; its log is there, and empty.
     """
     waiting, running = list(jobs), dict[Future[Ended], _Running]()
+    started: list[_Running] = []
     alone: set[str] = set()
     told = time.monotonic()
     with ThreadPoolExecutor(max_workers=max(1, budget.cores // budget.threads)) as pool:
@@ -174,6 +175,8 @@ def run_jobs(
                     job.log.parent.mkdir(parents=True, exist_ok=True)
                     job.log.write_bytes(b"")
                     process = _Running(job, start(job, budget.threads))
+                    # Noted before anybody sits with it: an interrupt in between must not leave the pool to its end.
+                    started.append(process)
                     running[pool.submit(process.wait)] = process
                 done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -190,7 +193,7 @@ def run_jobs(
                     told = time.monotonic()
                     say(f"running: {', '.join(_line(process) for process in running.values())}; {len(waiting)} waiting")
         finally:
-            for process in running.values():
+            for process in started:
                 process.stop()
 
 
