@@ -152,14 +152,15 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         The content of ``result.json``, plus ``result_file``.
     """
     config, trainer = fitted.config, fitted.trainer
+    start = time.monotonic()
+    # First, as RecBole has it: candidates may be drawn, and so may scores.
+    test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
+    seconds = time.monotonic() - start
+    measured: Measured = trainer.measured if test else Measured()
     valid: Mapping[str, float] = {}
     if fitted.valid_data is not None and len(fitted.valid_data) and not config["refit_on_valid"]:
         valid = trainer.evaluate(fitted.valid_data, load_best_model=False, show_progress=config["show_progress"]) or {}
     valid = valid or fitted.valid
-    start = time.monotonic()
-    test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
-    seconds = time.monotonic() - start
-    measured: Measured = trainer.measured if test else Measured()
     split = getattr(fitted.train_data._dataset, "split", None)
     test_users = len(measured.users)
     result = {

@@ -324,7 +324,9 @@ class TrainerMixin:
             self.load_best(model_file)
         if not isinstance(eval_data, FullSortEvalDataLoader):
             self.measured = Measured()
-            return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
+            values = super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)  # type: ignore[misc]
+            # Some of RecBole's metrics are NumPy's float32, which JSON does not know.
+            return OrderedDict((name, float(value)) for name, value in values.items())
         what = f"ranking with {self.config['model']}"
         self.measured = measure(
             self.model, eval_data, self.config, self._train_data, bool(show_progress), what, self.shares_ranking
