@@ -230,6 +230,17 @@ class AtomicMixin:
                 if name not in names:
                     raise UserError(f"{path} has no column '{name}' ({key}.{suffix}){_nearest_of(name, names)}")
 
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        """RecBole's; then what ``seq_len`` names is there to be cut."""
+        super()._load_data(token, dataset_path)  # type: ignore[misc]
+        for field in self.config.external_config_dict.get("seq_len") or {}:
+            if field not in self.field2type:
+                near = did_you_mean(field, list(self.field2type))
+                raise UserError(f"seq_len.{field}: no such column is loaded (load_col){near}")
+            kind = self.field2type[field]
+            if kind not in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+                raise UserError(f"seq_len.{field}: {field}:{kind.value} holds one value a row, and none is cut")
+
     def _convert(self, frame: pd.DataFrame, name: str) -> None:
         kind = self.field2type[name]
         if kind == FeatureType.TOKEN:

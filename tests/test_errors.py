@@ -68,6 +68,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={rating: [3]}"], ["rating should be an interval"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={user_id: '[3,4]'}"], ["user_id should be a list"]),
         (["run", "--model=BPR", "--dataset=tiny", "--val_interval={ratin: '[3,4]'}"], ["ratin", "'rating'"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--seq_len={ratin: 3}"], ["seq_len.ratin", "'rating'"]),
+        (["run", "--model=BPR", "--dataset=tiny", "--seq_len={rating: 3}"], ["seq_len.rating", "one value a row"]),
         (["run", "--model=BPR", "--dataset=tiny", "--threshold={rating: high}"], ["threshold.rating", "'high'"]),
         (["run", "--model=BPR", "--dataset=tiny", "--load_col={item: [item_id]}"], ["load_col", "add inter:"]),
         (["run", "--model=BPR", "--dataset=tiny", "--load_col={inter: ~}"], ["load_col.inter", "is None"]),
