@@ -198,6 +198,8 @@ def test_files_on_the_command_line_go_before_what_a_space_sets(words: Callable[.
     made = search.config({})
     assert (made["train_batch_size"], made["weight_decay"], search.metric) == (32, 0.5, "mrr@5")
     assert search.start["learning_rate"] == 0.002, "a file says where a search begins, not that it may not move"
+    found = tuning.tune(words(config_files=mine, trials=1, epochs=1), lambda line: None)
+    assert "as in --config_files" in found and "as shipped" not in found
 
 
 @pytest.mark.parametrize("folder", ["a?b", "50%20", "{SCHEMA_DIRECTORY}", "a#b &c"])

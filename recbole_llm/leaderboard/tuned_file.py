@@ -68,7 +68,7 @@ def summary(config: Config, outcome: Outcome, path: Path) -> str:
         outcome: what it found.
         path: where it is written.
     """
-    rows = [["", "as shipped", "best"]]
+    rows = [["", _begun(outcome), "best"]]
     rows += [[key, _scalar(outcome.start[key]), _scalar(value)] for key, value in outcome.values.items()]
     start = "failed" if outcome.start_value is None else f"{outcome.start_value:.4f}"
     rows.append([f"{outcome.metric} (valid)", start, f"{outcome.value:.4f}{_gain(outcome)}"])
@@ -97,7 +97,7 @@ def _header(path: Path, config: Config, outcome: Outcome) -> list[str]:
     protocol = config.split_protocol().as_dict() if config["policy"] == "unified" else config["eval_args"]
     versions = {"recbole_llm": __version__} | {name: version(name) for name in ("recbole", "torch", "optuna")}
     start = "failed" if outcome.start_value is None else f"{outcome.start_value:.6f}"
-    start += f" as shipped: {describe(outcome.start)}"
+    start += f" {_begun(outcome)}: {describe(outcome.start)}"
     moved = outcome.space.as_plain()["space"]
     return [
         f"{config['model']} on {config['dataset']}: the best settings on valid that a search of the space below found.",
@@ -115,6 +115,11 @@ def _header(path: Path, config: Config, outcome: Outcome) -> list[str]:
 
 def _budget(outcome: Outcome) -> str:
     return f"{outcome.trials} trials ({outcome.pruned} pruned, {outcome.failed} failed), {outcome.seconds:.0f} seconds"
+
+
+def _begun(outcome: Outcome) -> str:
+    """Whose settings the first trial has."""
+    return "as in --config_files" if "--config_files" in outcome.command else "as shipped"
 
 
 def _gain(outcome: Outcome) -> str:
