@@ -234,12 +234,16 @@ class AtomicMixin:
         """RecBole's; then what ``seq_len`` names is there to be cut."""
         super()._load_data(token, dataset_path)  # type: ignore[misc]
         for field in self.config.external_config_dict.get("seq_len") or {}:
-            if field not in self.field2type:
-                near = did_you_mean(field, list(self.field2type))
-                raise UserError(f"seq_len.{field}: no such column is loaded (load_col){near}")
-            kind = self.field2type[field]
+            kind = self._kind_of(field, "seq_len")
             if kind not in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
                 raise UserError(f"seq_len.{field}: {field}:{kind.value} holds one value a row, and none is cut")
+
+    def _kind_of(self, field: str, setting: str) -> FeatureType:
+        if field not in self.field2type:
+            near = did_you_mean(field, list(self.field2type))
+            raise UserError(f"{setting}.{field}: no such column is loaded (load_col){near}")
+        kind: FeatureType = self.field2type[field]
+        return kind
 
     def _convert(self, frame: pd.DataFrame, name: str) -> None:
         kind = self.field2type[name]
@@ -308,10 +312,7 @@ class AtomicMixin:
                 rows.drop(rows.index[~rows[field].isin(kept)], inplace=True)
 
     def _check_filtered(self, field: str, value: Any) -> None:
-        if field not in self.field2type:
-            near = did_you_mean(field, list(self.field2type))
-            raise UserError(f"val_interval.{field}: no such column is loaded (load_col){near}")
-        kind = self.field2type[field]
+        kind = self._kind_of(field, "val_interval")
         column = f"{field}:{kind.value}"
         if kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
             raise UserError(f"val_interval.{field}: {column} holds several values a row; RecBole filters by one")

@@ -132,8 +132,10 @@ def test_every_shipped_file_fits_its_model_and_says_what_it_was_searched_on(file
     assert again.stage_keys() == config.stage_keys()
     header = "\n".join(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     assert header.startswith(f"# {name} on {data}:")
-    for part in ("budget", "trials", "space", "seed", "versions", "command   recbole-llm tune", " as "):
+    for part in ("budget", "trials", "space", "seed", "versions", "command   recbole-llm tune"):
         assert part in header, part
+    # Whose settings its first trial had.
+    assert ("as in --config_files:" if "--config_files" in header.partition("command ")[2] else "as shipped:") in header
     found = re.search(r"^# split +([0-9a-f]{64})$", header, re.MULTILINE)
     assert found is not None
     if not Path(config["data_path"]).is_dir():

@@ -117,6 +117,9 @@ def thread_limits(threads: int) -> dict[str, str]:
 class _Running:
     """A job's process, watched."""
 
+    # Of whoever sits with it.
+    ended: Future[Ended]
+
     def __init__(self, job: Job, process: Process) -> None:
         self.job, self.process, self.peak, self.stopped = job, process, 0.0, False
         self.start = time.monotonic()
@@ -163,37 +166,36 @@ def run_jobs(
         say: takes a line now and then about what is running.
         start: starts a job that may compute with so many threads; its log is there, and empty.
     """
-    waiting, running = list(jobs), dict[Future[Ended], _Running]()
-    started: list[_Running] = []
+    waiting, running = list(jobs), list[_Running]()
     alone: set[str] = set()
     told = time.monotonic()
     with ThreadPoolExecutor(max_workers=max(1, budget.cores // budget.threads)) as pool:
         try:
             while waiting or running:
-                while (job := _next(waiting, list(running.values()), budget, alone)) is not None:
+                while (job := _next(waiting, running, budget, alone)) is not None:
                     waiting.remove(job)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
                     job.log.write_bytes(b"")
                     process = _Running(job, start(job, budget.threads))
                     # Noted before anybody sits with it: an interrupt in between must not leave the pool to its end.
-                    started.append(process)
-                    running[pool.submit(process.wait)] = process
-                done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    process = running.pop(future)
-                    end = future.result()
+                    running.append(process)
+                    process.ended = pool.submit(process.wait)
+                wait([process.ended for process in running], timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+                for process in [process for process in running if process.ended.done()]:
+                    running.remove(process)
+                    end = process.ended.result()
                     if end.status is None and process.job.name not in alone:
                         alone.add(process.job.name)
                         waiting.append(process.job)
                         say(f"{process.job.name}: the runs outgrew {budget.memory:g} GiB; stopped, to run alone later")
                     else:
                         ended(process.job, end)
-                _keep_within(list(running.values()), budget)
+                _keep_within(running, budget)
                 if running and time.monotonic() - told >= LINE_SECONDS:
                     told = time.monotonic()
-                    say(f"running: {', '.join(_line(process) for process in running.values())}; {len(waiting)} waiting")
+                    say(f"running: {', '.join(map(_line, running))}; {len(waiting)} waiting")
         finally:
-            for process in started:
+            for process in running:
                 process.stop()
 
 
