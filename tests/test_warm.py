@@ -104,9 +104,10 @@ def test_runs_end_with_the_process_that_forked_them_and_later_ones_are_started(w
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_runs_end_with_the_board(warm: Warm, tmp_path: Path, how: int) -> None:
+    # Where these tests run in the background of a script, what they start would never see an interrupt.
     code = (
-        "import sys, pathlib\nfrom recbole_llm.leaderboard.schedule import *\n"
-        "from recbole_llm.leaderboard.warm import *\n"
+        "import pathlib, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from recbole_llm.leaderboard.schedule import *\nfrom recbole_llm.leaderboard.warm import *\n"
         "job = Job('x', [sys.argv[1]], 1.0, pathlib.Path(sys.argv[2]))\n"
         "with starter(2, 1) as start: run_jobs([job], Budget(1, 8.0), print, start=start)"
     )
@@ -122,6 +123,37 @@ def test_runs_end_with_the_board(warm: Warm, tmp_path: Path, how: int) -> None:
             until(lambda process=process: gone(process))
     finally:
         board.kill()
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_run_takes_an_interrupt_as_the_board_does(warm: Warm, tmp_path: Path, handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        made = Warm(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        run = made.start(lasting(tmp_path), tmp_path / "log")
+        assert run is not None
+        with os.fdopen(until(lambda: _writable(tmp_path / "spec.json")), "w"):
+            ignored, caught = _mask(run.pid, "SigIgn") >> 1 & 1, _mask(run.pid, "SigCgt") >> 1 & 1
+    finally:
+        made.close()
+    assert (ignored, caught) == ((1, 0) if handler == signal.SIG_IGN else (0, 1))
+
+
+def _writable(pipe: Path) -> int | None:
+    """The pipe, once somebody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def _mask(pid: int, name: str) -> int:
+    """Signals that a process catches or ignores, a bit each, the first signal's the lowest."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")), 16)
 
 
 def _of_generation(pid: int, generation: int) -> psutil.Process | None:

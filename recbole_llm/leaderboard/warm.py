@@ -184,7 +184,7 @@ def main() -> int:
         Of a run, what it returns; of the process that forks, 0.
     """
     # Of an interrupted board; it closes the input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What imports print is no line of ours.
     output = os.dup(1)
     os.dup2(2, 1)
@@ -197,6 +197,8 @@ def main() -> int:
     gc.freeze()
     _tell(output, {"pid": os.getpid()})
     spec = _serve(output)
+    # A run takes an interrupt as the board does, which in the background of a script takes none.
+    signal.signal(signal.SIGINT, interrupted)
     return 0 if spec is None else cell.main(spec)
 
 
@@ -262,7 +264,6 @@ def _begin(alive: int, log: Path) -> None:
     """Make a forked process what a started one is."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(alive, 0)
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(written, 1)
