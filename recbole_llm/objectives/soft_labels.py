@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -193,6 +194,7 @@ class CollaborativeTokenizer:
         device = item_tokens.tokens.device
         self.lm_ids = torch.arange(item_tokens.size, device=device) if given is None else given.to(device)
         self._children_of = self.trie.child_offsets.diff()
+        self._lm_ids_of = functional.pad(self.lm_ids[self.trie.tokens[1:]], (1, 0))
         self._before = self._nodes_before()
         self._room = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -282,7 +284,7 @@ class CollaborativeTokenizer:
             children: of their nodes, E.
             probs: float [E].
         """
-        tokens = self.lm_ids.index_select(0, self.trie.tokens.index_select(0, children.nodes))
+        tokens = self._lm_ids_of.index_select(0, children.nodes)
         labels = self.lm_ids[positions.labels]
         return SoftLabels(
             children.offsets, children.positions, tokens, probs.to(torch.float32), labels, positions.samples
@@ -308,15 +310,17 @@ class CollaborativeTokenizer:
         places = trie.starts.index_select(0, children.nodes).add_(rows.index_select(0, children.positions))
         below = sums.index_select(0, places)
         # Children are neighbours: where one ends the next begins, and the last ends with its parent.
-        after = torch.cat((below[1:], below[:1]))
-        after[children.offsets[1:] - 1] = high
+        found = torch.empty_like(below)
+        torch.sub(below[1:], below[:-1], out=found[:-1])
+        last = children.offsets[1:] - 1
+        found[last] = high - below[last]
         # A parallel sum need not ascend to the last digit.
-        found = (after - below).clamp_(min=0) / masses.clamp(min=1e-300).index_select(0, children.positions)
+        found.clamp_(min=0).div_(masses.clamp(min=1e-300).index_select(0, children.positions))
         forced = children.offsets.diff() == 1
         found[children.offsets[:-1][forced]] = 1.0
-        small = (masses <= SMALL * sums[rows + (width - 1)]) & ~forced
-        if small.any():
-            entries = small.index_select(0, children.positions).nonzero().squeeze(1)
+        small = ((masses <= SMALL * sums[rows + (width - 1)]) & ~forced).nonzero().squeeze(1)
+        if len(small):
+            entries = _runs(children.offsets[small], children.offsets.diff()[small])
             found[entries] = self._small(scores, positions, children, entries)
         return found
 
@@ -393,7 +397,8 @@ class _Scores:
 
     def sums(self, out: Tensor) -> Tensor:
         """The sums of exp over the first 0, 1, ... I items of the order, written to ``out``, float64 [B, 1 + I]."""
-        return out.copy_(self.ordered).sub_(self.shift).mul_(self.scale).exp_().cumsum_(1)
+        # exp2 takes torch half the time of exp.
+        return out.copy_(self.ordered).sub_(self.shift).mul_(self.scale / math.log(2)).exp2_().cumsum_(1)
 
     def at(self, rows: Tensor, places: Tensor) -> Tensor:
         """Exponents of items by their places in the order: float64 of the arguments' shape."""
