@@ -49,8 +49,8 @@ def amazon2018(folder: Path, rows: list[Row] = ROWS, suffix: str = ".gz", core: 
         for user, item, rating, time in rows
     ]  # fmt: skip
     items = [
-        {"asin": item, "title": TITLES[item], "brand": "by\n    Lumo", "price": "$5.99", "category": ["Home", "Lamps"],
-         "description": ["First &lt; part.", "Second"], "also_buy": ["x"]}
+        {"asin": item, "title": TITLES[item], "brand": "by\n    Lumo", "price": "$5.99",
+         "category": ["Home", "Lamps, Bulbs"], "description": ["First &lt; part.", "Second"], "also_buy": ["x"]}
         for item in ITEMS
     ]  # fmt: skip
     write_lines(folder / f"Lamps{core}.json{suffix}", [json.dumps(row) for row in reviews])
@@ -67,7 +67,7 @@ def amazon2023(folder: Path) -> str:
     ]  # fmt: skip
     items = [
         {"parent_asin": item, "title": TITLES[item], "store": "Lumo", "price": 5.99, "features": ["warm", "small"],
-         "categories": ["Home", "Lamps"], "description": ["First &lt; part.", "Second"], "details": {"a": "b"}}
+         "categories": ["Home", "Lamps, Bulbs"], "description": ["First &lt; part.", "Second"], "details": {"a": "b"}}
         for item in ITEMS
     ]  # fmt: skip
     write_lines(folder / "Lamps.jsonl.gz", [json.dumps(row) for row in reviews])

@@ -98,6 +98,7 @@ NO_FORK = pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU no 
     "name",
     [
         "codebook",
+        "spectral_ids",
         "trie",
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("fine_tuning", marks=pytest.mark.slow),

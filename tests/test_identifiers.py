@@ -14,8 +14,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import SpectralClustering
+from sklearn.metrics import adjusted_rand_score
 from test_item_token_stage import TOLD, quick, tokenized, write_world
 
 from recbole_llm.config import Config
@@ -116,6 +118,20 @@ def test_planted_clusters_are_found_again(across: float) -> None:
     ]
     assert all(len(own) == 1 for own in leaves) and len(set.union(*leaves)) == 10
     assert cluster_paths(affinity, clusters=10, leaf_items=20, seed=0) == paths
+
+
+# Both sizes: of few items all eigenvectors are found at once.
+@given(st.integers(0, 2**31), st.sampled_from([40, 300]), st.integers(2, 6))
+@settings(max_examples=15, deadline=None)
+def test_clusters_are_those_of_the_normalised_laplacian(seed: int, size: int, clusters: int) -> None:
+    """Against scikit-learn, which factorises the Laplacian and looks for its smallest eigenvalues."""
+    blocks = np.diff(np.linspace(0, size, clusters + 1).astype(int)).tolist()
+    affinity, _ = planted(blocks, 0.1, seed)
+    paths = cluster_paths(affinity, clusters=clusters, leaf_items=size - 1, seed=0)
+    theirs = SpectralClustering(
+        n_clusters=clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0
+    ).fit_predict(affinity.toarray())
+    assert adjusted_rand_score([path[0] for path in paths], theirs) == 1
 
 
 def test_a_cluster_that_is_too_large_is_divided_again() -> None:

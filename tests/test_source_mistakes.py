@@ -40,22 +40,24 @@ def test_broken_lines_are_counted_by_reason(tmp_path: Path, capsys: pytest.Captu
         whole[0][:40], b"[1, 2]", json.dumps({**good, "overall": None}).encode(), b'{"reviewerID": "\xff"}',
         json.dumps({**good, "reviewerID": "a b\tc"}).encode(), json.dumps({**good, "overall": "many"}).encode(),
         json.dumps({**good, "asin": 7}).encode(), b"", json.dumps({**good, "unixReviewTime": float("nan")}).encode(),
-        json.dumps({"Overall": 5, **{k: v for k, v in good.items() if k != "overall"}}).encode(), whole[1][:-1],
+        str(good).encode(), json.dumps({"Overall": 5, **{k: v for k, v in good.items() if k != "overall"}}).encode(),
+        whole[1][:-1],
     ]  # fmt: skip
     (tmp_path / "Lamps.json").write_bytes(b"\n".join([*whole[:3], *broken, *whole[3:]]))
     arguments = words("amazon2018", "Lamps", tmp_path, tmp_path / "out", broken_share=0.5, user_core=1, item_core=1)
     prepare_source(arguments)
     assert inter_of(tmp_path / "out/made") == [told(row) for row in ROWS]
     lines = json.loads((tmp_path / "out/made/stats.json").read_text())["lines"]["Lamps.json"]
-    assert lines == {"lines": len(ROWS) + 10, "broken": 10, "reasons": {
+    assert lines == {"lines": len(ROWS) + 11, "broken": 11, "reasons": {
         "are no JSON": {"lines": 2, "first": 4}, "are no JSON object": {"lines": 1, "first": 5},
         "have no 'overall'": {"lines": 1, "first": 6}, "are no utf-8 text": {"lines": 1, "first": 7},
         "have an id that is empty, no text, or has a tab in it or a space at an end": {"lines": 2, "first": 8},
         "have a value that cannot be read": {"lines": 1, "first": 9},
         "have a time or rating that is no number": {"lines": 1, "first": 12},
-        "have no 'overall' (but 'Overall')": {"lines": 1, "first": 13},
+        "are no JSON but Python's dictionaries, as Amazon's editions before 2018 have": {"lines": 1, "first": 13},
+        "have no 'overall' (but 'Overall')": {"lines": 1, "first": 14},
     }}  # fmt: skip
-    assert "Lamps.json: 10 of 122 lines are broken: 2 are no JSON (line 4 first), 1" in capsys.readouterr().err
+    assert "Lamps.json: 11 of 123 lines are broken: 2 are no JSON (line 4 first), 1" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"more than broken_share \(0.01\)") as error:
         prepare_source([*arguments[:-3], "--overwrite=true"])
     assert "\n" not in str(error.value)
@@ -80,7 +82,7 @@ def test_another_kind_of_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch
     amazon2018(tmp_path)
     # The edition of 2014 is Python, not JSON.
     write_lines(tmp_path / "Lamps.json.gz", ["{'reviewerID': 'u'}"] * 9)
-    with pytest.raises(UserError, match=r"Lamps.json.gz is no such file: .* 5 of 5 lines .* no JSON \(line 1 first\)"):
+    with pytest.raises(UserError, match=r"Lamps.json.gz is no such file: .* 5 of 5 lines .* before 2018 have \(line 1"):
         prepare_source(words("amazon2018", "Lamps", tmp_path, tmp_path / "out", broken_share=1))
 
 

@@ -35,6 +35,7 @@ from raw_files import (
 
 from recbole_llm.cli import main
 from recbole_llm.config import Config
+from recbole_llm.data import create_dataset
 from recbole_llm.data.item_text import read_columns, read_rows
 from recbole_llm.errors import UserError
 from recbole_llm.sources import base
@@ -42,6 +43,7 @@ from recbole_llm.sources.amazon import Amazon2018
 from recbole_llm.sources.goodreads import seconds
 from recbole_llm.sources.prepare import prepare_source
 from recbole_llm.sources.text import clean
+from recbole_llm.training.identifiers import make_ids
 from recbole_llm.training.language import read_item_text
 from recbole_llm.training.pipeline import prepared
 from recbole_llm.training.task_texts import read_task_texts
@@ -71,8 +73,8 @@ def test_texts_of_shops(form: str, tmp_path: Path) -> None:
     made = tmp_path / "out" / "made"
     expected = [f"Bright. {user} says {item} & more" for user, item, *_ in ROWS]
     assert inter_of(made, "review") == [(text,) for text in expected]
-    shop = {item: (TITLES[item], "history, france" if source == "goodreads" else "Home, Lamps", "First < part. Second")
-            for item in ITEMS}  # fmt: skip
+    categories = "history, france" if source == "goodreads" else "Home | Lamps, Bulbs"
+    shop = {item: (TITLES[item], categories, "First < part. Second") for item in ITEMS}
     assert read_columns(made / "made.item", "item_id", ["title", "categories", "description"]) == shop
     if source != "goodreads":
         assert set(read_columns(made / "made.item", "item_id", ["brand", "price"]).values()) in (
@@ -81,6 +83,37 @@ def test_texts_of_shops(form: str, tmp_path: Path) -> None:
         )
     card = json.loads((made / "stats.json").read_text())
     assert card["texts"]["review"]["share"] == 1 and card["texts"]["description"]["mean_words"] == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "categories"),
+    [("amazon2018", ["Home", "Lamps, Bulbs"]), ("amazon2023", ["Home", "Lamps, Bulbs"]),
+     ("goodreads", ["history", "france"]), ("ml-1m", ["Action", "Sci-Fi"]), ("ml-latest", ["Action", "Sci-Fi"])],
+)  # fmt: skip
+def test_semantic_ids_are_made_of_whole_categories(form: str, categories: list[str], tmp_path: Path) -> None:
+    source, write = FORMATS[form]
+    prepare_source(words(source, write(tmp_path / "raw"), tmp_path / "raw", tmp_path / "out"))
+    settings = {"data_path": str(tmp_path / "out"), "gpu_id": "", "item_tokens": "semantic"}
+    config = Config("P5", "made", config_dict=settings, command_line=[])
+    tokens = make_ids(config, create_dataset(config), ["[PAD]", *ITEMS])
+    assert tokens.strings(1)[:-1] == [f"<{category}>" for category in categories]
+    # A model without item tokens passes them over.
+    assert "id_categories" not in Config(
+        "BPR", "made", config_dict={"data_path": str(tmp_path / "out")}, command_line=[]
+    )
+
+
+def test_reviews_and_metadata_may_have_folders_of_their_own(tmp_path: Path) -> None:
+    """As the repository of Amazon 2023's authors has them, asked for by any of its folders."""
+    write = FORMATS["amazon2023"][1]
+    category = write(tmp_path)
+    for kind, name in (("review", f"{category}.jsonl.gz"), ("meta", f"meta_{category}.jsonl.gz")):
+        (tmp_path / f"all/raw/{kind}_categories").mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / f"all/raw/{kind}_categories" / name)
+    for place in ("all", "all/raw", "all/raw/review_categories"):
+        prepare_source(words("amazon2023", category, tmp_path / place, tmp_path / "out" / place.replace("/", "-")))
+        made = tmp_path / "out" / place.replace("/", "-") / "made"
+        assert set(read_columns(made / "made.item", "item_id", ["title"]).values()) == {(TITLES[i],) for i in ITEMS}
 
 
 @pytest.mark.parametrize("form", ["ml-1m", "ml-100k", "ml-latest"])
@@ -315,7 +348,7 @@ def test_a_run_takes_it_as_it_is(lamps: Path, tmp_path: Path, capsys: pytest.Cap
                 "--valid_metric=NDCG@5"]  # fmt: skip
     assert main(["inspect", "dataset", "made", f"--data_path={lamps}"]) == 0
     shown = capsys.readouterr().out
-    assert f"{TITLES['b1']} Brand: Lumo; categories: Home, Lamps; First < part. Second" in shown
+    assert f"{TITLES['b1']} Brand: Lumo; categories: Home | Lamps, Bulbs; First < part. Second" in shown
     assert "0 of 12 items have none" in shown
     assert main(["run", "--model=BPR", *common, *settings]) == 0
     assert "made: test, 14 rankings of the whole catalogue" in capsys.readouterr().out

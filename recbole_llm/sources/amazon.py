@@ -15,7 +15,7 @@ from recbole_llm.sources.base import (
     Review,
     Source,
     categories_in,
-    find_file,
+    find_in,
     refuse_category,
 )
 from recbole_llm.sources.lines import json_object, required
@@ -26,6 +26,8 @@ _PRICE = re.compile(r"\$?\s*[\d,]*\.?\d+(\s*-\s*\$?\s*[\d,]*\.?\d+)?")
 _BY = re.compile(r"^\s*by\s*\n\s*")
 _TEMPLATE = "{title}[ Brand: {brand};][ categories: {categories};][ {description}]"
 _FALLBACK = "an untitled product"
+# Categories have commas of their own ("Arts, Crafts & Sewing").
+_BETWEEN = " | "
 
 
 def _price(value: Any) -> str:
@@ -44,6 +46,8 @@ class _Amazon(Source):
         fields: names of user, item, rating and time.
         units: of the time in a second.
         told: names of a review's heading and text.
+        review_folders: below the input folder, where a category's reviews may be.
+        meta_folders: the same of its metadata.
     """
 
     ending: str
@@ -52,16 +56,19 @@ class _Amazon(Source):
     fields: tuple[str, str, str, str]
     units = 1
     told: tuple[str, str]
+    review_folders: tuple[str, ...] = (".",)
+    meta_folders: tuple[str, ...] = (".",)
 
     def files(self, folder: Path, category: str) -> RawFiles:
         """See :meth:`Source.files`."""
         names = dict.fromkeys(f"{category}{core}{self.ending}" for core in ("", self.core))
-        reviews = find_file(folder, tuple(names)) if category else None
+        places = [place for name in self.review_folders if (place := folder / name).is_dir()]
+        reviews = find_in(places, tuple(names)) if category else None
         if reviews is None:
             core = f"(?:{self.core})?" if self.core else ""
-            known = categories_in(folder, (rf"(?!meta_)(.+?){core}{re.escape(self.ending)}",))
+            known = categories_in(places, (rf"(?!meta_)(.+?){core}{re.escape(self.ending)}",))
             raise refuse_category(folder, category, known, f"{category or self.example}{self.ending}.gz", self)
-        meta = find_file(folder, (f"meta_{category}{self.ending}",))
+        meta = find_in((folder / name for name in self.meta_folders), (f"meta_{category}{self.ending}",))
         return RawFiles(
             RawFile(reviews, self._interaction),
             items=RawFile(meta, self._item) if meta else None,
@@ -105,6 +112,7 @@ class Amazon2018(_Amazon):
             "price": "token",
         },
         title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
+        categories="categories", category_separator=_BETWEEN,
     )  # fmt: skip
 
     def _item(self, line: str) -> Described:
@@ -115,7 +123,7 @@ class Amazon2018(_Amazon):
             {
                 "title": "" if is_page_junk(title) else title,
                 "brand": _BY.sub("", flat(made.get("brand"))),
-                "categories": flat(made.get("category"), ", "),
+                "categories": flat(made.get("category"), _BETWEEN),
                 "description": flat(made.get("description")),
                 "price": _price(made.get("price")),
             },
@@ -123,11 +131,17 @@ class Amazon2018(_Amazon):
 
 
 class Amazon2023(_Amazon):
-    """Files ``CATEGORY.jsonl.gz`` and ``meta_CATEGORY.jsonl.gz``; an item is a ``parent_asin``, a time milliseconds."""
+    """Files ``CATEGORY.jsonl.gz`` and ``meta_CATEGORY.jsonl.gz``; an item is a ``parent_asin``, a time milliseconds.
+
+    They may lie in one folder, or as the authors' repository of data sets has them: reviews in ``review_categories``,
+    metadata in ``meta_categories`` beside it, both below ``raw``.
+    """
 
     ending, example = ".jsonl", "Video_Games"
     fields = ("user_id", "parent_asin", "rating", "timestamp")
     units = 1000
+    review_folders = (".", "review_categories", "raw/review_categories")
+    meta_folders = (".", "meta_categories", "raw/meta_categories", "../meta_categories")
     told = ("title", "text")
     title = "Amazon reviews 2023"
     licence = (
@@ -141,6 +155,7 @@ class Amazon2023(_Amazon):
             "description": "token_seq", "price": "token",
         },
         title="title", description="description", item_text=_TEMPLATE, fallback=_FALLBACK,
+        categories="categories", category_separator=_BETWEEN,
     )  # fmt: skip
 
     def _item(self, line: str) -> Described:
@@ -150,7 +165,7 @@ class Amazon2023(_Amazon):
             {
                 "title": flat(made.get("title")),
                 "brand": flat(made.get("store")),
-                "categories": flat(made.get("categories"), ", "),
+                "categories": flat(made.get("categories"), _BETWEEN),
                 "features": flat(made.get("features")),
                 "description": flat(made.get("description")),
                 "price": _price(made.get("price")),

@@ -102,6 +102,8 @@ class Columns:
         user: column of the ``.user`` file to its RecBole type.
         title: the item column that is cut, and required under ``item_metadata: title``.
         description: the item column that describes, if there is one.
+        categories: the item column of categories, the widest first, if there is one.
+        category_separator: what stands between two of them; no category has it.
         item_text: template of an item's text.
         fallback: the text of an item that has none.
     """
@@ -111,6 +113,8 @@ class Columns:
     item_text: str
     fallback: str
     description: str = ""
+    categories: str = ""
+    category_separator: str = ","
     user: dict[str, str] = field(default_factory=dict)
 
 
@@ -144,21 +148,23 @@ class Source(ABC):
 
 def find_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of some files that is there, each plain or as ``.gz``."""
-    for name in names:
-        for path in (folder / f"{name}.gz", folder / name):
-            if path.is_file():
-                return path
-    return None
+    return find_in([folder], names)
 
 
-def categories_in(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """The categories that a folder has files of.
+def find_in(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
+    """The first of some files that is in one of some folders, each plain or as ``.gz``."""
+    places = (folder / each for folder in folders for name in names for each in (f"{name}.gz", name))
+    return next((path for path in places if path.is_file()), None)
+
+
+def categories_in(folders: Sequence[Path], patterns: Iterable[str]) -> list[str]:
+    """The categories that folders have files of.
 
     Args:
-        folder: with raw files.
+        folders: with raw files.
         patterns: regular expressions of file names, without ``.gz``, whose first group is the category.
     """
-    names = {path.name.removesuffix(".gz") for path in folder.iterdir() if path.is_file()}
+    names = {path.name.removesuffix(".gz") for folder in folders for path in folder.iterdir() if path.is_file()}
     matches = (re.fullmatch(pattern, name) for pattern in patterns for name in names)
     return sorted({match[1] for match in matches if match})
 

@@ -52,7 +52,7 @@ class Goodreads(Source):
             "title": "token_seq", "publication_year": "token", "categories": "token_seq", "description": "token_seq",
             "publisher": "token_seq", "language": "token",
         },
-        title="title", description="description",
+        title="title", description="description", categories="categories",
         item_text="{title}[ ({publication_year})][ categories: {categories};][ {description}]",
         fallback="an untitled book",
     )  # fmt: skip
@@ -61,7 +61,7 @@ class Goodreads(Source):
         """See :meth:`Source.files`."""
         found = find_file(folder, (f"goodreads_interactions_{category}.json",)) if category else None
         if found is None:
-            known = categories_in(folder, (r"goodreads_interactions_(.+)\.json",))
+            known = categories_in([folder], (r"goodreads_interactions_(.+)\.json",))
             wanted = f"goodreads_interactions_{category or 'history_biography'}.json.gz"
             raise refuse_category(folder, category, known, wanted, self)
         books = find_file(folder, (f"goodreads_books_{category}.json",))

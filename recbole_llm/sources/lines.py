@@ -187,9 +187,11 @@ def json_object(line: str) -> dict[str, Any]:
     """A line of JSON that should be an object.
 
     Raises:
-        BrokenLineError: it is another value, or two values.
+        BrokenLineError: it is another value, or two values; or what Python prints of a dictionary, as older files have.
         json.JSONDecodeError: it is no JSON.
     """
+    if line.startswith("{'"):
+        raise BrokenLineError("are no JSON but Python's dictionaries, as Amazon's editions before 2018 have")
     made = json.loads(line)
     if not isinstance(made, dict):
         raise BrokenLineError("are no JSON object")

@@ -51,6 +51,7 @@ class MovieLens(Source):
         item={"movie_title": "token_seq", "release_year": "token", "genre": "token_seq"},
         user={"age": "token", "gender": "token", "occupation": "token", "zip_code": "token"},
         title="movie_title", item_text="{movie_title}[ ({release_year})][, {genre}]", fallback="an untitled film",
+        categories="genre", category_separator=" ",
     )  # fmt: skip
 
     def files(self, folder: Path, category: str) -> RawFiles:

@@ -194,6 +194,9 @@ def settings_text(name: str, head: list[str], columns: Columns, rated: bool, wit
         lines.append(f"item_title: {_quoted('{' + columns.title + '}')}")
         if columns.description in filled:
             lines.append(f"item_description: {_quoted('{' + columns.description + '}')}")
+    if columns.categories in filled:
+        lines.append(f"id_categories: {columns.categories}")
+        lines.append(f"id_category_separator: {_quoted(columns.category_separator)}")
     return "\n".join(lines) + "\n"
 
 

@@ -132,6 +132,8 @@ def inputs_of(config: Any, dataset: Any, backbone: Backbone | None = None) -> di
         made["split"] = dataset.split.fingerprint, dataset.split.count(TRAIN)
         if config["code_method"] == "sequential":
             made["walk"] = _walk(config, dataset).tolist()
+        else:
+            made["solver"] = "largest"  # Of other eigenvectors, where several are as good, other clusters come.
     if config["code_method"] == "semantic":
         made["categories"] = _categories(config, dataset.field2id_token[dataset.iid_field].tolist())
     if backbone is not None:
