@@ -36,8 +36,11 @@ SETTINGS = {
 WIDTH = 8  # of descriptions
 
 
-def make(kind: type = HCCF, double: bool = True, seed: int = 1, **more: Any) -> Any:
-    """A model on a small random graph, in evaluation mode, its tables large enough that every part of it matters."""
+def make(kind: type = HCCF, double: bool = True, seed: int = 1, fresh: bool = False, **more: Any) -> Any:
+    """A model on a small random graph, in evaluation mode, its tables large enough that every part of it matters.
+
+    Those of a ``fresh`` one are as the model makes them.
+    """
     users, items = pairs()
     matrix = sp.coo_matrix((np.ones(len(users)), (users, items)), shape=(N_USERS, N_ITEMS))
     dataset: Any = SimpleNamespace(
@@ -47,9 +50,10 @@ def make(kind: type = HCCF, double: bool = True, seed: int = 1, **more: Any) -> 
     model = kind(SETTINGS | more, dataset)
     if hasattr(model, "take_item_texts"):
         model.take_item_texts(*descriptions())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
+    if not fresh:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5)
     if double:
         model.double()
         adjacency = normalised_adjacency(users, items, N_USERS, N_ITEMS)
@@ -178,6 +182,18 @@ class TestBatch:
         })  # fmt: skip
         loss = model.calculate_loss(nobody)
         assert loss.isfinite() and all(grad.isfinite().all() for grad in gradients(model, loss))
+
+    @pytest.mark.parametrize("kind", [HCCF, HCCFPlus])
+    def test_the_padding_rows_belong_to_no_hyperedge(self, kind: type) -> None:
+        model = make(kind, fresh=True, drop_ratio=0.3).train()
+        tables = [model.user_embedding.weight, model.item_embedding.weight]
+        assert not any(table[0].any() for table in tables) and all(table[1:].any(dim=1).all() for table in tables)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.calculate_loss(batch()).backward()
+            optimizer.step()
+        assert not any(table[0].any() for table in tables)
 
     def test_scores_are_those_of_the_final_embeddings_and_are_made_anew_after_a_step(self) -> None:
         model, rows = make(double=False), batch(8)

@@ -47,6 +47,9 @@ class HCCF(PropagatedRecommender):
         self.item_hyperedges = nn.Parameter(torch.empty(size))
         for parameter in self.parameters():
             nn.init.xavier_uniform_(parameter)
+        with torch.no_grad():
+            # The padding user and item are no nodes. At zero they belong to no hyperedge, and get no gradient either.
+            self.user_embedding.weight[0], self.item_embedding.weight[0] = 0, 0
 
     def _kept(self) -> torch.Tensor:
         """The graph of one layer; in training without some of the edges, the others weighing as much more."""
