@@ -34,7 +34,7 @@ from recbole_llm.config_strict import StrictSettings  # noqa: E402
 from recbole_llm.data.split import SplitProtocol  # noqa: E402
 from recbole_llm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_llm.evaluation.metrics import USER_METRICS  # noqa: E402
-from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, model_specs  # noqa: E402
+from recbole_llm.keys import RECBOLE_PROPERTIES, base_specs, known_keys, model_files, part_specs  # noqa: E402
 from recbole_llm.named_files import check_weights  # noqa: E402
 from recbole_llm.refusals import check_models_own, check_runs, check_unread, with_columns  # noqa: E402
 from recbole_llm.schema import Spec, load_yaml, parse_value, properties_dir, read_specs, read_yaml  # noqa: E402
@@ -415,6 +415,7 @@ class Config(StrictSettings, RecBoleConfig):
             key: copy.deepcopy(self.final_config_dict[key]) for key in PROTOCOL_KEYS if key in self.final_config_dict
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
+        shared |= {"item_text", "item_text_fallback", "item_text_max_words"}
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
         # Only tuned files and recipes have such keys among what is shipped.
         inner |= {
@@ -422,12 +423,10 @@ class Config(StrictSettings, RecBoleConfig):
             for key, value in (self.internal_config_dict | self.external_config_dict).items()
             if key.startswith(f"{name}.")
         }
-        part_specs = model_specs(self[name]) | base_specs() | self._specs
-        inner = {
-            key: value
-            for key, value in inner.items()
-            if key in part_specs or key in shared or key in known_keys(self[name], registry.get_model(self[name]))
-        }
+        kind = registry.get_model(self[name])
+        known = {*part_specs(self[name], kind), *self._specs, *shared, *known_keys(self[name], kind)}
+        own_parts = registry.parts_of(kind)
+        inner = {key: value for key, value in inner.items() if key in known or key.partition(".")[0] in own_parts}
         return Config(self[name], self.dataset, config_dict=inner, command_line=[])
 
     def _dataset_keys(self) -> list[str]:

@@ -17,8 +17,10 @@ from recbole_llm.errors import UserError, did_you_mean
 _SPLITTING = frozenset({
     "policy", "eval_args", "split_seed", "short_users", "exclude_history", "train_share", "cold_item_share",
     "cold_item_choice", "merge_valid", "refit_on_valid", "load_col", "user_inter_num_interval",
-    "item_inter_num_interval", "val_interval", "rm_dup_inter",
+    "item_inter_num_interval", "val_interval", "rm_dup_inter", "time_scope",
 })  # fmt: skip
+# What a part shares with the run that it is a part of.
+_SHARED = frozenset({"dataset", "data_path", "output_dir"})
 
 _NUMBER = r"[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
 _INTERVAL = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]")
@@ -133,27 +135,24 @@ def check_split(part: str, name: str, given: Iterable[str]) -> None:
         prefix, _, rest = key.partition(".")
         if prefix == part and rest in _SPLITTING:
             raise UserError(f"{key} would train {name} on another split than the run's; set {rest} for the run")
+        if prefix == part and rest in _SHARED:
+            raise UserError(f"{key}: {name} has the run's {rest}; set {rest} for the run")
 
 
-def check_teacher(part: str, name: str, kind: Any, folds: int = 1) -> None:
+def check_teacher(part: str, name: str, kind: Any) -> None:
     """A part that teaches scores the whole catalogue.
 
     Args:
         part: its key.
         name: of its model.
         kind: the model's class; ``None`` for one that cannot be ranked with.
-        folds: ``cf_folds``.
     """
-    types = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT)
-    if kind is None or kind.type not in types or hasattr(kind, "stages"):
+    # One that has item tokens of its own would need their settings too.
+    tokens = hasattr(kind, "item_kind") or hasattr(kind, "take_item_tokens")
+    types = (ModelType.GENERAL, ModelType.TRADITIONAL, ModelType.SEQUENTIAL, ModelType.CONTEXT, ModelType.KNOWLEDGE)
+    if kind is None or kind.type not in types or tokens:
         raise UserError(
-            f"{part} should be a recommender that scores every item and trains by itself, such as SASRec, LightGCN or "
-            f"EASE, not {name}"
-        )
-    if folds > 1 and kind.type == ModelType.SEQUENTIAL:
-        raise UserError(
-            f"cf_folds: {folds} is for a {part} that has seen what it teaches; {name} is told of what stood before an "
-            "interaction alone: set cf_folds: 1"
+            f"{part} should be a recommender that scores every item, such as SASRec, LightGCN or EASE, not {name}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from recbole_llm import registry
 from recbole_llm.config_checks import check_negatives, check_split, check_table, check_teacher
 from recbole_llm.errors import UserError, did_you_mean, nearest_setting
-from recbole_llm.keys import base_specs, known_keys, model_specs, other_models_keys
+from recbole_llm.keys import known_keys, other_models_keys, part_specs
 from recbole_llm.limits import REFUSED
 from recbole_llm.schema import Spec, parse_value
 
@@ -63,7 +63,10 @@ class StrictSettings:
             owned = f"; its parts: {', '.join(parts)}" if parts else ""
             raise UserError(f"unknown setting '{key}': {model} has no part '{prefix}'{owned}")
         specs, known = self._part(prefix)
-        if rest not in known:
+        # What stands behind two dots is looked at when that part's own configuration is made.
+        if rest not in known and rest.partition(".")[0] not in registry.parts_of(
+            registry.get_model(self._setting(prefix))
+        ):
             raise UserError(f"unknown setting '{key}' for {self._setting(prefix)}{nearest_setting(rest, known)}")
         if isinstance(self.external_config_dict[key], str):
             self.external_config_dict[key] = parse_value(self.external_config_dict[key], specs.get(rest))
@@ -72,8 +75,9 @@ class StrictSettings:
     def _part(self, part: str) -> tuple[dict[str, Spec], set[str]]:
         """Types of the keys of the model that is this part, and all keys that it knows."""
         name = self._setting(part)
-        specs = base_specs() | model_specs(name)
-        return specs, known_keys(name, registry.get_model(name)) | set(specs)
+        kind = registry.get_model(name)
+        specs = part_specs(name, kind)
+        return specs, known_keys(name, kind) | set(specs)
 
     def _check_model(self, model: str, model_class: Any) -> None:
         """Refuse what cannot be run, before any work starts."""
@@ -99,7 +103,7 @@ class StrictSettings:
             check_split(part, name, self.external_config_dict)
             if part in (*getattr(model_class, "teachers", ()), *getattr(model_class, "guides", ())):
                 kind = None if name in REFUSED else kind
-                check_teacher(part, name, kind, self._setting("cf_folds") or 1)
+                check_teacher(part, name, kind)
                 continue
             check_table(part, name, kind, part in getattr(model_class, "item_parts", ()))
 

@@ -69,6 +69,14 @@ def model_specs(model: str, model_class: type | None = None) -> dict[str, Spec]:
     return specs
 
 
+def part_specs(model: str, model_class: type) -> dict[str, Spec]:
+    """Types of what can be set of a model that is a part of another: its own keys and those of its language model."""
+    specs = base_specs() | model_specs(model)
+    if hasattr(model_class, "stage_loss"):
+        specs |= read_specs(properties_dir() / "training.yaml")
+    return specs | read_specs(properties_dir() / "llm" / "embedded.yaml") if "llm" in specs else specs
+
+
 def known_keys(model: str, model_class: type) -> set[str]:
     """Every key that a run of this model can mean something by.
 

@@ -187,7 +187,7 @@ def test_what_is_off_is_no_part_of_a_run() -> None:
         (["cf_guidance_beta=0"], ["cf_guidance_beta should be float > 0"]),
         (["cf_guidance=.5", "constraint=level"], ["cf_guidance below 1 needs constraint: trie"]),
         (["cf_guidance=.5", "eval_unit=row"], ["cf_guidance below 1 needs eval_unit: user"]),
-        (["cf_guidance=.5", "cf_model=GLTA"], ["cf_model should be a recommender that scores every item", "GLTA"]),
+        (["cf_guidance=.5", "cf_model=TIGER"], ["cf_model should be a recommender that scores every item", "TIGER"]),
         (["cf_guidance=.5", "cf_model.epoch=3"], ["unknown setting 'cf_model.epoch'", "'epochs'"]),
     ],
 )

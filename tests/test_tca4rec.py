@@ -45,7 +45,21 @@ from recbole_llm.training.teacher_labels import cached_labels
 BASES = {"AlignTokenRec": (AlignTokenRec, {}), "LCRec": (LCRec, {"prompts": "lcrec", "tasks": [SEQUENTIAL]})}
 # Another temperature than 1 has to be that of the loss against soft labels too.
 BASES["LETTER"] = (LETTER, {"prompts": "lcrec", "tasks": [SEQUENTIAL], "loss_temperature": 0.7})
-TEACHERS = ("SASRec", "BERT4Rec", "GRU4Rec", "LightGCN", "DCCF", "BPR", "ItemKNN", "EASE", "Pop", "FM")
+TEACHERS = (
+    "SASRec",
+    "BERT4Rec",
+    "GRU4Rec",
+    "LightGCN",
+    "DCCF",
+    "BPR",
+    "ItemKNN",
+    "EASE",
+    "Pop",
+    "FM",
+    "LightGCNPlus",
+    "RLMRecGen",
+    "GLTA",
+)
 
 
 def own() -> dict[str, Any]:
@@ -358,15 +372,17 @@ def test_a_teacher_reads_nothing_from_the_target_on_and_learns_nothing(
 def test_whatever_scores_the_catalogue_can_teach(
     name: str, settings_of: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = {f"cf_model.{key}": value for key, value in (SMALL.get(name, {}) | {"eval_step": 0, "epochs": 1}).items()}
+    quick = SMALL.get(name, {}) | {"eval_step": 0, "epochs": 1} | ({"history_length": 5} if name == "GLTA" else {})
+    more = {f"cf_model.{key}": value for key, value in quick.items()}
     given = {key: value for key, value in small(settings_of).items() if not key.startswith("cf_model.")}
     config = Config("TCA4Rec", "small", config_dict=given | more | {"cf_model": name})
     _, train_data, _, _ = prepared(config)
     made = fit(config.part("cf_model"), store_of(config))
     with caplog.at_level("INFO", logger="recbole_llm"):
         teacher = Teacher(made, train_data._dataset)
-    sequential = name in ("SASRec", "BERT4Rec", "GRU4Rec")
-    assert ("has seen all train interactions" in caplog.text) == (not sequential)
+    sequential = name in ("SASRec", "BERT4Rec", "GRU4Rec", "GLTA")
+    told = "is told of what stood before an interaction" if sequential else "reads no history"
+    assert f"{name} {told}, and was trained on all train interactions" in caplog.text
     moments = train_data.stops[[3, 40, 41, 3]]
     found = teacher.logits(moments)
     assert found.shape == (4, train_data._dataset.item_num) and found.dtype == torch.float32
@@ -504,18 +520,22 @@ def test_a_run_is_found_with_its_base() -> None:
         ("base_model=GLTA", ["do; GLTA does not"]),
         ("base_model=TCA4Rec", ["base_model should generate items", "TCA4Rec is what wraps one"]),
         ("base_model=AlignTokenRce", ["unknown model 'AlignTokenRce'", "'AlignTokenRec'"]),
-        ("cf_model=GLTA", ["cf_model should be a recommender that scores every item", "not GLTA"]),
+        ("cf_model=SASRecCodes", ["cf_model should be a recommender that scores every item", "not SASRecCodes"]),
         ("cf_model=AlignTokenRec", ["cf_model should be", "not AlignTokenRec"]),
         ("cf_model=XGBoost", ["XGBoost"]),
         ("cf_model=DIEN", ["cf_model should be", "not DIEN"]),
         ("cf_model=SASRce", ["unknown model 'SASRce'", "'SASRec'"]),
         ("cf_model.epoch=3", ["unknown setting 'cf_model.epoch'", "'epochs'"]),
         ("cf_model.split_seed=3", ["another split", "split_seed"]),
+        ("cf_model.time_scope=global", ["another split", "time_scope"]),
+        ("cf_model.dataset=ml-100k", ["cf_model.dataset: SASRec has the run's dataset"]),
+        ("cf_model.data_path=elsewhere", ["cf_model.data_path: SASRec has the run's data_path"]),
         ("alpha=1.5", ["alpha should be float 0..1", "1.5"]),
         ("alpha=-0.1", ["alpha should be float 0..1"]),
         ("teacher_cache_mib=-1", ["teacher_cache_mib should be int >= 0"]),
         ("beta=0", ["beta should be float > 0"]),
         ("beta=.inf", ["beta is the temperature", "not inf"]),
+        ("beta=1e-320", ["beta is the temperature", "not 1e-320"]),
         ("tau=0", ["tau should be float > 0"]),
         ("tca_loss=ce", ["tca_loss should be", "log_mixture", "soft_ce", "kl"]),
     ],
@@ -532,6 +552,10 @@ def test_wrong_input_gets_one_line(setting: str, words: list[str], capsys: pytes
         (["soft_history=true", "train_positions=response"], "soft_history mixes labels of the items shown"),
         (["soft_history=true", "official_quirks=true"], "official_quirks is the release"),
         (["skip_forced=true", "official_quirks=true"], "official_quirks is the release, where forced tokens count"),
+        (
+            ["base_model=P5", "tasks=[straightforward]"],
+            "has no next item, whose labels TCA4Rec changes; add sequential",
+        ),
     ],
 )
 def test_settings_that_go_against_each_other_are_refused(

@@ -252,6 +252,11 @@ def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:
 def _check_choices(config: Any) -> None:
     if config["official_quirks"] and config["skip_forced"]:
         raise UserError("official_quirks is the release, where forced tokens count: set skip_forced: false")
+    if config["tasks"] and "sequential" not in config["tasks"]:
+        raise UserError(
+            f"tasks: {config['tasks']} has no next item, whose labels TCA4Rec changes; add sequential, or train "
+            f"{config['base_model']} itself"
+        )
     if not config["soft_history"]:
         return
     if config["train_positions"] != "all":

@@ -26,6 +26,8 @@ from recbole_llm.itemid.item_tokens import ItemTokens
 # A node whose share of the whole is below this has its items summed by themselves: a difference of two sums is as good
 # as the whole, 1e-16 of it a term, which leaves ten digits of a share of this size.
 SMALL = 1e-6
+# So has a child whose own share is below this: seven digits are left of it, as many as the result has.
+FEW = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,8 @@ def check_beta(beta: float) -> None:
     Raises:
         UserError: it is not above 0, or infinite.
     """
-    if not 0 < beta < float("inf"):
+    # Of a number that is too small the inverse, which is what logits are multiplied by, is infinite.
+    if not 0 < beta < float("inf") or 1 / beta == float("inf"):
         raise UserError(f"beta is the temperature of a softmax over items and must be above 0, not {beta}")
 
 
@@ -314,11 +317,14 @@ class CollaborativeTokenizer:
         torch.sub(below[1:], below[:-1], out=found[:-1])
         last = children.offsets[1:] - 1
         found[last] = high - below[last]
-        # A parallel sum need not ascend to the last digit.
-        found.clamp_(min=0).div_(masses.clamp(min=1e-300).index_select(0, children.positions))
+        wholes = sums[rows + (width - 1)]
+        few = (found <= (FEW * wholes).index_select(0, children.positions)).nonzero().squeeze(1)
+        if len(few):
+            found[few] = self._summed(scores, positions, children, few)
+        found.div_(masses.clamp(min=1e-300).index_select(0, children.positions))
         forced = children.offsets.diff() == 1
         found[children.offsets[:-1][forced]] = 1.0
-        small = ((masses <= SMALL * sums[rows + (width - 1)]) & ~forced).nonzero().squeeze(1)
+        small = ((masses <= SMALL * wholes) & ~forced).nonzero().squeeze(1)
         if len(small):
             entries = _runs(children.offsets[small], children.offsets.diff()[small])
             found[entries] = self._small(scores, positions, children, entries)
@@ -338,6 +344,21 @@ class CollaborativeTokenizer:
         own = logits.gather(1, targets.unsqueeze(1))
         return logits.scatter(1, history, -torch.inf).scatter_(1, targets.unsqueeze(1), own)
 
+    def _items_below(
+        self, scores: _Scores, positions: Positions, children: Children, entries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The exponents of all items below some children, float64 [n], and before them whose each is, int64 [n]."""
+        begins, ends = self.trie.ranges(children.nodes[entries])
+        counts = ends - begins
+        owner = torch.arange(len(entries), device=entries.device).repeat_interleave(counts)
+        places = torch.arange(len(owner), device=entries.device) + (ends - counts.cumsum(0))[owner]
+        return owner, scores.at(positions.samples[children.positions[entries]][owner], places)
+
+    def _summed(self, scores: _Scores, positions: Positions, children: Children, entries: Tensor) -> Tensor:
+        """Masses of some children, float64 [e], summed over their items alone; arguments as for :meth:`_small`."""
+        owner, values = self._items_below(scores, positions, children, entries)
+        return values.new_zeros(len(entries)).index_add_(0, owner, values.exp())
+
     def _small(self, scores: _Scores, positions: Positions, children: Children, entries: Tensor) -> Tensor:
         """Probabilities by log-sum-exp over the items themselves, for all children of some positions.
 
@@ -350,11 +371,7 @@ class CollaborativeTokenizer:
             float64 [e].
         """
         nodes, at = children.nodes[entries], children.positions[entries]
-        begins, ends = self.trie.ranges(nodes)
-        counts = ends - begins
-        owner = torch.arange(len(entries), device=entries.device).repeat_interleave(counts)
-        places = torch.arange(len(owner), device=entries.device) + (ends - counts.cumsum(0))[owner]
-        values = scores.at(positions.samples[at][owner], places)
+        owner, values = self._items_below(scores, positions, children, entries)
         most = values.new_full((len(positions),), -torch.inf).scatter_reduce_(0, at[owner], values, "amax")
         base = most.where(most > -torch.inf, 0)
         masses = values.new_zeros(len(entries)).index_add_(0, owner, (values - base[at[owner]]).exp())

@@ -94,7 +94,7 @@ class SoftLabelLoss:
             raise ValueError(f"logits {tuple(logits.shape)} for {len(soft)} label positions")
         flat = torch.cat((torch.arange(len(soft), device=logits.device), soft.positions)) * logits.shape[1]
         flat += torch.cat((soft.labels, soft.tokens))
-        read, partition = _Read.apply(logits.float(), flat, self.tau, not self.legal_only)
+        read, partition = _Read.apply(logits, flat, self.tau, not self.legal_only)
         own, others = read.split((len(soft), len(soft.tokens)))
         if self.legal_only:
             nothing = torch.full_like(own, -torch.inf)
@@ -144,9 +144,10 @@ def _log_sum(first: Tensor, others: Tensor, positions: Tensor) -> Tensor:
 
 
 class _Read(torch.autograd.Function):
-    """Logits over tau at some places, and the log of the sum of the exponentials of whole rows.
+    """Logits over tau at some places, and the log of the sum of the exponentials of whole rows, in float32.
 
-    Both in one function, as its gradient then is one array of the logits' size and not the sum of two.
+    Both in one function, as its gradient then is one array of the logits' size and type and not the sum of two. Logits
+    of half precision are made single ones a piece at a time.
     """
 
     @staticmethod
@@ -154,25 +155,37 @@ class _Read(torch.autograd.Function):
         rows = max(1, PIECE // max(logits.shape[1], 1))
         partition = None
         if whole:
-            pieces = [(piece if tau == 1 else piece / tau).logsumexp(1) for piece in logits.split(rows)]
-            partition = torch.cat(pieces)
+            pieces = (piece.float() for piece in logits.split(rows))
+            partition = torch.cat([(piece if tau == 1 else piece / tau).logsumexp(1) for piece in pieces])
         ctx.save_for_backward(logits, flat, partition)
         ctx.tau, ctx.rows = tau, rows
-        return logits.reshape(-1).index_select(0, flat) / tau, partition
+        return logits.reshape(-1).index_select(0, flat).float() / tau, partition
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_read: Tensor, by_partition: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, flat, partition = ctx.saved_tensors
-        if partition is None:
-            made = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        else:
+        rows, width = ctx.rows, logits.shape[1]
+        made = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if partition is not None:
             assert by_partition is not None
             base = partition.where(partition > -torch.inf, 0).unsqueeze(1)
             scale = (by_partition / ctx.tau).unsqueeze(1)
-            made = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            # Piece by piece, so that each is written over and over in the cache and once to memory.
-            for piece, given, less, by in zip(*(each.split(ctx.rows) for each in (made, logits, base, scale))):
-                torch.sub(given if ctx.tau == 1 else given / ctx.tau, less, out=piece).exp_().mul_(by)
-        made.view(-1).index_add_(0, flat, by_read / ctx.tau)
+        flat, order = flat.sort()
+        by_read = (by_read / ctx.tau)[order]
+        firsts = range(0, len(logits), rows)
+        ends = torch.searchsorted(flat, torch.tensor([*firsts, len(logits)], device=flat.device) * width).tolist()
+        # Piece by piece, so that each is written over and over in the cache and once to memory.
+        for number, first in enumerate(firsts):
+            part = slice(first, first + rows)
+            piece = made[part] if made.dtype == torch.float32 else made[part].float()
+            if partition is None:
+                piece.zero_()
+            else:
+                given = logits[part].float()
+                torch.sub(given if ctx.tau == 1 else given / ctx.tau, base[part], out=piece).exp_().mul_(scale[part])
+            own = slice(ends[number], ends[number + 1])
+            piece.view(-1).index_add_(0, flat[own] - first * width, by_read[own])
+            if piece.dtype != made.dtype:
+                made[part] = piece
         return made, None, None, None

@@ -205,6 +205,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     rankings = Rankings.of(measured, fitted.test_data, fitted.dataset) if split and test_users else None
     if processes.is_main():
         for name, made in getattr(trainer, "artefacts", {}).items():
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / name, partial(shutil.copyfile, made))
         _write_result(folder / "result.json", "", result, arrays, rankings)
     if result_file and processes.is_main():

@@ -27,7 +27,7 @@ class Teacher:
     """A frozen recommender's scores over the catalogue, in float32 and without gradients.
 
     A sequential one reads what a user had before the interaction in question. Any other has seen all train rows, the
-    interaction among them; the log says so.
+    interaction among them. Either was trained to expect that very interaction; the log says so.
 
     Args:
         fit: the recommender, trained on the train rows, or on all but a fold of them.
@@ -50,10 +50,11 @@ class Teacher:
         self.device = torch.device(fit.config["device"])
         self.fingerprint = fit.fingerprint
         self._loader, self._dataset = PrefixLoader(fit.config, own), own
-        if not self._sequential and own is trained:
+        if own is trained:
+            told = "is told of what stood before an interaction" if self._sequential else "reads no history"
             logger.info(
-                "%s: %s reads no history, it has seen all train interactions: those that it teaches among them",
-                part, self.name,
+                "%s: %s %s, and was trained on all train interactions: those that it teaches among them",
+                part, self.name, told,
             )  # fmt: skip
 
     @torch.no_grad()
