@@ -199,6 +199,12 @@ def main() -> None:
     ):
         other = measure_pairs(call, lambda r=read, g=given: loop(root, sequences, logits, chosen, r, g), pairs)
         against[name] = round(median(ratios_of(*other)), 2)
+    # A teacher that is sure of itself: most children have next to nothing, and are summed by themselves.
+    sure = 5 * logits
+    other = measure_pairs(
+        lambda: tokenizer(sure, targets), lambda: loop(root, sequences, sure, chosen, ListNode.kept), pairs
+    )
+    against["kept_tensors_five_times_the_deviation"] = round(median(ratios_of(*other)), 2)
     detail = {
         "largest_difference_in_float32": rounded,
         "items": ITEMS, "vocabulary": SIZE, "samples": BATCH, "positions": len(soft), "entries": len(soft.tokens),

@@ -145,6 +145,14 @@ class Config(StrictSettings, RecBoleConfig):
         self.tuned_file: Path | None = None
         with compat.recbole_says():
             super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
+        for part in self.parts():
+            try:
+                check_runs(self[part], self["policy"])
+                # What stands behind two dots is read there, and a mistake in it is to be told before any work.
+                if registry.parts_of(registry.get_model(self[part])):
+                    self.part(part)
+            except UserError as error:
+                raise UserError(f"{part}: {error}") from None
 
     # --- reading -----------------------------------------------------------------------------------------------------
     def compatibility_settings(self) -> None:
@@ -415,7 +423,9 @@ class Config(StrictSettings, RecBoleConfig):
             key: copy.deepcopy(self.final_config_dict[key]) for key in PROTOCOL_KEYS if key in self.final_config_dict
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
+        # What texts say, controls of the study included: a part that reads them is told the same.
         shared |= {"item_text", "item_text_fallback", "item_text_max_words"}
+        shared |= {"text_drop", "text_shuffle", "text_noise_seed"}
         inner |= {key: value for key, value in self.external_config_dict.items() if key in shared}
         # Only tuned files and recipes have such keys among what is shipped.
         inner |= {

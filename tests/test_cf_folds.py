@@ -122,6 +122,20 @@ def test_no_row_of_a_fold_is_in_its_teachers_training(settings_of: Callable[...,
         FoldedTeacher([*fits, fits[0]], train_data._dataset)
 
 
+def test_what_a_teacher_trains_first_is_trained_without_the_fold_too(
+    settings_of: Callable[..., dict[str, Any]],
+) -> None:
+    own = {"epochs": 1, "eval_step": 0, "history_length": 5}
+    quick = {f"cf_model.{key}": value for key, value in (SMALL["GLTA"] | own).items()}
+    config = taught_by(settings_of, "GLTA", **quick)
+    whole = prepared(config)[1]._dataset.split
+    fitted = fit_parts_of(config, store_of(config))("cf_model", (0, 2))
+    graph = fitted.parts["graph_model"].train_data._dataset.split
+    held = fitted.train_data._dataset.split.held
+    assert held.any() and held.sum() < whole.count(TRAIN)
+    assert np.array_equal(graph.held, held) and not (graph.phases[held] == TRAIN).any()
+
+
 @pytest.fixture
 def noise(tmp_path: Path) -> Path:
     """A data set in which nothing tells what comes next: items drawn at random."""

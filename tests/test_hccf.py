@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from recbole_llm.model.edges import Edges
 from recbole_llm.model.graph import csr_tensor, normalised_adjacency
 from recbole_llm.model.hccf import HCCF
 from recbole_llm.model.text_contrast import HCCFPlus, LightGCNPlus
+from recbole_llm.registry import get_model
 from recbole_llm.training.embeddings import graph_embeddings
-from recbole_llm.training.pipeline import fit, store_of
+from recbole_llm.training.pipeline import fit, store_of, versions_of
 
 compat.install()
 
@@ -274,6 +276,17 @@ def quick(settings_of: Callable[..., dict[str, Any]], **more: Any) -> dict[str, 
 
 
 class TestRuns:
+    @pytest.mark.parametrize(("name", "expected"), [("HCCF", {"model": 2}), ("HCCFPlus", {"model": 2}), ("DCCF", {})])
+    def test_what_was_trained_before_a_change_of_one_model_is_not_found(
+        self, name: str, expected: dict[str, int], settings_of: Callable[..., dict[str, Any]]
+    ) -> None:
+        assert versions_of(get_model(name)) == expected
+        if name == "HCCF":
+            config = Config("HCCF", "small", config_dict=settings_of(epochs=0))
+            made = fit(config, store_of(config))
+            inputs = json.loads((made.folder / "stage.json").read_text(encoding="utf-8"))["inputs"]
+            assert inputs["model"] == 2
+
     def test_learns(self, settings_of: Callable[..., dict[str, Any]]) -> None:
         settings = {key: value for key, value in settings_of().items() if key not in ("data_path", "load_col")}
         more = {"epochs": 20, "learning_rate": 0.01, "train_batch_size": 512, "drop_ratio": 0.2}

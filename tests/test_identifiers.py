@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_clusters_are_those_of_the_normalised_laplacian(seed: int, size: int, cl
         n_clusters=clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0
     ).fit_predict(affinity.toarray())
     assert adjusted_rand_score([path[0] for path in paths], theirs) == 1
+
+
+@pytest.mark.parametrize("size", [40, 90, 130, 400])
+def test_items_that_are_all_alike_are_divided(size: int) -> None:
+    """A user whose items nobody else has: all eigenvalues but one are the same."""
+    affinity = sp.csr_matrix(np.ones((size, size)) - np.eye(size))
+    paths = cluster_paths(affinity, clusters=2, leaf_items=size // 3, seed=0)
+    assert max(Counter(paths).values()) <= size // 3
 
 
 def test_a_cluster_that_is_too_large_is_divided_again() -> None:

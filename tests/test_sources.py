@@ -39,7 +39,8 @@ from recbole_llm.data import create_dataset
 from recbole_llm.data.item_text import read_columns, read_rows
 from recbole_llm.errors import UserError
 from recbole_llm.sources import base
-from recbole_llm.sources.amazon import Amazon2018
+from recbole_llm.sources.amazon import Amazon2018, Amazon2023
+from recbole_llm.sources.base import Source
 from recbole_llm.sources.goodreads import seconds
 from recbole_llm.sources.prepare import prepare_source
 from recbole_llm.sources.text import clean
@@ -101,6 +102,14 @@ def test_semantic_ids_are_made_of_whole_categories(form: str, categories: list[s
     assert "id_categories" not in Config(
         "BPR", "made", config_dict={"data_path": str(tmp_path / "out")}, command_line=[]
     )
+
+
+@pytest.mark.parametrize("source", [Amazon2018(), Amazon2023()])
+def test_a_bar_in_a_category_stays_in_it(source: Source) -> None:
+    field = "category" if isinstance(source, Amazon2018) else "categories"
+    line = {"asin": "a", "parent_asin": "a", field: ["Home", "Audio | Video", "A|B", ""]}
+    made = source._item(json.dumps(line)).values["categories"]
+    assert made.split(source.columns.category_separator) == ["Home", "Audio / Video", "A/B"]
 
 
 def test_reviews_and_metadata_may_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -536,6 +536,8 @@ def test_a_run_is_found_with_its_base() -> None:
         ("beta=0", ["beta should be float > 0"]),
         ("beta=.inf", ["beta is the temperature", "not inf"]),
         ("beta=1e-320", ["beta is the temperature", "not 1e-320"]),
+        # Its inverse is a number, and over log 2 infinite.
+        ("beta=6e-309", ["beta is the temperature", "not 6e-309"]),
         ("tau=0", ["tau should be float > 0"]),
         ("tca_loss=ce", ["tca_loss should be", "log_mixture", "soft_ce", "kl"]),
     ],

@@ -103,7 +103,8 @@ def _directions(affinity: sp.csr_matrix, clusters: int, seed: int) -> np.ndarray
             return np.asarray(eigsh(walk, k=wanted, which="LA", v0=start)[1] / root[:, None])
         except ArpackError:
             pass  # Too many eigenvalues too close to each other: all of them, then.
-    return np.asarray(scipy.linalg.eigh(walk.toarray(), subset_by_index=(size - wanted, size - 1))[1] / root[:, None])
+    # All of them, also for a few: where many eigenvalues are one, as a clique's are, what finds some loses its way.
+    return np.asarray(np.linalg.eigh(walk.toarray())[1][:, size - wanted :] / root[:, None])
 
 
 def _nearest_directions(vectors: np.ndarray) -> np.ndarray:

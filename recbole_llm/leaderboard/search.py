@@ -14,7 +14,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.leaderboard.marks import beneath_settings
 from recbole_llm.leaderboard.space import Space, find_space, read_space
 from recbole_llm.leaderboard.tuned_file import describe_range
-from recbole_llm.training.pipeline import TRAIN_VERSION, data_mark, prepared
+from recbole_llm.training.pipeline import TRAIN_VERSION, data_mark, prepared, versions_of
 from recbole_llm.training.runs import writable
 from recbole_llm.training.store import fingerprint_of
 
@@ -185,6 +185,7 @@ def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | Non
     inputs = {
         "space": space.as_plain(), "start": dict(start), "settings": keys, "parts": parts, "protocol": protocol,
         "moving": {key: base[key] for key in INPUT_KEYS}, "files": data_mark(base), "version": TRAIN_VERSION,
+        **versions_of(base.model_class),
         "beneath": [beneath_settings(one) for one in (base, *(base.part(part) for part in sorted(named)))],
     }  # fmt: skip
     return fingerprint_of(inputs), fingerprint_of(protocol)

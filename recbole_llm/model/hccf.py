@@ -38,6 +38,9 @@ class HCCF(PropagatedRecommender):
         dataset: the train rows.
     """
 
+    # 2: padding is no node.
+    train_version = 2
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.leaky_slope = config["leaky_slope"]

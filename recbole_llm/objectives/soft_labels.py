@@ -163,7 +163,7 @@ def check_beta(beta: float) -> None:
         UserError: it is not above 0, or infinite.
     """
     # Of a number that is too small the inverse, which is what logits are multiplied by, is infinite.
-    if not 0 < beta < float("inf") or 1 / beta == float("inf"):
+    if not 0 < beta < float("inf") or 1 / beta / math.log(2) == float("inf"):
         raise UserError(f"beta is the temperature of a softmax over items and must be above 0, not {beta}")
 
 
@@ -197,9 +197,10 @@ class CollaborativeTokenizer:
         device = item_tokens.tokens.device
         self.lm_ids = torch.arange(item_tokens.size, device=device) if given is None else given.to(device)
         self._children_of = self.trie.child_offsets.diff()
+        self._items_of = self.trie.ends - self.trie.starts
         self._lm_ids_of = functional.pad(self.lm_ids[self.trie.tokens[1:]], (1, 0))
         self._before = self._nodes_before()
-        self._room = torch.empty(0, dtype=torch.float64, device=device)
+        self._room = torch.empty(2, 0, dtype=torch.float64, device=device)
 
     def _nodes_before(self) -> Tensor:
         """The node of the tokens before each token of every item, int64 [all tokens]: climbed from the leaves."""
@@ -306,7 +307,8 @@ class CollaborativeTokenizer:
             raise ValueError(f"logits {tuple(logits.shape)} for {len(targets)} x {self.item_tokens.n_items} items")
         scores = _Scores.of(self._allowed(logits, targets, history), self.trie.order, self.beta, self.standardise)
         trie, width = self.trie, len(self.trie.order) + 1
-        sums = scores.sums(self._buffer(len(scores.ordered), width)).view(-1)
+        masses_of = scores.masses(self._buffer(len(scores.ordered), width, 0))
+        sums = torch.cumsum(masses_of, 1, out=self._buffer(len(scores.ordered), width, 1)).view(-1)
         rows = positions.samples * width
         low, high = (sums[rows + ends[positions.nodes]] for ends in (trie.starts, trie.ends))
         masses = high - low
@@ -320,7 +322,7 @@ class CollaborativeTokenizer:
         wholes = sums[rows + (width - 1)]
         few = (found <= (FEW * wholes).index_select(0, children.positions)).nonzero().squeeze(1)
         if len(few):
-            found[few] = self._summed(scores, positions, children, few)
+            found[few] = self._summed(masses_of.view(-1), children.nodes[few], places[few])
         found.div_(masses.clamp(min=1e-300).index_select(0, children.positions))
         forced = children.offsets.diff() == 1
         found[children.offsets[:-1][forced]] = 1.0
@@ -330,11 +332,11 @@ class CollaborativeTokenizer:
             found[entries] = self._small(scores, positions, children, entries)
         return found
 
-    def _buffer(self, rows: int, width: int) -> Tensor:
+    def _buffer(self, rows: int, width: int, which: int) -> Tensor:
         """Room for the sums of a batch, float64 [rows, width], used again: fresh memory costs as much as they do."""
-        if self._room.numel() < rows * width:
-            self._room = self._room.new_empty(rows * width)
-        return self._room[: rows * width].view(rows, width)
+        if self._room.shape[1] < rows * width:
+            self._room = self._room.new_empty(2, rows * width)
+        return self._room[which, : rows * width].view(rows, width)
 
     def _allowed(self, logits: Tensor, targets: Tensor, history: Tensor | None) -> Tensor:
         """Rounded logits with -inf for the history's items, float32 [B, n_items]."""
@@ -354,10 +356,27 @@ class CollaborativeTokenizer:
         places = torch.arange(len(owner), device=entries.device) + (ends - counts.cumsum(0))[owner]
         return owner, scores.at(positions.samples[children.positions[entries]][owner], places)
 
-    def _summed(self, scores: _Scores, positions: Positions, children: Children, entries: Tensor) -> Tensor:
-        """Masses of some children, float64 [e], summed over their items alone; arguments as for :meth:`_small`."""
-        owner, values = self._items_below(scores, positions, children, entries)
-        return values.new_zeros(len(entries)).index_add_(0, owner, values.exp())
+    def _summed(self, masses: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
+        """Masses of some nodes, summed over their items alone.
+
+        Args:
+            masses: of the items of all samples, float64 [n].
+            nodes: int64 [e].
+            places: right before the first item of each among the masses, int64 [e].
+
+        Returns:
+            float64 [e].
+        """
+        first, counts = places + 1, self._items_of[nodes]
+        # Most have one item: nothing is to be added up.
+        found = masses.index_select(0, first)
+        several = (counts > 1).nonzero().squeeze(1)
+        if len(several):
+            counts = counts[several]
+            owner = torch.arange(len(several), device=nodes.device).repeat_interleave(counts)
+            below = masses.index_select(0, _runs(first[several], counts))
+            found[several] = below.new_zeros(len(several)).index_add_(0, owner, below)
+        return found
 
     def _small(self, scores: _Scores, positions: Positions, children: Children, entries: Tensor) -> Tensor:
         """Probabilities by log-sum-exp over the items themselves, for all children of some positions.
@@ -412,10 +431,10 @@ class _Scores:
             scale /= deviations(ordered)
         return cls(ordered, most.where(most > -torch.inf, 0), scale)
 
-    def sums(self, out: Tensor) -> Tensor:
-        """The sums of exp over the first 0, 1, ... I items of the order, written to ``out``, float64 [B, 1 + I]."""
+    def masses(self, out: Tensor) -> Tensor:
+        """Exp of the exponents, written to ``out``, float64 [B, 1 + I]."""
         # exp2 takes torch half the time of exp.
-        return out.copy_(self.ordered).sub_(self.shift).mul_(self.scale / math.log(2)).exp2_().cumsum_(1)
+        return out.copy_(self.ordered).sub_(self.shift).mul_(self.scale / math.log(2)).exp2_()
 
     def at(self, rows: Tensor, places: Tensor) -> Tensor:
         """Exponents of items by their places in the order: float64 of the arguments' shape."""

@@ -36,6 +36,11 @@ def _price(value: Any) -> str:
     return text if _PRICE.fullmatch(text) else ""
 
 
+def _categories(listed: Any) -> str:
+    """Categories, the widest first; a bar of their own would read as one between two."""
+    return flat(listed, "\0").replace("|", "/").replace("\0", _BETWEEN)
+
+
 class _Amazon(Source):
     """What both editions share; a subclass names files and fields.
 
@@ -123,7 +128,7 @@ class Amazon2018(_Amazon):
             {
                 "title": "" if is_page_junk(title) else title,
                 "brand": _BY.sub("", flat(made.get("brand"))),
-                "categories": flat(made.get("category"), _BETWEEN),
+                "categories": _categories(made.get("category")),
                 "description": flat(made.get("description")),
                 "price": _price(made.get("price")),
             },
@@ -165,7 +170,7 @@ class Amazon2023(_Amazon):
             {
                 "title": flat(made.get("title")),
                 "brand": flat(made.get("store")),
-                "categories": flat(made.get("categories"), _BETWEEN),
+                "categories": _categories(made.get("categories")),
                 "features": flat(made.get("features")),
                 "description": flat(made.get("description")),
                 "price": _price(made.get("price")),

@@ -103,7 +103,7 @@ class Columns:
         title: the item column that is cut, and required under ``item_metadata: title``.
         description: the item column that describes, if there is one.
         categories: the item column of categories, the widest first, if there is one.
-        category_separator: what stands between two of them; no category has it.
+        category_separator: what stands between two of them, and in none of them.
         item_text: template of an item's text.
         fallback: the text of an item that has none.
     """

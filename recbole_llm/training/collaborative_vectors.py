@@ -59,7 +59,7 @@ class CollaborativeVectors:
         items: ``[n_items, d]``.
 
     Raises:
-        UserError: it has no table of items, was trained on other rows, or numbers users or items otherwise.
+        UserError: it has no table of items, or was trained on other rows.
     """
 
     def __init__(self, fit: Fit, dataset: Any, part: str = "embedding_model") -> None:

@@ -33,7 +33,7 @@ from recbole_llm.training.sharding import sharding
 from recbole_llm.training.staged import StagedTrainer
 from recbole_llm.training.store import StageStore, fingerprint_of
 from recbole_llm.training.task_texts import read_task_texts
-from recbole_llm.training.teacher import FoldedTeacher, Teacher, check_folds
+from recbole_llm.training.teacher import FoldedTeacher, Teacher, check_folds, check_graphs
 from recbole_llm.training.teacher_labels import cached_labels
 from recbole_llm.training.text_tables import text_tables
 from recbole_llm.training.tokenized import TokenizedMixin
@@ -102,6 +102,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             _check_beams(config, dataset)
         _check_code_embedding(config)
         check_folds(config, dataset)
+        check_graphs(config, dataset)
         text = read_item_text(config, dataset)
         source = read_task_texts(config, dataset, text)
         for task in train_data.tasks:
@@ -222,12 +223,12 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         """Train (or find) a recommender of the run, once."""
         if part not in self.part_fits:
             fit = self.part_fits[part] = fit_part(part, look=look)
-            self.stages += [{**line, "name": part} for line in fit.stages]
+            self.stages += fit.stages_as(part)
         return self.part_fits[part]
 
     def _fold(self, part: str, fold: int, count: int, fit_part: Callable[..., Any]) -> Any:
         fit = fit_part(part, (fold, count))
-        self.stages += [{**line, "name": f"{part} fold {fold + 1} of {count}"} for line in fit.stages]
+        self.stages += fit.stages_as(f"{part} fold {fold + 1} of {count}")
         return fit
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recbole_llm.evaluation.ranking import catalogue_scores
-from recbole_llm.training.teacher import frozen
+from recbole_llm.training.teacher import frozen, item_order
 
 if TYPE_CHECKING:
     from recbole_llm.data.loaders import RankingLoader
@@ -31,12 +31,13 @@ class Guidance:
         fit: the recommender.
 
     Raises:
-        UserError: it was trained on other rows, or numbers users or items otherwise.
+        UserError: it was trained on other rows, or numbers users otherwise.
     """
 
     def __init__(self, fit: Fit, dataset: Any, part: str = "cf_model") -> None:
         self.model = frozen(fit, dataset, part, "the model that it is to guide")
         self.fit = fit
+        self._order = item_order(fit.train_data._dataset, dataset)
         self._loaders = [loader for loader in (fit.valid_data, fit.test_data) if loader is not None]
         self._loader = self._loaders[-1]
 
@@ -76,4 +77,5 @@ class Guidance:
         self.model.eval()
         with torch.autocast(device.type, enabled=False):
             interaction = self._loader._interaction(rows, asked).to(device)
-            return catalogue_scores(self.model, interaction, None, None, self._loader._dataset).float()
+            scores = catalogue_scores(self.model, interaction, None, None, self._loader._dataset).float()
+        return scores if self._order is None else scores.index_select(1, self._order.to(device))

@@ -289,7 +289,7 @@ def gather(
     if behaviour or config["code_cf_weight"]:
         fit = fit_part("embedding_model", look=partial(_check_width, config))
         sources.parts["embedding_model"] = fit
-        sources.lines += [{**line, "name": "embedding_model"} for line in fit.stages]
+        sources.lines += fit.stages_as("embedding_model")
         embeddings = item_embeddings(fit.model, config["embedding_model"], config["embedding_layer"])
         sources.marks += [fit.fingerprint, config["embedding_layer"]]
         sources.points = embeddings if behaviour else None

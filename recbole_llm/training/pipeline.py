@@ -34,7 +34,8 @@ from recbole_llm.training.trainer import trainer_class
 
 logger = logging.getLogger("recbole_llm")
 
-# Raised when a change of ours moves what training a recommender makes.
+# Raised when a change of ours moves what training a recommender makes; where it moves one model's alone, that class's
+# `train_version` is.
 TRAIN_VERSION = 1
 
 # Told the epoch (from 0) and the score on valid after each validation.
@@ -77,6 +78,15 @@ class Fit:
     parts: dict[str, Fit] = field(default_factory=dict)
     trainable: int = 0
 
+    def stages_as(self, part: str) -> list[dict[str, Any]]:
+        """Its lines in the ``result.json`` of a model that it is a part of.
+
+        Args:
+            part: what it is there. A recommender of several stages keeps their names behind it.
+        """
+        several = len({line["name"] for line in self.stages}) > 1
+        return [{**line, "name": f"{part} {line['name']}" if several else part} for line in self.stages]
+
 
 def store_of(config: Config, run_folder: Path | None = None) -> StageStore:
     """The stage cache that a Config asks for."""
@@ -101,6 +111,8 @@ def fit_parts_of(config: Config, store: StageStore | None = None, merged: bool =
     def fit_part(name: str, fold: tuple[int, int] | None = None, look: Look | None = None) -> Fit:
         part = config.part(name)
         part["refit_on_valid"] = merged
+        # What a recommender without a fold is made from was not trained on that fold either.
+        fold = fold or config.final_config_dict.get(FOLD)
         if fold is not None:
             part[FOLD] = fold
         return fit(part, store or store_of(config), look=look)
@@ -266,6 +278,7 @@ def _train(
         "code": code_mark(type(trainer.model)),
         "upstream": upstream,
     }
+    inputs |= versions_of(type(trainer.model))
     if getattr(valid_data, "by_row", False) and config["eval_args"]["order"] == "RO":
         # Rankings of rows looked at later phases once, and picked the best epoch by it.
         inputs["selection"] = 2
@@ -299,6 +312,12 @@ def _train(
 
     trainer._train_data = train_data
     return store.run(name, TRAIN_VERSION, inputs, make, together=trainer.together)
+
+
+def versions_of(model_class: type) -> dict[str, int]:
+    """What a fingerprint has of changes of ours that moved one model's training alone; empty without."""
+    own = getattr(model_class, "train_version", 1)
+    return {"model": own} if own > 1 else {}
 
 
 def data_mark(config: Config) -> str:

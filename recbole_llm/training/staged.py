@@ -132,7 +132,7 @@ class StagedTrainer(TrainerMixin, Trainer):
         for part in self.model.parts:
             fit = fit_part(part, look=tables if part == "graph_model" else None)
             self.part_fits[part] = fit
-            self.stages.extend({**line, "name": part} for line in fit.stages)
+            self.stages.extend(fit.stages_as(part))
         return tables(self.part_fits["graph_model"].model)
 
     def _cold_items(self, dataset: Any, backbone: Backbone, item_embeddings: np.ndarray) -> np.ndarray:

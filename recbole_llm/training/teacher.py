@@ -11,6 +11,8 @@ import torch
 from recbole.utils import ModelType
 from torch import Tensor
 
+from recbole_llm import registry
+from recbole_llm.data import create_dataset, data_preparation
 from recbole_llm.data.phases import TRAIN
 from recbole_llm.data.prefixes import PrefixLoader
 from recbole_llm.errors import UserError
@@ -35,7 +37,7 @@ class Teacher:
         part: the setting that named the recommender.
 
     Raises:
-        UserError: it was trained on other rows, or numbers users or items otherwise.
+        UserError: it was trained on other rows, or numbers users otherwise.
     """
 
     def __init__(self, fit: Fit, dataset: Any, part: str = "cf_model") -> None:
@@ -50,6 +52,7 @@ class Teacher:
         self.device = torch.device(fit.config["device"])
         self.fingerprint = fit.fingerprint
         self._loader, self._dataset = PrefixLoader(fit.config, own), own
+        self._order = item_order(own, dataset)
         if own is trained:
             told = "is told of what stood before an interaction" if self._sequential else "reads no history"
             logger.info(
@@ -80,6 +83,8 @@ class Teacher:
         with torch.autocast(self.device.type, enabled=False):
             interaction = self._loader.before(told).to(self.device)
             scores = catalogue_scores(self.model, interaction, None, None, self._dataset).float()
+        if self._order is not None:
+            scores = scores.index_select(1, self._order.to(scores.device))
         return scores if back is None else scores[back.to(scores.device)]
 
 
@@ -133,6 +138,28 @@ def check_folds(config: Any, dataset: Any) -> None:
         raise UserError(f"cf_folds: {count} folds are more than the {rows} train rows")
 
 
+def check_graphs(config: Any, dataset: Any) -> None:
+    """Refuse, before anything is trained, a teacher whose knowledge graph has other items than it is to score.
+
+    Args:
+        config: of the model that has it as a part.
+        dataset: the train data set of that model.
+
+    Raises:
+        UserError: RecBole leaves interactions of items out that are not linked to the graph, and has items that are in
+            it alone; or there is no graph.
+    """
+    for part in config.parts():
+        if registry.get_model(config[part]).type != ModelType.KNOWLEDGE:
+            continue
+        own = config.part(part)
+        if not same_rows(data_preparation(own, create_dataset(own))[0]._dataset, dataset):
+            raise UserError(
+                f"{part}: the items linked to {config[part]}'s knowledge graph are not those of '{config['dataset']}', "
+                "and it would be trained on other rows; link each of its items and no other, or name SASRec or LightGCN"
+            )
+
+
 def frozen(fit: Fit, dataset: Any, part: str, use: str, own: Any = None) -> Any:
     """A trained recommender's model as another one takes it in: in evaluation mode, without gradients.
 
@@ -144,7 +171,7 @@ def frozen(fit: Fit, dataset: Any, part: str, use: str, own: Any = None) -> Any:
         own: its train data set, if not the one it was trained on.
 
     Raises:
-        UserError: it was trained on other rows, or numbers users or items otherwise.
+        UserError: it was trained on other rows, or numbers users otherwise. It may number items otherwise.
     """
     if not same_rows(fit.train_data._dataset if own is None else own, dataset):
         raise UserError(f"{part}: {fit.config['model']} was trained on other rows than {use}")
@@ -155,10 +182,30 @@ def frozen(fit: Fit, dataset: Any, part: str, use: str, own: Any = None) -> Any:
 
 
 def same_rows(first: Any, second: Any) -> bool:
-    """Whether two train data sets hold the same interactions under the same numbers."""
+    """Whether two train data sets hold the same interactions and items, of users under the same numbers."""
+    users, items = first.uid_field, first.iid_field
+    if not np.array_equal(first.field2id_token[users], second.field2id_token[users]):
+        return False
+    if not np.array_equal(np.sort(first.field2id_token[items]), np.sort(second.field2id_token[items])):
+        return False
     one, other = first.train_histories, second.train_histories
-    named = all(
-        np.array_equal(first.field2id_token[field], second.field2id_token[field])
-        for field in (first.uid_field, first.iid_field)
-    )
-    return named and np.array_equal(one.items, other.items) and np.array_equal(one.offsets, other.offsets)
+    same = np.array_equal(one.offsets, other.offsets)
+    order = item_order(first, second)
+    return same and np.array_equal(one.items, other.items if order is None else order.numpy()[other.items])
+
+
+def item_order(first: Any, second: Any) -> Tensor | None:
+    """The numbers that items have in another data set: those that a knowledge graph links are numbered as linked.
+
+    Args:
+        first: with the numbers that are looked for.
+        second: with the same items.
+
+    Returns:
+        By number in ``second``, int64 ``[n_items]``; ``None`` where they are the same.
+    """
+    one, other = (data.field2id_token[data.iid_field] for data in (first, second))
+    if np.array_equal(one, other):
+        return None
+    order = np.argsort(one)
+    return torch.from_numpy(order[np.searchsorted(one, other, sorter=order)])

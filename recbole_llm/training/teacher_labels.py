@@ -16,7 +16,7 @@ from recbole_llm.progress import progress
 from recbole_llm.training.store import StageStore, fingerprint_of
 
 # Raised when the code of the stage changes what it makes.
-LABELS_VERSION = 1
+LABELS_VERSION = 2
 
 logger = logging.getLogger("recbole_llm")
 
