@@ -148,9 +148,8 @@ class Config(StrictSettings, RecBoleConfig):
         for part in self.parts():
             try:
                 check_runs(self[part], self["policy"])
-                # What stands behind two dots is read there, and a mistake in it is to be told before any work.
-                if registry.parts_of(registry.get_model(self[part])):
-                    self.part(part)
+                # Much of what may be wrong with a part's settings is seen there, and is to be told before any work.
+                self.part(part)
             except UserError as error:
                 raise UserError(f"{part}: {error}") from None
 

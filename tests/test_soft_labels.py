@@ -155,6 +155,9 @@ class TestDistributions:
         # The scale of the teacher's logits no longer matters.
         torch.testing.assert_close(even(logits * 100 + 7, target).probs, expected)
         assert deviations(torch.tensor([[2.0, 2.0, -math.inf], [1.0, 5.0, -math.inf]])).tolist() == [[1], [2]]
+        # What they are multiplied by stays a number, however little they differ.
+        hard = CollaborativeTokenizer(item_tokens, beta=1e-307, standardise=True)
+        assert hard(logits * 1e-3, target).probs.tolist() == [0, 0, 1, 0]
 
     def test_official_drops_the_last_two_and_rounds(self) -> None:
         item_tokens = ItemTokens.from_sequences([[], [5, 6, 7], [5], [8, 9]], END)

@@ -107,9 +107,9 @@ def test_semantic_ids_are_made_of_whole_categories(form: str, categories: list[s
 @pytest.mark.parametrize("source", [Amazon2018(), Amazon2023()])
 def test_a_bar_in_a_category_stays_in_it(source: Source) -> None:
     field = "category" if isinstance(source, Amazon2018) else "categories"
-    line = {"asin": "a", "parent_asin": "a", field: ["Home", "Audio | Video", "A|B", ""]}
+    line = {"asin": "a", "parent_asin": "a", field: ["Home", "Audio | Video", "A|B", "", "C\0D"]}
     made = source._item(json.dumps(line)).values["categories"]
-    assert made.split(source.columns.category_separator) == ["Home", "Audio / Video", "A/B"]
+    assert made.split(source.columns.category_separator) == ["Home", "Audio / Video", "A/B", "C\0D"]
 
 
 def test_reviews_and_metadata_may_have_folders_of_their_own(tmp_path: Path) -> None:

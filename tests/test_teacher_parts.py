@@ -19,7 +19,7 @@ from recbole_llm.config import Config
 from recbole_llm.errors import UserError
 from recbole_llm.training.guidance import Guidance
 from recbole_llm.training.pipeline import Fit, fit, prepared, store_of
-from recbole_llm.training.runs import run
+from recbole_llm.training.runs import _Numbered, run
 from recbole_llm.training.teacher import Teacher, check_graphs
 
 ROWS = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "movie_title", "class"]}
@@ -35,6 +35,7 @@ def taught_by(settings: dict[str, Any], name: str, data: str = "small", **more: 
     ("settings", "words"),
     [
         (["cf_model.graph_model.epochz=3"], "cf_model: unknown setting 'graph_model.epochz' for LightGCN"),
+        (["cf_model.metrics=[Foo]"], "cf_model: unknown metric 'Foo'"),
         (["cf_model.graph_model=Nope"], "cf_model: unknown model 'Nope'"),
         (["cf_model.graph_model.epochs=abc"], "cf_model: graph_model.epochs should be int"),
         (
@@ -101,6 +102,32 @@ def test_a_model_that_reads_a_knowledge_graph_can_teach(settings_of: Callable[..
     config = with_graph(settings_of, data)
     result = run("TCA4Rec", "small", config_dict=config.external_config_dict)
     assert result["parts"]["cf_model"]["test"] and result["consistency"]
+    # Trained on valid rows too, at once or in the end.
+    for more in ({"merge_valid": True}, {"refit_on_valid": True, "eval_step": 1}):
+        config = with_graph(settings_of, data, **more)
+        assert run("TCA4Rec", "small", config_dict=config.external_config_dict)["consistency"]
+
+
+@pytest.mark.parametrize("name", ["BPR", "CKE"])
+def test_who_only_does_as_its_guide_does_agrees_with_it(
+    name: str, settings_of: Callable[..., dict[str, Any]], data: Path
+) -> None:
+    own = {key: value for key, value in SMALL["AlignTokenRec"].items() if not key.startswith(("code_", "embedding"))}
+    given = settings_of(item_text="{movie_title} {class}") | {"data_path": str(data), "load_col": ROWS | GRAPH}
+    given |= own | {"item_tokens": "raw", "tasks": ["sequential"], "epochs": 1, "eval_step": 0}
+    given |= {"cf_model": name, "cf_guidance": 0.0, "cf_model.epochs": 1, "cf_model.eval_step": 0}
+    result = run("AlignTokenRec", "small", config_dict=given)
+    assert result["test"] == result["parts"]["cf_model"]["test"]
+    assert min(result["consistency"]["cf_model"].values()) == pytest.approx(1)
+
+
+def test_what_counts_as_one_item_does_in_other_numbers_too() -> None:
+    ours, theirs = np.array([0, 3, 1, 2]), np.array([0, 2, 3, 1])
+    numbered = _Numbered(ours, theirs)
+    # Items 1 and 3 count as 1; they are 2 and 1 there.
+    assert numbered.counting(np.array([0, 1, 2, 1])).tolist() == [0, 2, 2, 3]  # type: ignore[union-attr]
+    assert numbered.ranked(np.array([[2, 3, -1]])).tolist() == [[1, 2, -1]]
+    assert numbered.counting(None) is None
 
 
 def test_items_that_it_numbers_otherwise_are_found_by_name(

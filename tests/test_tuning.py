@@ -26,8 +26,9 @@ from recbole_llm.data.phases import TEST
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard import search as search_module
 from recbole_llm.leaderboard import tuned_file, tuning
-from recbole_llm.leaderboard.search import read_arguments
+from recbole_llm.leaderboard.search import _mark, read_arguments
 from recbole_llm.leaderboard.space import find_space, read_space
+from recbole_llm.model.hccf import HCCF
 from recbole_llm.schema import load_yaml, properties_dir
 from recbole_llm.training import trainer
 from recbole_llm.training.pipeline import fit, store_of
@@ -245,6 +246,24 @@ def test_a_study_is_of_its_space_model_data_and_protocol(words: Callable[..., li
     (tmp_path / "quick.yaml").write_text(SPACE.replace("0.05,", "0.06,"), encoding="utf-8")
     others.append(mark())
     assert len({plain, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        ("HCCF", {}),
+        ("GLTA", {"graph_model": "HCCF"}),
+        ("TCA4Rec", {"cf_model": "GLTA", "cf_model.graph_model": "HCCF"}),
+    ],
+)
+def test_a_study_is_of_its_models_versions(model: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def mark() -> str:
+        base = Config(model, "tiny", config_dict=given, command_line=[])
+        return _mark(read_space(find_space(model, base["loss_type"], None)), base, {}, None)[0]
+
+    now = mark()
+    monkeypatch.setattr(HCCF, "train_version", 99)
+    assert mark() != now
 
 
 def test_a_study_is_of_the_files_that_settings_name(tmp_path: Path) -> None:

@@ -169,6 +169,12 @@ def _value(config: Config, key: str) -> Any:
     return config.part(part)[rest] if dot else config[key]
 
 
+def _versions(config: Config) -> dict[str, Any]:
+    """What :func:`versions_of` has of a model and of all that it is made of."""
+    parts = {part: found for part in config.parts() if (found := _versions(config.part(part)))}
+    return versions_of(config.model_class) | ({"parts": parts} if parts else {})
+
+
 def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | None) -> tuple[str, str]:
     """Hashes of all that a trial's worth depends on, and of the protocol alone."""
     protocol = {
@@ -185,7 +191,7 @@ def _mark(space: Space, base: Config, start: Mapping[str, Any], split: str | Non
     inputs = {
         "space": space.as_plain(), "start": dict(start), "settings": keys, "parts": parts, "protocol": protocol,
         "moving": {key: base[key] for key in INPUT_KEYS}, "files": data_mark(base), "version": TRAIN_VERSION,
-        **versions_of(base.model_class),
+        **_versions(base),
         "beneath": [beneath_settings(one) for one in (base, *(base.part(part) for part in sorted(named)))],
     }  # fmt: skip
     return fingerprint_of(inputs), fingerprint_of(protocol)

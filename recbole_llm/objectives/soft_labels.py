@@ -428,7 +428,8 @@ class _Scores:
         most = ordered.amax(1, keepdim=True).double()
         scale = torch.full_like(most, 1 / beta)
         if standardise:
-            scale /= deviations(ordered)
+            # As far as it goes: of rows that are all but constant the inverse is no number.
+            scale = (scale / deviations(ordered)).clamp(max=torch.finfo(scale.dtype).max / 2)
         return cls(ordered, most.where(most > -torch.inf, 0), scale)
 
     def masses(self, out: Tensor) -> Tensor:

@@ -38,7 +38,13 @@ def _price(value: Any) -> str:
 
 def _categories(listed: Any) -> str:
     """Categories, the widest first; a bar of their own would read as one between two."""
-    return flat(listed, "\0").replace("|", "/").replace("\0", _BETWEEN)
+    return flat(_without_bars(listed), _BETWEEN)
+
+
+def _without_bars(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_bars(part) for part in value]
+    return value.replace("|", "/") if isinstance(value, str) else value
 
 
 class _Amazon(Source):

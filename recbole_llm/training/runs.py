@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from recbole_llm.evaluation.rankings import Rankings
 from recbole_llm.training.identifiers import LEAKING, leaks
 from recbole_llm.training.logs import run_logging
 from recbole_llm.training.pipeline import Fit, fit, store_of
+from recbole_llm.training.teacher import item_order
 
 SCHEMA = 1
 PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft", "accelerate", "tokenizers")
@@ -226,7 +227,8 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndar
         teacher = fitted.parts[part]
         if not len(measured.users):
             continue
-        with _counting(teacher.model, measured.counts_as):
+        numbered = _Numbered.of(teacher.train_data._dataset, fitted.train_data._dataset)
+        with _counting(teacher.model, numbered.counting(measured.counts_as)):
             ranked = teacher.trainer.evaluate(teacher.test_data, load_best_model=False)
         if not ranked:
             continue
@@ -234,10 +236,38 @@ def _consistency(fitted: Fit, measured: Measured) -> dict[str, dict[str, np.ndar
         # Under eval_unit: row only a sequential recommender ranks rows; a part may have a topk of its own.
         if np.array_equal(theirs.users, measured.users) and theirs.items.shape == measured.items.shape:
             ours = np.where(measured.items > 0, measured.items, -1)
-            found[part] = consistency(ours, theirs.items, fitted.config["topk"])
+            found[part] = consistency(ours, numbered.ranked(theirs.items), fitted.config["topk"])
             told = ", ".join(f"{name} {values.mean():.4f}" for name, values in found[part].items())
             logger.info("agreement with %s (%s): %s", fitted.config[part], part, told)
     return found
+
+
+class _Numbered(NamedTuple):
+    """How a part numbers items, where it does so in a way of its own.
+
+    Attributes:
+        ours: by the part's number, int64 [n_items]; ``None`` where the numbers are the same.
+        theirs: by that of the model that it is a part of, int64 [n_items].
+    """
+
+    ours: np.ndarray | None = None
+    theirs: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, part: Any, whole: Any) -> _Numbered:
+        """Of two train data sets with the same items."""
+        theirs, ours = item_order(part, whole), item_order(whole, part)
+        return cls() if ours is None or theirs is None else cls(ours.numpy(), theirs.numpy())
+
+    def ranked(self, items: np.ndarray) -> np.ndarray:
+        """The part's ranked items, int64 [U, K], with the other's numbers; -1 stays."""
+        return items if self.ours is None else np.where(items >= 0, self.ours[items], -1)
+
+    def counting(self, counts_as: np.ndarray | None) -> np.ndarray | None:
+        """Which item each one counts as, int64 [n_items], with the part's numbers."""
+        if counts_as is None or self.ours is None or self.theirs is None:
+            return counts_as
+        return self.theirs[counts_as[self.ours]]
 
 
 @contextlib.contextmanager

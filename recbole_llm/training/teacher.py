@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recbole_llm import registry
 from recbole_llm.data import create_dataset, data_preparation
-from recbole_llm.data.phases import TRAIN
+from recbole_llm.data.phases import TRAIN, VALID
 from recbole_llm.data.prefixes import PrefixLoader
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.ranking import catalogue_scores
@@ -153,6 +153,8 @@ def check_graphs(config: Any, dataset: Any) -> None:
         if registry.get_model(config[part]).type != ModelType.KNOWLEDGE:
             continue
         own = config.part(part)
+        # Of a second training on train + valid rows, and of merge_valid's only one, the data set has no others.
+        own["merge_valid"] = dataset.split.count(VALID) == 0
         if not same_rows(data_preparation(own, create_dataset(own))[0]._dataset, dataset):
             raise UserError(
                 f"{part}: the items linked to {config[part]}'s knowledge graph are not those of '{config['dataset']}', "
