@@ -4,7 +4,7 @@
 one batch: the passes of a training step, of everything and of LoRA, on 128 samples, and of 64 packed prefixes of a
 user; and a beam search of 20 beams for 32 users. All of the embedded language model's size and of 4 layers, 256 wide.
 Losses, gradients and scores are compared. Times are the processor's, on one thread whatever ``--threads``, as ``auto``
-has it. ``ratio`` is that of training everything at 4 layers. Where the processor is not AMD's, or
+has it. ``ratio`` is that of training everything at 4 layers. Where the processor is not AMD's of family 26 or later, or
 ``OPENBLAS_CORETYPE`` keeps OpenBLAS from its kernels for AVX-512, nothing is to be gained: ``detail`` has the kernels,
 and whether ``auto`` takes them.
 """

@@ -1,11 +1,12 @@
 """Products of float32 matrices on a CPU, by the faster of the two libraries that are there (``cpu_products``).
 
 torch multiplies by MKL, which on AMD's processors stays at AVX2; numpy's OpenBLAS has AVX-512 kernels that run there,
-about twice as fast (``docs/performance.md``). Where that is chosen, torch's own kernels of ``mm`` and ``addmm`` on the
-CPU hand large products to it, in torch's own way of replacing a kernel (:func:`torch.library.get_kernel`). So every
-linear layer gains in both directions, whoever's it is, and automatic differentiation, adapters, autocast, compiling and
-counters of operations see what they always see. Sums come in another order: products move in their last bits, each
-choice repeats its own, and what is trained for long ends as with another seed.
+about twice as fast where 512 bits go through at once (``docs/performance.md``), and no faster where as two halves.
+Where that is chosen, torch's own kernels of ``mm`` and ``addmm`` on the CPU hand large products to it, in torch's own
+way of replacing a kernel (:func:`torch.library.get_kernel`). So every linear layer gains in both directions,
+whoever's it is, and automatic differentiation, adapters, autocast, compiling and counters of operations see what they
+always see. Sums come in another order: products move in their last bits, each choice repeats its own, and what is
+trained for long ends as with another seed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from recbole_llm.errors import UserError
 
 CHOICES = ("auto", "torch", "openblas")
 CPUINFO = Path("/proc/cpuinfo")
+# AMD's family of processors from which on (Zen 5) an operation of 512 bits is no longer two of 256.
+FULL_WIDTH = 26
 # OpenBLAS's names of its kernels for AVX-512, which it takes where the processor can (or OPENBLAS_CORETYPE says so).
 WIDE = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 # Below these OpenBLAS is slower, as it copies one of the factors first: rows, the other two sizes, multiplications.
@@ -75,12 +78,16 @@ def _gains() -> bool:
 
 @functools.cache
 def _held_back() -> bool:
-    """Whether the processor is AMD's, on which MKL leaves AVX-512 alone."""
+    """Whether the processor is AMD's, on which MKL leaves AVX-512 alone, and has it in full width."""
     try:
-        with CPUINFO.open(errors="replace") as lines:
-            return any(line.split() == ["vendor_id", ":", "AuthenticAMD"] for line in lines)
+        text = CPUINFO.read_text(errors="replace")
     except OSError:
         return False
+    # Of the first of them.
+    parts = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
+    told = {key.strip(): value.strip() for key, _, value in parts}
+    family = told.get("cpu family", "")
+    return told.get("vendor_id") == "AuthenticAMD" and family.isdecimal() and int(family) >= FULL_WIDTH
 
 
 @functools.cache

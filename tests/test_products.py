@@ -249,10 +249,12 @@ class TestWhoDecides:
             products.use("openblas")
 
     def test_whose_processor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for vendor, answer in (("AuthenticAMD", True), ("GenuineIntel", False), (None, False)):
-            file = tmp_path / f"{vendor}"
+        told = [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False), (None, 0, False)]
+        for vendor, family, answer in told:
+            file = tmp_path / f"{vendor}-{family}"
             if vendor:
-                file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu avx512f\n")
+                one = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: fpu avx512f\n"
+                file.write_text(one + "\n" + one)
             monkeypatch.setattr(products, "CPUINFO", file)
             products._held_back.cache_clear()
             assert products._held_back() is answer
