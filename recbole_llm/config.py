@@ -147,7 +147,6 @@ class Config(StrictSettings, RecBoleConfig):
             super().__init__(model, dataset, [str(file) for file in config_file_list or ()], dict(config_dict or {}))
         for part in self.parts():
             try:
-                check_runs(self[part], self["policy"])
                 # Much of what may be wrong with a part's settings is seen there, and is to be told before any work.
                 self.part(part)
             except UserError as error:

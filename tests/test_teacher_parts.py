@@ -122,8 +122,7 @@ def test_who_only_does_as_its_guide_does_agrees_with_it(
 
 
 def test_what_counts_as_one_item_does_in_other_numbers_too() -> None:
-    ours, theirs = np.array([0, 3, 1, 2]), np.array([0, 2, 3, 1])
-    numbered = _Numbered(ours, theirs)
+    numbered = _Numbered(np.array([0, 3, 1, 2]))
     # Items 1 and 3 count as 1; they are 2 and 1 there.
     assert numbered.counting(np.array([0, 1, 2, 1])).tolist() == [0, 2, 2, 3]  # type: ignore[union-attr]
     assert numbered.ranked(np.array([[2, 3, -1]])).tolist() == [[1, 2, -1]]

@@ -307,8 +307,9 @@ class CollaborativeTokenizer:
             raise ValueError(f"logits {tuple(logits.shape)} for {len(targets)} x {self.item_tokens.n_items} items")
         scores = _Scores.of(self._allowed(logits, targets, history), self.trie.order, self.beta, self.standardise)
         trie, width = self.trie, len(self.trie.order) + 1
-        masses_of = scores.masses(self._buffer(len(scores.ordered), width, 0))
-        sums = torch.cumsum(masses_of, 1, out=self._buffer(len(scores.ordered), width, 1)).view(-1)
+        room = self._buffers(len(scores.ordered), width)
+        of_items = scores.masses(room[0])
+        sums = torch.cumsum(of_items, 1, out=room[1]).view(-1)
         rows = positions.samples * width
         low, high = (sums[rows + ends[positions.nodes]] for ends in (trie.starts, trie.ends))
         masses = high - low
@@ -322,7 +323,7 @@ class CollaborativeTokenizer:
         wholes = sums[rows + (width - 1)]
         few = (found <= (FEW * wholes).index_select(0, children.positions)).nonzero().squeeze(1)
         if len(few):
-            found[few] = self._summed(masses_of.view(-1), children.nodes[few], places[few])
+            found[few] = self._summed(of_items.view(-1), children.nodes[few], places[few])
         found.div_(masses.clamp(min=1e-300).index_select(0, children.positions))
         forced = children.offsets.diff() == 1
         found[children.offsets[:-1][forced]] = 1.0
@@ -332,11 +333,11 @@ class CollaborativeTokenizer:
             found[entries] = self._small(scores, positions, children, entries)
         return found
 
-    def _buffer(self, rows: int, width: int, which: int) -> Tensor:
-        """Room for the sums of a batch, float64 [rows, width], used again: fresh memory costs as much as they do."""
+    def _buffers(self, rows: int, width: int) -> Tensor:
+        """Room for a batch's masses and their sums, float64 [2, rows, width]: fresh memory costs as much as they do."""
         if self._room.shape[1] < rows * width:
             self._room = self._room.new_empty(2, rows * width)
-        return self._room[which, : rows * width].view(rows, width)
+        return self._room[:, : rows * width].view(2, rows, width)
 
     def _allowed(self, logits: Tensor, targets: Tensor, history: Tensor | None) -> Tensor:
         """Rounded logits with -inf for the history's items, float32 [B, n_items]."""
@@ -345,16 +346,6 @@ class CollaborativeTokenizer:
             return logits
         own = logits.gather(1, targets.unsqueeze(1))
         return logits.scatter(1, history, -torch.inf).scatter_(1, targets.unsqueeze(1), own)
-
-    def _items_below(
-        self, scores: _Scores, positions: Positions, children: Children, entries: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The exponents of all items below some children, float64 [n], and before them whose each is, int64 [n]."""
-        begins, ends = self.trie.ranges(children.nodes[entries])
-        counts = ends - begins
-        owner = torch.arange(len(entries), device=entries.device).repeat_interleave(counts)
-        places = torch.arange(len(owner), device=entries.device) + (ends - counts.cumsum(0))[owner]
-        return owner, scores.at(positions.samples[children.positions[entries]][owner], places)
 
     def _summed(self, masses: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
         """Masses of some nodes, summed over their items alone.
@@ -390,7 +381,9 @@ class CollaborativeTokenizer:
             float64 [e].
         """
         nodes, at = children.nodes[entries], children.positions[entries]
-        owner, values = self._items_below(scores, positions, children, entries)
+        counts = self._items_of[nodes]
+        owner = torch.arange(len(entries), device=entries.device).repeat_interleave(counts)
+        values = scores.at(positions.samples[at][owner], _runs(self.trie.starts[nodes], counts))
         most = values.new_full((len(positions),), -torch.inf).scatter_reduce_(0, at[owner], values, "amax")
         base = most.where(most > -torch.inf, 0)
         masses = values.new_zeros(len(entries)).index_add_(0, owner, (values - base[at[owner]]).exp())

@@ -246,18 +246,16 @@ class _Numbered(NamedTuple):
     """How a part numbers items, where it does so in a way of its own.
 
     Attributes:
-        ours: by the part's number, int64 [n_items]; ``None`` where the numbers are the same.
-        theirs: by that of the model that it is a part of, int64 [n_items].
+        ours: the other model's numbers by the part's, int64 [n_items]; ``None`` where they are the same.
     """
 
-    ours: np.ndarray | None = None
-    theirs: np.ndarray | None = None
+    ours: np.ndarray | None
 
     @classmethod
     def of(cls, part: Any, whole: Any) -> _Numbered:
         """Of two train data sets with the same items."""
-        theirs, ours = item_order(part, whole), item_order(whole, part)
-        return cls() if ours is None or theirs is None else cls(ours.numpy(), theirs.numpy())
+        order = item_order(whole, part)
+        return cls(None if order is None else order.numpy())
 
     def ranked(self, items: np.ndarray) -> np.ndarray:
         """The part's ranked items, int64 [U, K], with the other's numbers; -1 stays."""
@@ -265,9 +263,9 @@ class _Numbered(NamedTuple):
 
     def counting(self, counts_as: np.ndarray | None) -> np.ndarray | None:
         """Which item each one counts as, int64 [n_items], with the part's numbers."""
-        if counts_as is None or self.ours is None or self.theirs is None:
+        if counts_as is None or self.ours is None:
             return counts_as
-        return self.theirs[counts_as[self.ours]]
+        return np.argsort(self.ours)[counts_as[self.ours]]
 
 
 @contextlib.contextmanager

@@ -188,7 +188,8 @@ def same_rows(first: Any, second: Any) -> bool:
     users, items = first.uid_field, first.iid_field
     if not np.array_equal(first.field2id_token[users], second.field2id_token[users]):
         return False
-    if not np.array_equal(np.sort(first.field2id_token[items]), np.sort(second.field2id_token[items])):
+    ours, theirs = first.field2id_token[items], second.field2id_token[items]
+    if not np.array_equal(ours, theirs) and not np.array_equal(np.sort(ours), np.sort(theirs)):
         return False
     one, other = first.train_histories, second.train_histories
     same = np.array_equal(one.offsets, other.offsets)
