@@ -421,6 +421,8 @@ class Config(StrictSettings, RecBoleConfig):
             key: copy.deepcopy(self.final_config_dict[key]) for key in PROTOCOL_KEYS if key in self.final_config_dict
         }
         shared = set(dataset_arguments) | {"data_path", "split_seed", "encoding"} | set(self._dataset_keys())
+        # How much of a history a model reads is no part of the data.
+        shared -= {"MAX_ITEM_LIST_LENGTH"}
         # What texts say, controls of the study included: a part that reads them is told the same.
         shared |= {"item_text", "item_text_fallback", "item_text_max_words"}
         shared |= {"text_drop", "text_shuffle", "text_noise_seed"}

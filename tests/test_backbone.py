@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_folders import KINDS, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +41,7 @@ from transformers import (
 from recbole_llm.backbone import load
 from recbole_llm.backbone.base import Backbone, PlainEncoder
 from recbole_llm.backbone.embedded import EmbeddedSettings, build_corpus, byte_tokenizer, train_embedded
+from recbole_llm.backbone.generation import _generate
 from recbole_llm.backbone.load import load_backbone
 from recbole_llm.errors import UserError
 
@@ -451,6 +453,46 @@ def test_a_fingerprint_knows_one_changed_weight(tmp_path: Path) -> None:
     with torch.no_grad():
         next(second.decoder.parameters())[0] += 1
     assert first.fingerprint() != second.fingerprint()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fingerprint_knows_the_head_that_is_used(tied: bool, tmp_path: Path) -> None:
+    folder = write(KINDS["llama"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    if tied:
+        del weights["lm_head.weight"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    plain, whole = load_backbone(folder).fingerprint(), load_backbone(folder, with_head=True).fingerprint()
+    # A tied head is the table of embeddings; one of its own counts for whom it serves.
+    assert (plain == whole) == tied
+    if not tied:
+        weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load_backbone(folder).fingerprint() == plain
+        assert load_backbone(folder, with_head=True).fingerprint() != whole
+
+
+def test_how_a_checkpoint_would_write_plays_no_part(tmp_path: Path) -> None:
+    folder = write(KINDS["llama"], tmp_path / "model")
+    written = []
+    for penalty in (1.0, 1.8):
+        (folder / "generation_config.json").write_text(
+            json.dumps({"repetition_penalty": penalty, "no_repeat_ngram_size": 2, "do_sample": True, "top_k": 3}),
+            encoding="utf-8",
+        )
+        backbone = load_backbone(folder, with_head=True)
+        prompts = [backbone.encode("The red robot number 1, a film of 1995"), backbone.encode("The blue ship")]
+        written.append(_generate(backbone.causal, backbone, prompts, 16))
+        plain = prompts[0]
+        for _ in range(16):
+            plain = [*plain, int(backbone.causal(input_ids=torch.tensor([plain])).logits[0, -1].argmax())]
+            if plain[-1] == backbone.eos_id:
+                break
+        text = backbone.tokenizer.decode(plain[len(prompts[0]) :], skip_special_tokens=True)
+        assert written[-1][0] == text
+    assert written[0] == written[1]
 
 
 def test_a_block_of_one_token_spoils_no_figure(tmp_path: Path) -> None:

@@ -501,6 +501,16 @@ def test_a_users_own_base_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyP
     assert code_mark(TCA4Rec) is None and code_mark(TCA4Rec.over("LCRec")) is None
 
 
+def test_how_much_history_a_model_reads_is_its_own_affair() -> None:
+    plain = Config("TCA4Rec", "tiny", command_line=[]).part("cf_model")
+    longer = {"MAX_ITEM_LIST_LENGTH": 20, "history_length": 20}
+    assert Config("TCA4Rec", "tiny", config_dict=longer, command_line=[]).part("cf_model").stage_keys() == (
+        plain.stage_keys()
+    )
+    told = Config("TCA4Rec", "tiny", config_dict=longer | {"cf_model.MAX_ITEM_LIST_LENGTH": 30}, command_line=[])
+    assert told.part("cf_model")["MAX_ITEM_LIST_LENGTH"] == 30 and told["MAX_ITEM_LIST_LENGTH"] == 20
+
+
 def test_a_run_is_found_with_its_base() -> None:
     given = {"base_model": "LCRec", "cf_model": "LightGCN", "cf_model.epochs": 4, "alpha": 0.3, "fusion_samples": 7}
     config = Config("TCA4Rec", "tiny", config_dict=given, command_line=[])
@@ -553,6 +563,7 @@ def test_wrong_input_gets_one_line(setting: str, words: list[str], capsys: pytes
     [
         (["soft_history=true", "train_positions=response"], "soft_history mixes labels of the items shown"),
         (["soft_history=true", "official_quirks=true"], "official_quirks is the release"),
+        (["item_tokens=raw", "official_quirks=true"], "no item here has more than one: nothing would be learned"),
         (["skip_forced=true", "official_quirks=true"], "official_quirks is the release, where forced tokens count"),
         (
             ["base_model=P5", "tasks=[straightforward]"],

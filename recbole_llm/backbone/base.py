@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.errors import UserError
@@ -161,12 +161,20 @@ class Backbone:
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         digest.update(self._encoder.text.encode())
-        for name, weight in sorted(self.decoder.state_dict().items()):
+        for name, weight in sorted(self._weights().items()):
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(sample.numpy().tobytes())
         return digest.hexdigest()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights by name, those of the vocabulary head among them where it is wanted and has its own."""
+        weights: dict[str, Tensor] = self.decoder.state_dict()
+        head = None if self.causal is None else self.causal.get_output_embeddings()
+        if head is None or getattr(head, "weight", None) is self.embed_tokens.weight:
+            return weights
+        return weights | {f"output_embeddings.{name}": weight for name, weight in head.state_dict().items()}
 
     @torch.no_grad()
     def is_causal(self) -> bool:

@@ -118,10 +118,6 @@ def _generate(model: Any, backbone: Backbone, prompts: Sequence[Sequence[int]], 
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
-        # A checkpoint's own sampling settings would be remarked on, as they play no part.
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=backbone.pad_id,
         eos_token_id=backbone.eos_id,
     )

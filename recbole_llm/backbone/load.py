@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GPTQConfig,
 )
 from transformers.utils import logging as transformers_logging
@@ -183,6 +184,10 @@ def _load(source: str, dtype: str, attention: str, quantization: str, device: st
     if quantization == "none":
         model = model.to(device)
     causal = model.eval().requires_grad_(False) if with_head else None
+    if causal is not None:
+        # A checkpoint's own way to write (penalties, sampling) would stand in for all that is not said when it is asked
+        # to, and is in no fingerprint.
+        causal.generation_config = GenerationConfig.from_model_config(causal.config)
     backbone = Backbone(model if causal is None else base_of(causal), tokenizer, source, causal)
     if not backbone.encodes and not backbone.is_causal():
         raise UserError(f"llm '{source}': a {config.model_type} that looks ahead is no causal language model")

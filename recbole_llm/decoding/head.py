@@ -152,6 +152,23 @@ class Head:
         with torch.autocast(states.device.type, enabled=False):
             return self._capped(functional.linear(states.float(), tokens.rows, tokens.bias))
 
+    def everything(self, states: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, of few states.
+
+        Args:
+            states: the decoder's last, [..., hidden].
+
+        Returns:
+            float32 [..., V].
+        """
+        flat = states.reshape(-1, states.shape[-1]).to(self.dtype)
+        made = torch.empty(len(flat), len(self.weight), device=flat.device)
+        with torch.autocast(flat.device.type, enabled=False):
+            for logits, piece, block in self._logits_by_piece(flat):
+                start = self._starts[piece]
+                made[block, start : start + logits.shape[1]] = logits
+        return made.view(*states.shape[:-1], -1)
+
     def log_sum_of_rest(self, states: Tensor, tokens: TokenSet, about: Tensor) -> Tensor:
         """The logarithm of the sum of exp(logit) over all tokens but some.
 
@@ -178,29 +195,29 @@ class Head:
     def _quick_sums(self, states: Tensor, tokens: TokenSet, about: Tensor) -> Tensor:
         totals = torch.zeros(len(states))
         offsets = about.to(self.dtype)
-        for logits, places, block in self._logits_by_piece(states, tokens):
+        for logits, piece, block in self._logits_by_piece(states):
             raised = logits.sub_(offsets[block]).exp_()
-            if places is not None:
+            if (places := tokens.places[piece]) is not None:
                 raised.index_fill_(1, places, 0.0)
             totals[block] += raised.sum(1, dtype=torch.float32)
         return totals.log_() + offsets[:, 0]
 
     def _safe_sums(self, states: Tensor, tokens: TokenSet) -> Tensor:
         totals = torch.full((len(states),), -torch.inf, device=states.device)
-        for logits, places, block in self._logits_by_piece(states, tokens):
-            if places is not None:
+        for logits, piece, block in self._logits_by_piece(states):
+            if (places := tokens.places[piece]) is not None:
                 logits.index_fill_(1, places, -torch.inf)
             totals[block] = torch.logaddexp(totals[block], logits.float().logsumexp(1))
         return totals
 
-    def _logits_by_piece(self, states: Tensor, tokens: TokenSet) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
-        """Logits in the head's type, the columns among them to leave out, and whose rows they are."""
+    def _logits_by_piece(self, states: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """Logits in the head's type, of which piece of the vocabulary they are, and whose rows."""
         blocks = [slice(start, start + self._block) for start in range(0, len(states), self._block)]
         rows = [states[block].to_mkldnn() if self._mkldnn else states[block] for block in blocks]
-        for piece, bias, places in zip(self._pieces, self._biases, tokens.places, strict=True):
+        for number, (piece, bias) in enumerate(zip(self._pieces, self._biases, strict=True)):
             for block, given in zip(blocks, rows, strict=True):
                 made = functional.linear(given, piece, bias)
-                yield self._capped(made.to_dense() if self._mkldnn else made), places, block
+                yield self._capped(made.to_dense() if self._mkldnn else made), number, block
 
 
 @torch.no_grad()

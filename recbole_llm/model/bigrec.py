@@ -11,17 +11,14 @@ is the fine-tuned one, the only one there is where all of it trains.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from recbole_llm.data.prompts import Ragged, join, repeated
+from recbole_llm.decoding.free_search import FreeSearch
 from recbole_llm.model.titles import TitleRecommender
-
-if TYPE_CHECKING:
-    from recbole_llm.itemid.item_tokens import ItemTokens
 
 EMBEDDING = "embedding"
 # Texts that are read at a time.
@@ -36,8 +33,9 @@ class BIGRec(TitleRecommender):
         dataset: RecBole-like, with ``train_histories``.
     """
 
-    causal: Any
     _title_states: Tensor | None = None
+    # With the prompt of inference whose opening it has read.
+    _writes: tuple[int, FreeSearch] | None = None
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -54,21 +52,10 @@ class BIGRec(TitleRecommender):
         """See the base class."""
         return super().ranked_by(config) if cls.searches(config) else "full"
 
-    def _take_tokens(self, item_tokens: ItemTokens, head_model: Any, codebook: Tensor | None) -> None:
-        super()._take_tokens(item_tokens, head_model, codebook)
-        # Not a submodule, as the backbone is none.
-        self.__dict__["causal"] = head_model
-
-    def take_item_tokens(self, tokens: ItemTokens) -> None:
-        """Note what the tokens of every item are."""
-        super().take_item_tokens(tokens)
-        self._title_states = None
-
-    def train(self, mode: bool = True) -> BIGRec:
-        """Training or evaluation mode; titles are read anew, as weights may have changed."""
-        self._title_states = None
-        super().train(mode)
-        return self
+    def forget_search(self) -> None:
+        """See the base class; titles are read anew too."""
+        self._title_states = self._writes = None
+        super().forget_search()
 
     @torch.no_grad()
     def full_sort_predict_excluding(self, interaction: Any, rows: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
@@ -77,9 +64,9 @@ class BIGRec(TitleRecommender):
             return super().full_sort_predict_excluding(interaction, rows, items, candidates)
         history = self._histories_of(interaction)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
-        for part in torch.arange(len(history)).split(self.config["inference_batch_size"]):
-            asked = self.writer.ask(history.take(part), self.asked_with)
-            states = self._states_of(self.generate(asked))
+        asked, search = self._ask(history, self._users_of(interaction)), self.free_search()
+        for part in self._parts(asked.lengths, search.behind):
+            states = self._states_of(search(asked.take(part)))
             # Not by products, whose rounding is more than what is between near titles.
             distances = torch.cdist(states, self._titles(), compute_mode="donot_use_mm_for_euclid_dist")
             scores[part.to(self.device), 1:] = -self._weighted(distances)
@@ -94,32 +81,15 @@ class BIGRec(TitleRecommender):
             return distances
         return _scaled(distances) * (1 + self._popularity.to(distances)) ** -gamma
 
-    @torch.no_grad()
-    def generate(self, prompts: Ragged) -> Ragged:
-        """What the language model writes, freely; one token at least, as a title has.
-
-        Args:
-            prompts: token ids, one row a prompt.
-
-        Returns:
-            Token ids without the end token, one row a prompt.
-        """
-        backbone, width = self.backbone, int(prompts.lengths.max())
-        ids = torch.full((len(prompts), width), backbone.pad_id)
-        columns = prompts.positions + (width - prompts.lengths)[prompts.rows]
-        ids[prompts.rows, columns] = prompts.values
-        mask = torch.zeros_like(ids)
-        mask[prompts.rows, columns] = 1
-        settings = GenerationConfig(
-            min_new_tokens=1, max_new_tokens=self.item_tokens.longest, do_sample=False,
-            num_beams=self.config["generation_beams"], bos_token_id=backbone.bos_id, eos_token_id=backbone.eos_id,
-            pad_token_id=backbone.pad_id,
-        )  # fmt: skip
-        made = self.causal.generate(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
-        )
-        written = made[:, width:].cpu()
-        return Ragged.from_padded(written, (written == backbone.eos_id).cumsum(1) == 0)
+    def free_search(self) -> FreeSearch:
+        """What writes behind the prompts of inference, with the weights as they are."""
+        if self._writes is None or self._writes[0] != self.asked_with:
+            search = FreeSearch(
+                self.backbone.decoder, self.head.for_search(), beams=self.config["generation_beams"],
+                longest=self.item_tokens.longest, eos_id=self.backbone.eos_id, opening=self._opening(),
+            )  # fmt: skip
+            self._writes = self.asked_with, search
+        return self._writes[1]
 
     def _states_of(self, texts: Ragged) -> Tensor:
         """The last state of each text's last token, float32 ``[R, H]``; a text opens as the language model has it."""

@@ -96,6 +96,11 @@ class CollaborativeLabels:
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
         super().take_item_tokens(tokens)  # type: ignore[misc]
+        if tokens.longest <= self._dropped_of_item:
+            raise UserError(
+                "official_quirks leaves out an item's last token, and no item here has more than one: nothing would be "
+                "learned; set official_quirks: false"
+            )
         self._tokenizer = self._made = None
 
     def take_teacher(self, teacher: Teacher | FoldedTeacher) -> None:

@@ -194,12 +194,12 @@ class TokenRanking(GuidedSearch):
         alike = int((asked == asked[0]).all(0).long().cumprod(0).sum())
         return [int(token) for token in asked[0, :alike]]
 
-    def _parts(self, lengths: Tensor, ranker: BeamSearch | FullRanking | PrunedRanking) -> Sequence[Tensor]:
-        """Rows that are ranked at once, by the lengths of their prompts."""
+    def _parts(self, lengths: Tensor, behind: int) -> Sequence[Tensor]:
+        """Rows that are ranked at once, by the lengths of their prompts and the tokens that are read behind each."""
         tokens = self.config["inference_tokens"]
         if tokens is None:
-            tokens = budget_of(lengths, ranker.behind, self.config["inference_batch_size"])
-        return batches_of(lengths, ranker.behind, tokens)
+            tokens = budget_of(lengths, behind, self.config["inference_batch_size"])
+        return batches_of(lengths, behind, tokens)
 
     @property
     def visited_share(self) -> float | None:
@@ -247,7 +247,7 @@ class TokenRanking(GuidedSearch):
         every = self._ask(history, users)
         alone = self.asks_alone(len(history))
         self._ready(search, alone)
-        for part in torch.arange(len(history)).split(1) if alone else self._parts(every.lengths, ranker):
+        for part in torch.arange(len(history)).split(1) if alone else self._parts(every.lengths, ranker.behind):
             asked, barred = every.take(part), excluded.take(part)
             prompts = asked.values.split(asked.lengths.tolist())
             guide = self.guide(interaction, part, search.trie)

@@ -20,7 +20,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 
 # Raised when the code here changes what the stage makes.
-USER_TEXT_VERSION = 1
+USER_TEXT_VERSION = 2
 TEXTS = "user_text.json"
 
 Texts = tuple[list[str] | None, list[str] | None]
