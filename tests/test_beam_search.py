@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recbole_llm.data.ties import tie_order
 from recbole_llm.decoding.beam_search import BeamSearch, best
 from recbole_llm.decoding.head import Head, decoder_of
+from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.decoding.shared_cache import SharedPrompts
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
@@ -133,6 +134,33 @@ def test_what_a_row_must_not_be_shown_never_comes_out_and_moves_no_score(llama: 
         torch.testing.assert_close(found.scores[row].double(), scores[items], atol=2e-4, rtol=1e-4)
         if row:  # twelve items are left, and twelve beams hold them all
             assert_same_ranking(items, found.scores[row], scores)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_items_of_equal_tokens_one_is_found_where_they_count_as_one(llama: Any, exact: bool) -> None:
+    item_tokens, order = random_codes(60, distinct=False), tie_order([str(item) for item in range(61)])
+    search = searcher(llama, item_tokens, beams=20, tie_order=order, distinct=True)
+    count = len(search.trie.leaf_nodes)
+    assert 20 < count < 50
+    everything = searcher(llama, item_tokens, beams=50, tie_order=order, distinct=True)
+    histories = torch.tensor([[1, 2, 3, 4, 5]] * len(PROMPTS))
+    for used in (search, everything):
+        ranker = PrunedRanking(used, 8) if exact else used
+        found = ranker(PROMPTS, exclude=Exclusion(used.trie, histories))
+        for row, prompt in enumerate(PROMPTS):
+            wanted = exhaustive(llama, item_tokens, prompt, "vocabulary")
+            best_of: dict[tuple[int, ...], int] = {}
+            for item in order.tolist():
+                if item > 5:
+                    best_of.setdefault(tuple(item_tokens.of(item)), item)
+            items = found.items[row].tolist()
+            assert set(items) - {0} <= set(best_of.values())
+            there = [item for item in items if item]
+            assert len(there) == len(set(there)) == min(used.beams, len(best_of))
+            assert found.scores[row, len(there) :].isneginf().all() and not any(items[len(there) :])
+            if exact or used is everything:
+                ranked = sorted(best_of.values(), key=lambda item: -float(wanted[item]))
+                torch.testing.assert_close(wanted[there], wanted[ranked[: len(there)]], atol=2e-4, rtol=1e-4)
 
 
 def test_no_invalid_item_in_ten_thousand_beams(model: Any) -> None:

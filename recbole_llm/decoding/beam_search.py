@@ -99,6 +99,8 @@ class BeamSearch(nn.Module):
         lm_ids: the language model's id of each token of ``item_tokens``, int64 [size]; titles have their own.
         normaliser: ``vocabulary``, ``level`` or ``legal``.
         tie_order: all item ids in the order in which equal scores are ranked, int64 [n_items]; by id if ``None``.
+        distinct: of items of equal tokens one is found alone, the best, the first in the tie order of those that a row
+            may be shown. Where there are fewer than asked for the rest is item 0 with a score of -inf.
 
     Attributes:
         trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
@@ -114,7 +116,7 @@ class BeamSearch(nn.Module):
 
     def __init__(
         self, decoder: nn.Module, head: Head, item_tokens: ItemTokens, *, beams: int, lm_ids: Tensor | None = None,
-        normaliser: str = "vocabulary", tie_order: Tensor | None = None,
+        normaliser: str = "vocabulary", tie_order: Tensor | None = None, distinct: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if normaliser not in NORMALISERS:
@@ -126,6 +128,7 @@ class BeamSearch(nn.Module):
         if lm_ids is None or len(lm_ids) != item_tokens.size:
             raise ValueError(f"the language model's ids of {item_tokens.size} tokens are needed")
         self.decoder, self.head, self.beams, self.normaliser = decoder, head, beams, normaliser
+        self.distinct = distinct
         device = head.weight.device
         self.trie = Trie(item_tokens, tie_order).to(device)
         if not len(self.trie.order):
@@ -372,17 +375,24 @@ class BeamSearch(nn.Module):
         scores = ended.scores.unsqueeze(-1)
         if guide is not None:
             scores = scores + guide.apart(ended.nodes, places)
-        scores = torch.where(there, scores, -torch.inf).flatten(1)
+        scores = torch.where(there, scores, -torch.inf)
+        if self.distinct:
+            first = best(scores.flatten(0, 1), 1, self.rank[items].view(-1, places.shape[-1]))
+            scores = scores.where(
+                torch.zeros_like(there).flatten(0, 1).scatter(1, first, True).view_as(there), -torch.inf
+            )
+        scores = scores.flatten(1)
         chosen = best(scores, k, self.rank[items])
-        scores = scores.gather(1, chosen)
-        if not scores.isfinite().all():
+        scores, items = scores.gather(1, chosen), items.gather(1, chosen)
+        none = scores.isneginf() if self.distinct else torch.zeros_like(items, dtype=torch.bool)
+        if not (scores.isfinite() | none).all():
             raise UserError(
                 "the language model's scores are no numbers: its weights are damaged or their type too narrow"
             )
         leaks = None
         if leaked:
             leaks = -ended.kept.unsqueeze(-1).expand_as(there).flatten(1).gather(1, chosen).expm1()
-        return Found(items.gather(1, chosen), scores, leaks)
+        return Found(items.masked_fill(none, 0), scores, leaks)
 
 
 def best(scores: Tensor, k: int, order: Tensor | None = None) -> Tensor:

@@ -154,5 +154,20 @@ class PrunedRanking:
         reached = found.gather(1, own)
         found = found.scatter(1, own, torch.where(reached.isneginf(), first.scores, reached))[:, :count]
         items = trie.order.expand(rows, -1)
+        if search.distinct:
+            found = found.where(self._first_of_equal(found), -torch.inf)
         chosen = best(found, k, search.rank[items])
-        return Found(items.gather(1, chosen), found.gather(1, chosen), None)
+        scores, items = found.gather(1, chosen), items.gather(1, chosen)
+        return Found(items.masked_fill(scores.isneginf(), 0) if search.distinct else items, scores, None)
+
+    def _first_of_equal(self, scores: Tensor) -> Tensor:
+        """Of items of equal tokens the best, of equal ones the first in the tie order: bool [B, I], in the trie's order."""
+        trie = self._search.trie
+        groups = trie.leaves[trie.order].expand_as(scores)
+        most = scores.new_full((len(scores), len(trie)), -torch.inf).scatter_reduce(1, groups, scores, "amax")
+        ranks = self._search.rank[trie.order].expand_as(scores)
+        ranks = torch.where(scores == most.gather(1, groups), ranks, len(self._search.rank))
+        first = ranks.new_full((len(scores), len(trie)), len(self._search.rank)).scatter_reduce(
+            1, groups, ranks, "amin"
+        )
+        return ranks == first.gather(1, groups)

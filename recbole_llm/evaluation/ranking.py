@@ -157,6 +157,25 @@ def as_counted(scores: torch.Tensor, counts_as: torch.Tensor) -> torch.Tensor:
     return torch.full_like(scores, -torch.inf).scatter_reduce(1, counts_as.expand_as(scores), scores, "amax")
 
 
+def shown_for(scores: torch.Tensor, counts_as: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The item to show for what several items count as: the best one, which that may be shown, first of equal ones.
+
+    Args:
+        scores: [B, n_items], -inf for what may not be shown.
+        counts_as: see :func:`as_counted`.
+        order: all items in the order of ties, int64 [n_items].
+
+    Returns:
+        int64 [B, n_items], by the item that they count as; ``n_items`` for those that no item counts as.
+    """
+    groups = counts_as.expand_as(scores)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    best = scores == as_counted(scores, counts_as).gather(1, groups)
+    ranks = torch.where(best, rank, len(order))
+    first = torch.full_like(groups, len(order)).scatter_reduce(1, groups, ranks, "amin")
+    return torch.cat((order, order.new_tensor([len(order)])))[first]
+
+
 def _full_sort(model: Any, interaction: Any, dataset: Any) -> torch.Tensor:
     """``full_sort_predict``, or every pair through ``predict`` for models that only score pairs (trainer.py:526)."""
     try:

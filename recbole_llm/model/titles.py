@@ -9,6 +9,7 @@ from torch import Tensor
 from recbole_llm.backbone.live_head import live_head
 from recbole_llm.data.prompts import Ragged
 from recbole_llm.data.templates import Templates
+from recbole_llm.decoding.beam_search import BeamSearch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.generative import GenerativeRecommender
@@ -55,6 +56,10 @@ class TitleRecommender(GenerativeRecommender):
         super().take_item_tokens(tokens)
         assert tokens.lm_ids is not None
         self._lm_ids = tokens.lm_ids
+
+    def _search_kind(self) -> tuple[type[BeamSearch], dict[str, Any]]:
+        """See the base class; where titles count a search is for titles."""
+        return BeamSearch, {"distinct": self.config["title_match"]}
 
     @property
     def counts_as(self) -> Tensor | None:

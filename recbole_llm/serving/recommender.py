@@ -15,7 +15,7 @@ import torch
 from recbole_llm.data.item_text import item_file, read_titles
 from recbole_llm.data.ties import tie_order, top_items
 from recbole_llm.errors import UserError, did_you_mean
-from recbole_llm.evaluation.ranking import as_counted, catalogue_scores
+from recbole_llm.evaluation.ranking import as_counted, catalogue_scores, shown_for
 from recbole_llm.itemid.index_file import entries_of, read_index
 from recbole_llm.serving.identity import PHASES, identity
 from recbole_llm.serving.requests import RequestLoader
@@ -193,12 +193,16 @@ class Recommender:
         return self._best(scores, k)
 
     def _best(self, scores: torch.Tensor, k: int) -> Ranked:
-        counts_as = getattr(self.model, "counts_as", None)
+        counts_as, counted = getattr(self.model, "counts_as", None), scores
         if counts_as is not None:
             # As they were measured: items of one title are one.
-            scores = as_counted(scores, counts_as.to(scores.device))
-        top = top_items(scores, k, self.pool.ties)
-        values = scores.gather(1, top)
+            counts_as = counts_as.to(scores.device)
+            counted = as_counted(scores, counts_as)
+        top = top_items(counted, k, self.pool.ties)
+        values = counted.gather(1, top)
+        if counts_as is not None:
+            # Of a title the copy that the user has not had.
+            top = shown_for(scores, counts_as, self.pool.ties.to(scores.device)).gather(1, top)
         items = torch.where(torch.isneginf(values), -1, top)
         return Ranked(items.cpu().numpy(), values.float().cpu().numpy())
 
