@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from recbole_llm import registry
 from recbole_llm.backbone.load import load_backbone, load_with_head
+from recbole_llm.config import Config
 from recbole_llm.data.instructions import TokenBatch
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.item_tokens import ItemTokens
@@ -409,6 +410,15 @@ def test_a_way_to_show_items_names_title_and_vector(folder: Path, tmp_path: Path
         file.write_text(shipped.replace("'\"{title}\" {vector}'", f"'{shown}'"), encoding="utf-8")
         with pytest.raises(UserError, match=r"shown: .* should be a text that names {title}, then {vector}"):
             LLaRA(settings("LLaRA", prompts=str(file)), dataset())
+
+
+def test_a_users_state_is_made_of_as_much_as_the_recommender_reads() -> None:
+    config = Config("CoLLM", "tiny", command_line=[])
+    assert (
+        config["MAX_ITEM_LIST_LENGTH"]
+        == config.part("embedding_model")["MAX_ITEM_LIST_LENGTH"]
+        > config["history_length"]
+    )
 
 
 def test_both_are_registered_as_what_generates() -> None:

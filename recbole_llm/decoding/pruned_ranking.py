@@ -161,7 +161,7 @@ class PrunedRanking:
         return Found(items.masked_fill(scores.isneginf(), 0) if search.distinct else items, scores, None)
 
     def _first_of_equal(self, scores: Tensor) -> Tensor:
-        """Of items of equal tokens the best, of equal ones the first in the tie order: bool [B, I], in the trie's order."""
+        """Of items of equal tokens the best, of equals the first in the tie order: bool [B, I], in trie order."""
         trie = self._search.trie
         groups = trie.leaves[trie.order].expand_as(scores)
         most = scores.new_full((len(scores), len(trie)), -torch.inf).scatter_reduce(1, groups, scores, "amax")
