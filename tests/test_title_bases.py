@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from small_models import SMALL
 from test_aligntokenrec import OPTIONS, SETTINGS, loader, users
 from test_errors import refused
@@ -538,6 +539,24 @@ def test_title_match_counts_equal_titles_as_one(settings_of: Callable[..., dict[
 def tiny(output: Path, base: str = "TALLRec", **more: Any) -> Config:
     own = {"output_dir": str(output), "show_progress": False, "tensorboard": False, "gpu_id": "", "epochs": 1}
     return Config(base, "tiny", config_dict=SMALL["TALLRec"] | own | more, command_line=[])
+
+
+def test_a_head_that_was_exchanged_is_fine_tuned_anew(tmp_path: Path) -> None:
+    folder = write(KINDS["llama"], tmp_path / "lm")
+    given = {key: value for key, value in SMALL["TALLRec"].items() if not key.startswith("llm_")}
+    own = {"llm": str(folder), "output_dir": str(tmp_path), "show_progress": False, "tensorboard": False, "gpu_id": ""}
+
+    def stages() -> dict[str, bool]:
+        config = Config("TALLRec", "tiny", config_dict=given | own | {"epochs": 1, "eval_step": 0}, command_line=[])
+        return {stage["name"]: stage["cached"] for stage in fit(config, store_of(config)).stages}
+
+    assert not any(stages().values()) and all(stages().values())
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    again = stages()
+    # Nothing that only reads is made again.
+    assert not again.pop("fine_tuning") and all(again.values())
 
 
 def test_titles_are_the_first_column_cut_and_ended(

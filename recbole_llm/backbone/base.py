@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -150,7 +150,7 @@ class Backbone:
         return hashlib.sha256(self._encoder.text.encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the model is: its configuration, its tokenizer, and a sample of every weight.
+        """SHA-256 of what reads: its configuration, its tokenizer, and a sample of every weight but a head's own.
 
         A folder may be overwritten and a hub id moved, so a name says too little; hashing every byte of 7 B weights
         would take longer than loading them. Up to 1,024 values spread over each tensor tell two checkpoints apart.
@@ -159,22 +159,15 @@ class Backbone:
         config = json.loads(model.config.to_json_string(use_diff=False))
         # Where it lies and who read it say nothing of it: a folder that was moved is the same model.
         config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        digest.update(self._encoder.text.encode())
-        for name, weight in sorted(self._weights().items()):
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
+        told = json.dumps(config, sort_keys=True) + self._encoder.text
+        return _sampled(self.decoder.state_dict(), told)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """All weights by name, those of the vocabulary head among them where it is wanted and has its own."""
-        weights: dict[str, Tensor] = self.decoder.state_dict()
+    def head_fingerprint(self) -> str | None:
+        """SHA-256 of a sample of the vocabulary head; ``None`` where it is not kept, or is the table of embeddings."""
         head = None if self.causal is None else self.causal.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is self.embed_tokens.weight:
-            return weights
-        return weights | {f"output_embeddings.{name}": weight for name, weight in head.state_dict().items()}
+            return None
+        return _sampled(head.state_dict(), "head")
 
     @torch.no_grad()
     def is_causal(self) -> bool:
@@ -182,6 +175,17 @@ class Backbone:
         tokens = torch.tensor([[1, 2], [1, 3]], device=self.embed_tokens.weight.device)
         states = self.decoder(input_ids=tokens).last_hidden_state[:, 0].float()
         return torch.allclose(states[0], states[1], rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _sampled(weights: Mapping[str, Tensor], told: str) -> str:
+    """SHA-256 of a text and of up to 1,024 values of each weight."""
+    digest = hashlib.sha256(told.encode())
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _first(*ids: int | list[int] | None) -> int | None:

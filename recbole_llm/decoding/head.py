@@ -2,7 +2,7 @@
 
 Over 150,000 tokens the head is most of what a small language model costs. A search needs the logits of few tokens, and
 of the rest only the logarithm of the sum of their exponentials, which is added up piece by piece here, so that logits
-of the whole vocabulary never lie in memory.
+of the whole vocabulary lie in memory for a free search alone.
 """
 
 from __future__ import annotations

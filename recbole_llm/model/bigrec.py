@@ -65,7 +65,9 @@ class BIGRec(TitleRecommender):
         history = self._histories_of(interaction)
         scores = torch.full((len(history), self.n_items), -torch.inf, device=self.device)
         asked, search = self._ask(history, self._users_of(interaction)), self.free_search()
-        for part in self._parts(asked.lengths, search.behind):
+        most = self.config["inference_batch_size"]
+        # Of short prompts too no more, as logits of all words lie in memory for each.
+        for part in (some for rows in self._parts(asked.lengths, search.behind) for some in rows.split(most)):
             states = self._states_of(search(asked.take(part)))
             # Not by products, whose rounding is more than what is between near titles.
             distances = torch.cdist(states, self._titles(), compute_mode="donot_use_mm_for_euclid_dist")

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from recbole_llm.training.teacher import FoldedTeacher, Teacher
 
 
+ALL_DROPPED = (
+    "official_quirks leaves out an item's last token, and no item here has more than one: nothing would be learned; "
+    "set official_quirks: false"
+)
 # Settings and what each is where it means nothing.
 _OFF = {"cf_folds": 1, "teacher_cache_mib": 0, "soft_history": False}
 
@@ -97,10 +101,7 @@ class CollaborativeLabels:
         """Note what the tokens of every item are."""
         super().take_item_tokens(tokens)  # type: ignore[misc]
         if tokens.longest <= self._dropped_of_item:
-            raise UserError(
-                "official_quirks leaves out an item's last token, and no item here has more than one: nothing would be "
-                "learned; set official_quirks: false"
-            )
+            raise UserError(ALL_DROPPED)
         self._tokenizer = self._made = None
 
     def take_teacher(self, teacher: Teacher | FoldedTeacher) -> None:
@@ -257,6 +258,8 @@ def _items_of(batch: TokenBatch, places: Tensor) -> Tensor:
 def _check_choices(config: Any) -> None:
     if config["official_quirks"] and config["skip_forced"]:
         raise UserError("official_quirks is the release, where forced tokens count: set skip_forced: false")
+    if config["official_quirks"] and "item_tokens" in config and config["item_tokens"] == "raw":
+        raise UserError(ALL_DROPPED)
     if config["tasks"] and "sequential" not in config["tasks"]:
         raise UserError(
             f"tasks: {config['tasks']} has no next item, whose labels TCA4Rec changes; add sequential, or train "

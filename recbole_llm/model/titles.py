@@ -74,6 +74,11 @@ class TitleRecommender(GenerativeRecommender):
         first[trie.order] = trie.order[trie.starts[trie.leaves[trie.order]]]
         return first
 
+    def wording(self) -> list[Any]:
+        """See the base class; and whether the search that picks the best epoch is for titles."""
+        distinct = self.config["title_match"] and self.ranking != "full"
+        return [*super().wording(), *(["titles are found as one"] if distinct else [])]
+
     def _shown(self) -> Ragged:
         """Titles without their end tokens."""
         whole = self._told()

@@ -29,7 +29,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.serving.identity import difference
 from recbole_llm.serving.texts import NameIndex, TextTable, map_array, save_array
 
-CARD, COMPLETE, SCHEMA = "store.json", "complete.json", 2
+CARD, COMPLETE, SCHEMA = "store.json", "complete.json", 3
 _REPLACE = "; --build=anew puts a new one in its place, --store=DIR takes another"
 # Blocks that a store keeps mapped for the next look-up.
 OPEN = 256

@@ -122,6 +122,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         if backbone is None:
             backbone, mark, lines = take_backbone(config, dataset, text, store, named)
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
+        # Before tokens join it.
+        head = backbone.head_fingerprint()
         teachers = [
             *self._vectors(dataset, fit_part),
             *self._teachers(dataset, fit_part),
@@ -145,6 +147,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
+        self._upstream += [] if head is None else [head]
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
         self._upstream += [*teachers, *(line["fingerprint"] for line in labels)]

@@ -26,7 +26,7 @@ from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.task_texts import reviews_in_train
 
 # Raised when the code here changes what the stages make.
-PROFILES_VERSION = 1
+PROFILES_VERSION = 2
 ITEMS, USERS = "item_profiles", "user_profiles"
 
 
