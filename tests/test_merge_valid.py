@@ -44,9 +44,7 @@ def test_item_tokens_are_made_from_the_same_rows(settings_of: Settings, tmp_path
     assert result["split"]["fingerprint"] == split.fingerprint and result["split"]["valid"] == 0
     # DCCF is what a refit of it is: its epochs by valid, its weights by both.
     part = [line["fingerprint"] for line in result["stages"] if line["name"] == "embedding_model"]
-    refit = run(
-        "DCCF", "small", config_dict=settings_of(refit_on_valid=True, epochs=1, eval_step=0, MAX_ITEM_LIST_LENGTH=5)
-    )
+    refit = run("DCCF", "small", config_dict=settings_of(refit_on_valid=True, epochs=1, eval_step=0))
     assert part == [line["fingerprint"] for line in refit["stages"]] and len(part) == 2
     # So are the tokens that are made without training the model.
     words = [
