@@ -3,7 +3,7 @@
 A Qwen2 of 4 layers, 256 wide, in float32, with 8,192 tokens; prompts of 60 to 180 tokens of which the first 48 are
 alike; up to 24 tokens are written, the end token among them now and then. Reference: ``generate`` with SDPA attention
 and a cache, as many users at once as ours, in the users' own order and filled up on the left; ``like_length`` is
-against the same in batches of like length, and ``one_thread``'s seconds are of processors.
+against the same in batches of like length. One thread; seconds are of processors.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_a_vocabulary_of_fewer_words_than_are_looked_at() -> None:
 
 
 def test_the_prompt_is_read_once_whatever_the_beams(llama: Any) -> None:
-    class Widest(TorchDispatchMode):
+    class Reads(TorchDispatchMode):
         rows = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,7 +101,7 @@ def test_the_prompt_is_read_once_whatever_the_beams(llama: Any) -> None:
     assert shares(decoder_of(llama))
     prompt = list(range(3, 33))
     search = searching(llama, beams=4, longest=3, opening=prompt[:20])
-    with Widest() as counted:
+    with Reads() as counted:
         search(Ragged.from_lists([prompt, [*prompt[:20], 40]]))
     # Behind the opening ten tokens of the longer prompt, twice as it is a table, and two steps of four beams.
     assert counted.rows <= 2 * 10 + 2 * 2 * 4

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recbole_llm.config import Config
 from recbole_llm.data import create_dataset, data_preparation
+from recbole_llm.data.ties import leaders
 from recbole_llm.errors import UserError
-from recbole_llm.evaluation.ranking import measure
+from recbole_llm.evaluation.ranking import measure, shown_for
 
 
 class Fixed(torch.nn.Module):
@@ -155,3 +159,22 @@ def test_what_may_not_be_recommended_is_no_hit(loaders: tuple[Any, Any, Any, Any
     found = measure(Fixed(torch.full((split.n_items,), -torch.inf)), test, config, train)
     assert not found.items.any()
     assert not any(values.any() for name, values in found.per_user.items() if "hit" in name or "recall" in name)
+
+
+@given(data=st.data())
+def test_who_leads_a_group_is_its_best_and_of_equals_the_first(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12))
+    groups = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count)))
+    order = torch.tensor(data.draw(st.permutations(range(count))))
+    grid = st.lists(st.sampled_from([-math.inf, 0.0, 1.0, 2.0]), min_size=count, max_size=count)
+    scores = torch.tensor(data.draw(st.lists(grid, min_size=1, max_size=3)))
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count))
+    led = leaders(scores, groups, rank)
+    counts_as = torch.tensor([groups.tolist().index(group) for group in groups.tolist()])
+    shown = shown_for(scores, counts_as, order)
+    for row, own in enumerate(scores.tolist()):
+        for group in set(groups.tolist()):
+            members = [item for item in order.tolist() if groups[item] == group]
+            best = max(members, key=lambda item: own[item])  # the first of equals, as the order has them
+            assert [item for item in members if led[row, item]] == [best]
+            assert int(shown[row, counts_as[best]]) == best

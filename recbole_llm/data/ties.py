@@ -25,6 +25,24 @@ def tie_order(tokens: Sequence[str]) -> torch.Tensor:
     return torch.tensor(sorted(range(len(marks)), key=marks.__getitem__))
 
 
+def leaders(scores: torch.Tensor, groups: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """Of each group's members the one that scores best, of equal ones the first in the order of ties.
+
+    Args:
+        scores: [B, N].
+        groups: of each member, int64 [N], below N or some other number of groups.
+        rank: place of each member in the order of ties, int64 [N].
+
+    Returns:
+        bool [B, N].
+    """
+    groups, count = groups.expand_as(scores), int(groups.max()) + 1
+    best = torch.full_like(scores[:, :1], -torch.inf).repeat(1, count).scatter_reduce(1, groups, scores, "amax")
+    ranks = torch.where(scores == best.gather(1, groups), rank, torch.iinfo(rank.dtype).max)
+    first = torch.full_like(ranks[:, :1], torch.iinfo(rank.dtype).max).repeat(1, count)
+    return ranks == first.scatter_reduce(1, groups, ranks, "amin").gather(1, groups)
+
+
 def top_items(scores: torch.Tensor, k: int, order: torch.Tensor | None) -> torch.Tensor:
     """The best items of each row; those of a smaller k are the first of those of a larger one.
 

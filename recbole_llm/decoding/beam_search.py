@@ -7,7 +7,6 @@ runs over batch, beam or item.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.trie import Trie
-
-logger = logging.getLogger("recbole_llm")
 
 NORMALISERS = ("vocabulary", "level", "legal")
 
@@ -151,7 +148,6 @@ class BeamSearch(nn.Module):
         self.shares_prompts = encodes(decoder) or shares(decoder)
         if not self.shares_prompts:
             self._reads = WholePrompts
-            logger.info("a %s cannot share its prompts among beams: each beam reads its own", type(decoder).__name__)
 
     def _level(self, item_tokens: ItemTokens, depth: int) -> tuple[TokenSet, Tensor]:
         """The head's rows that a depth's tokens need, and the column of each of our tokens among them."""
@@ -384,7 +380,7 @@ class BeamSearch(nn.Module):
         scores = scores.flatten(1)
         chosen = best(scores, k, self.rank[items])
         scores, items = scores.gather(1, chosen), items.gather(1, chosen)
-        none = scores.isneginf() if self.distinct else torch.zeros_like(items, dtype=torch.bool)
+        none = scores.isneginf() & self.distinct
         if not (scores.isfinite() | none).all():
             raise UserError(
                 "the language model's scores are no numbers: its weights are damaged or their type too narrow"

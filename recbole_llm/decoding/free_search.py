@@ -5,7 +5,6 @@ Every prompt is read once and shared by its beams (``shared_cache.py``), and wha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ from recbole_llm.data.prompts import Ragged
 from recbole_llm.decoding.head import Head
 from recbole_llm.decoding.opening import Opening
 from recbole_llm.decoding.shared_cache import Reader, SharedPrompts, WholePrompts, shares
-
-logger = logging.getLogger("recbole_llm")
 
 
 class _Beams(NamedTuple):
@@ -76,8 +73,6 @@ class FreeSearch:
         self._shares = shares(decoder)
         self._opening = Opening(decoder, opening) if self._shares else None
         self.behind = beams * (longest - 1)
-        if not self._shares:
-            logger.info("a %s cannot share its prompts among beams: each beam reads its own", type(decoder).__name__)
 
     @torch.no_grad()
     def __call__(self, prompts: Ragged) -> Ragged:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recbole_llm.data.ties import leaders
 from recbole_llm.decoding.beam_search import BeamSearch, Found, best
 from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.tree_reader import TreeReader, check_nodes, tree_behind
@@ -155,19 +156,7 @@ class PrunedRanking:
         found = found.scatter(1, own, torch.where(reached.isneginf(), first.scores, reached))[:, :count]
         items = trie.order.expand(rows, -1)
         if search.distinct:
-            found = found.where(self._first_of_equal(found), -torch.inf)
+            found = found.where(leaders(found, leaves[0], search.rank[trie.order]), -torch.inf)
         chosen = best(found, k, search.rank[items])
         scores, items = found.gather(1, chosen), items.gather(1, chosen)
         return Found(items.masked_fill(scores.isneginf(), 0) if search.distinct else items, scores, None)
-
-    def _first_of_equal(self, scores: Tensor) -> Tensor:
-        """Of items of equal tokens the best, of equals the first in the tie order: bool [B, I], in trie order."""
-        trie = self._search.trie
-        groups = trie.leaves[trie.order].expand_as(scores)
-        most = scores.new_full((len(scores), len(trie)), -torch.inf).scatter_reduce(1, groups, scores, "amax")
-        ranks = self._search.rank[trie.order].expand_as(scores)
-        ranks = torch.where(scores == most.gather(1, groups), ranks, len(self._search.rank))
-        first = ranks.new_full((len(scores), len(trie)), len(self._search.rank)).scatter_reduce(
-            1, groups, ranks, "amin"
-        )
-        return ranks == first.gather(1, groups)

@@ -9,6 +9,7 @@ their paths move, no keys and values. Memory grows with the number of beams.
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from recbole_llm.decoding.path_attention import PathView, along_paths
 
 if TYPE_CHECKING:
     from recbole_llm.decoding.opening import Opening
+
+logger = logging.getLogger("recbole_llm")
 
 # How far states over shared keys and values may be from those of a plain reading, relative, by bytes a number.
 TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -223,16 +226,23 @@ class WholePrompts:
         return self.state
 
 
-@torch.no_grad()
 def shares(decoder: nn.Module) -> bool:
     """Whether a decoder's states over shared keys and values are those that it has when it reads each beam alone.
 
     Asked of the model itself, with two short prompts of two beams: architectures differ in what they make of positions
-    and masks that they are given.
+    and masks that they are given. Where they are not, the log says so.
 
     Args:
         decoder: a Hugging Face base model, in evaluation mode.
     """
+    found = _agrees_with_itself(decoder)
+    if not found:
+        logger.info("a %s cannot share its prompts among beams: each beam reads its own", type(decoder).__name__)
+    return found
+
+
+@torch.no_grad()
+def _agrees_with_itself(decoder: nn.Module) -> bool:
     config: Any = decoder.config
     known = inspect.signature(decoder.forward).parameters
     if not {"past_key_values", "position_ids", "attention_mask"} <= set(known):

@@ -14,7 +14,7 @@ from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metric_information
 
 from recbole_llm import processes
-from recbole_llm.data.ties import top_items
+from recbole_llm.data.ties import leaders, top_items
 from recbole_llm.errors import UserError
 from recbole_llm.evaluation.metrics import USER_METRICS
 from recbole_llm.progress import progress
@@ -166,14 +166,12 @@ def shown_for(scores: torch.Tensor, counts_as: torch.Tensor, order: torch.Tensor
         order: all items in the order of ties, int64 [n_items].
 
     Returns:
-        int64 [B, n_items], by the item that they count as; ``n_items`` for those that no item counts as.
+        int64 [B, n_items], by the item that they count as; 0 for those that no item counts as.
     """
-    groups = counts_as.expand_as(scores)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    best = scores == as_counted(scores, counts_as).gather(1, groups)
-    ranks = torch.where(best, rank, len(order))
-    first = torch.full_like(groups, len(order)).scatter_reduce(1, groups, ranks, "amin")
-    return torch.cat((order, order.new_tensor([len(order)])))[first]
+    items = torch.arange(len(order), device=order.device)
+    rank = torch.empty_like(order).scatter_(0, order, items)
+    shown = torch.where(leaders(scores, counts_as, rank), items, 0)
+    return torch.zeros_like(shown).scatter_reduce(1, counts_as.expand_as(shown), shown, "amax")
 
 
 def _full_sort(model: Any, interaction: Any, dataset: Any) -> torch.Tensor:
