@@ -53,8 +53,10 @@ def test_equals_exhaustive_search(model: Any, kind: str, normaliser: str) -> Non
     for row, prompt in enumerate(PROMPTS):
         wanted = exhaustive(model, item_tokens, prompt, normaliser)
         assert_same_ranking(found.items[row].tolist(), found.scores[row], wanted)
-        among = exhaustive(model, item_tokens, prompt, "legal" if normaliser == "legal" else "level")
-        share = (exhaustive(model, item_tokens, prompt, "vocabulary") - among)[found.items[row]].exp()
+        # Of the tokens that are read.
+        read = item_tokens.unique_prefixes() if normaliser == "legal" else item_tokens
+        among = exhaustive(model, read, prompt, "legal" if normaliser == "legal" else "level")
+        share = (exhaustive(model, read, prompt, "vocabulary") - among)[found.items[row]].exp()
         torch.testing.assert_close(found.leaked[row].double(), 1 - share, atol=1e-4, rtol=1e-4)
 
 
@@ -268,6 +270,13 @@ def test_forced_tokens_are_scored_and_take_no_more_beams(llama: Any) -> None:
     assert_same_ranking(
         whole.items[0].tolist(), whole.scores[0], exhaustive(llama, item_tokens, PROMPTS[0], "vocabulary")
     )
+
+
+def test_under_legal_nothing_is_read_behind_what_tells_an_item(llama: Any) -> None:
+    item_tokens = ItemTokens.from_sequences([[], [5, 6, 7, 8, 9, 10], [5, 11], [12, *range(5, 25)], [12, 30, 31]], END)
+    steps = {name: searcher(llama, item_tokens, beams=4, normaliser=name).steps for name in NORMALISERS}
+    whole = [2, 4, 3, 2, 2, 2, *15 * [1]]
+    assert steps == {"vocabulary": whole, "level": whole, "legal": [2]}
 
 
 def test_the_head_has_a_row_for_each_code_wherever_it_lies(llama: Any) -> None:

@@ -77,6 +77,20 @@ class TestThereAndBack:
             assert ended.of(item) == ([*own, item_tokens.size] if own else [])
         assert ended.size == item_tokens.size + 1 and ended.level_sizes == (*item_tokens.level_sizes, 1)
 
+    @given(catalogues)
+    def test_unique_prefixes_are_the_shortest(self, item_tokens: ItemTokens) -> None:
+        """Each is the first beginning that all items which have it go on from alike."""
+        rows = [item_tokens.of(item) for item in range(item_tokens.n_items)]
+        unique = item_tokens.unique_prefixes()
+        assert unique.n_items == len(rows) and unique.size == item_tokens.size and not unique.level_sizes
+        for item, row in enumerate(rows):
+            told = (
+                length
+                for length in range(1, len(row) + 1)
+                if all(other == row for other in rows if other[:length] == row[:length])
+            )
+            assert unique.of(item) == row[: next(told, 0)]
+
     def test_ids_of_any_lengths_get_one_and_titles_have_theirs(self) -> None:
         ended = ItemTokens.named([[], [0, 1], [2]], ["x", "y", "z"]).ended()
         assert ended.strings(1) == ["x", "y", "<end>"] and ended.strings(2) == ["z", "<end>"] and not ended.of(0)

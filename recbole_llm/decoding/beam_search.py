@@ -35,7 +35,8 @@ class Found(NamedTuple):
         items: internal ids, best first, int64 [B, k]; no two of a row are alike.
         scores: log-probabilities of their tokens, float32 [B, k]; of a guided search what :class:`Guide` makes of them.
         leaked: 1 - exp(score over the whole vocabulary - score over the tokens of each level), or over the legal ones
-            where these are the normaliser, float32 [B, k]; ``None`` where it was not asked for.
+            where these are the normaliser, of the tokens that are read, float32 [B, k]; ``None`` where it was not asked
+            for.
     """
 
     items: Tensor
@@ -84,7 +85,9 @@ class BeamSearch(nn.Module):
     At every depth the best ``beams`` prefixes go on; items that end sooner than others wait apart and take no beam from
     those under way. That is transformers' ``generate`` with ``length_penalty=0``, but for the items that it drops where
     they end outside the best prefixes of a step. At a tie the earlier prefix goes on, by its tokens; items of equal
-    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any.
+    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any; but
+    relative to the ``legal`` ones nothing is added by tokens behind those that tell an item from all others, so there an
+    item ends where it is told, and such tokens are never read.
 
     Weights of the head and places of tensors are those of the moment it is made: make a new one after training.
 
@@ -100,7 +103,8 @@ class BeamSearch(nn.Module):
             may be shown. Where there are fewer than asked for the rest is item 0 with a score of -inf.
 
     Attributes:
-        trie: of the items, on the decoder's device: what an :class:`Exclusion` is made with.
+        trie: of the items, under ``legal`` as far as there is a choice, on the decoder's device: what an
+            :class:`Exclusion` and a :class:`Guide` are made with.
         shares_prompts: whether beams share the keys and values of their prompt. Models that remember anything else,
             and kinds of attention that take no mask of ours (``flash_attention_2``), read it once a beam and step.
         opening: what prompts begin with; ``None`` before :meth:`open_with`, and where prompts are read whole.
@@ -126,6 +130,8 @@ class BeamSearch(nn.Module):
             raise ValueError(f"the language model's ids of {item_tokens.size} tokens are needed")
         self.decoder, self.head, self.beams, self.normaliser = decoder, head, beams, normaliser
         self.distinct = distinct
+        if normaliser == "legal":
+            item_tokens = item_tokens.unique_prefixes()
         device = head.weight.device
         self.trie = Trie(item_tokens, tie_order).to(device)
         if not len(self.trie.order):

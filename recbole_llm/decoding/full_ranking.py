@@ -52,8 +52,7 @@ class FullRanking:
 
     Attributes:
         behind: tokens that are kept behind a prompt at most.
-        reads: nodes that are read for each prompt. With the normaliser ``legal`` a token that is the only one adds
-            nothing to a score, so that a node with one item below is none of them.
+        reads: nodes that are read for each prompt: all of the search's trie that have children.
 
     Raises:
         UserError: ``nodes`` is below 1.
@@ -66,12 +65,7 @@ class FullRanking:
         self.behind = nodes + len(trie.widths)
         self._starts, self._ends = trie.starts.cpu(), trie.ends.cpu()
         self._depths = trie.depths(torch.arange(len(trie), device=trie.device)).cpu()
-        if search.normaliser == "legal":
-            firsts = self._starts[trie.leaf_nodes.cpu()]
-            below = torch.searchsorted(firsts, self._ends) - torch.searchsorted(firsts, self._starts)
-            inner = below > 1
-        else:
-            inner = trie.child_offsets.diff().cpu() > 0
+        inner = trie.child_offsets.diff().cpu() > 0
         inner[0] = False
         read = inner.nonzero().squeeze(1)
         # A node's items begin where its first child's do.

@@ -209,6 +209,30 @@ class ItemTokens:
             level_sizes=(*self.level_sizes, 1) if codes else (), names=(*self.names, "<end>") if self.names else (),
         )  # fmt: skip
 
+    def unique_prefixes(self) -> ItemTokens:
+        """The shortest beginning of each sequence that no other begins with, of at least one token.
+
+        Each token behind it is the only one that can follow and has all the probability among legal tokens, so that
+        what is relative to those need not read it.
+
+        Returns:
+            Tokens of no levels, of the same vocabulary; items of equal tokens have equal ones.
+        """
+        trie = self.trie
+        firsts = trie.starts[trie.leaf_nodes]
+        told = torch.searchsorted(firsts, trie.ends) - torch.searchsorted(firsts, trie.starts) == 1
+        nodes = torch.arange(1, len(trie), device=trie.device)
+        above = trie.parents[nodes]
+        nodes = nodes[told[nodes] & (~told[above] | (above == 0))]
+        nodes = nodes[trie.starts[nodes].argsort()]
+        kept = torch.zeros_like(self.lengths)
+        kept[trie.order] = trie.depths(nodes).repeat_interleave(trie.ends[nodes] - trie.starts[nodes])
+        place = torch.arange(len(self.tokens), device=kept.device)
+        place = place - self.offsets[:-1].repeat_interleave(self.lengths)
+        tokens = self.tokens[place < kept.repeat_interleave(self.lengths)]
+        offsets = torch.cat((kept.new_zeros(1), kept.cumsum(0)))
+        return replace(self, kind="ids", offsets=offsets, tokens=tokens, level_sizes=(), names=())
+
     @property
     def n_items(self) -> int:
         """Number of internal item ids, the padding item 0 included."""
