@@ -85,9 +85,9 @@ class BeamSearch(nn.Module):
     At every depth the best ``beams`` prefixes go on; items that end sooner than others wait apart and take no beam from
     those under way. That is transformers' ``generate`` with ``length_penalty=0``, but for the items that it drops where
     they end outside the best prefixes of a step. At a tie the earlier prefix goes on, by its tokens; items of equal
-    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any; but
-    relative to the ``legal`` ones nothing is added by tokens behind those that tell an item from all others, so there an
-    item ends where it is told, and such tokens are never read.
+    score, such as those of equal tokens, come in the tie order. A token that is the only legal one is scored as any.
+    Relative to the ``legal`` ones, though, nothing is added behind the token that tells an item from all others: there
+    the item ends, and what follows is not read.
 
     Weights of the head and places of tensors are those of the moment it is made: make a new one after training.
 
