@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from tiny_folders import KINDS, WINDOW
 from transformers import AutoModelForCausalLM
 
 from recbole_llm.decoding.beam_search import BeamSearch
+from recbole_llm.decoding.guide import Guide
 from recbole_llm.decoding.head import Head, decoder_of
+from recbole_llm.itemid.exclusion import Exclusion
 from recbole_llm.itemid.item_tokens import ItemTokens
 
 LM_SIZE = 97
@@ -93,3 +96,49 @@ def assert_same_ranking(items: list[int], scores: torch.Tensor, wanted: torch.Te
     torch.testing.assert_close(scores.double(), expected, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(wanted[items], expected, atol=2e-4, rtol=1e-4)
     assert len(set(items)) == len(items)
+
+
+def assert_best_where_rows_are_left_out(
+    model: Any, make: Callable[..., BeamSearch], plain: Callable[..., torch.Tensor], normaliser: str
+) -> None:
+    """With as many beams as items the k best are those of plain readings, whatever rows were left out by then.
+
+    Args:
+        model: a language model, whose head is changed.
+        make: a search from model and items.
+        plain: every item's score.
+        normaliser: of both.
+    """
+    # Logits that differ as a trained model's do, so that rows are decided at different depths.
+    model.get_output_embeddings().weight.data.mul_(6)
+    rng = np.random.default_rng(3)
+    titles = {tuple(rng.integers(5, 12, length).tolist()) for length in (1, 1, 2, 2, 3, 4, 6, 9, 14, 14)}
+    item_tokens = ItemTokens.from_sequences([[], *map(list, sorted(titles))], END)
+    prompts = [rng.integers(3, 90, length).tolist() for length in (3, 9, 1, 4, 12, 2, 7, 5)]
+    scores = [plain(model, item_tokens, prompt, normaliser) for prompt in prompts]
+    barred = torch.tensor([[1 + row % 3] for row in range(len(prompts))])
+    going_on: list[int] = []
+
+    def watched(search: BeamSearch) -> BeamSearch:
+        reads = search._reads
+
+        def begin(*given: Any) -> Any:
+            reader = reads(*given)
+            keep = reader.keep_rows
+            reader.keep_rows = lambda rows: (going_on.append(len(rows)), keep(rows))
+            return reader
+
+        search._reads = begin
+        return search
+
+    opinions = torch.from_numpy(rng.normal(0, 2, (len(prompts), item_tokens.n_items)))
+    opinions[:, 0] = -torch.inf
+    guided = [0.7 * scores[row] + 0.3 * opinions[row].log_softmax(0) for row in range(len(prompts))]
+    for k, excluded, weight in ((1, False, None), (2, False, None), (3, True, None), (4, True, 0.7), (5, False, 0.7)):
+        search = watched(make(model, item_tokens, beams=item_tokens.n_items - 2, normaliser=normaliser))
+        guide = None if weight is None else Guide(search.trie, opinions, weight)
+        found = search(prompts, k, Exclusion(search.trie, barred) if excluded else None, guide=guide)
+        for row, wanted in enumerate(scores if guide is None else guided):
+            allowed = wanted.index_fill(0, barred[row], -torch.inf) if excluded else wanted
+            assert_same_ranking(found.items[row].tolist(), found.scores[row], allowed)
+    assert going_on and max(going_on) < len(prompts), "none was left out, so this says nothing"

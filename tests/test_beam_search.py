@@ -18,6 +18,7 @@ from searches import (
     PROMPTS,
     SIZES,
     TITLES,
+    assert_best_where_rows_are_left_out,
     assert_same_ranking,
     exhaustive,
     language_model,
@@ -188,6 +189,12 @@ def test_a_batch_of_ragged_prompts_is_searched_as_each_alone(model: Any) -> None
         for found, place in ((together, row), (backwards, -1 - row)):
             torch.testing.assert_close(found.scores[place], alone.scores[0], atol=1e-4, rtol=1e-4)
             assert found.items[place].tolist() == alone.items[0].tolist()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_rows_and_beams_in_which_nothing_can_change_are_left_out(kind: str, normaliser: str) -> None:
+    assert_best_where_rows_are_left_out(language_model(kind), searcher, exhaustive, normaliser)
 
 
 def test_a_smaller_k_is_the_beginning_of_a_larger(llama: Any) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import tiny_t5
 import torch
-from searches import CODE_IDS, LM_SIZE, NORMALISERS, PROMPTS, SIZES, TITLES, random_codes, rivals
+from searches import (
+    CODE_IDS,
+    LM_SIZE,
+    NORMALISERS,
+    PROMPTS,
+    SIZES,
+    TITLES,
+    assert_best_where_rows_are_left_out,
+    random_codes,
+    rivals,
+)
 from test_aligntokenrec import OPTIONS, SETTINGS, batch, shipped, tokens
 from test_glta import N_ITEMS, dataset
 from torch import nn
@@ -84,6 +94,12 @@ def test_equals_exhaustive_scoring(model: Any, kind: str, normaliser: str) -> No
         torch.testing.assert_close(found.scores[row].double(), expected.values[:-1], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(wanted[found.items[row]], expected.values[:-1], atol=1e-4, rtol=1e-5)
         assert found.items[row].unique().numel() == item_tokens.n_items - 1
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_rows_in_which_nothing_can_change_are_left_out(normaliser: str) -> None:
+    model = tiny_t5.model(tiny_t5.KINDS[0], LM_SIZE)
+    assert_best_where_rows_are_left_out(model, searcher, exhaustive, normaliser)
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

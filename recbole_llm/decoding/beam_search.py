@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recbole_llm.backbone.encoder_decoder import encodes
 from recbole_llm.decoding.encoded_prompts import EncodedPrompts
@@ -72,6 +73,10 @@ class _Beams(NamedTuple):
     nodes: Tensor
     scores: Tensor
     kept: Tensor
+
+    def of_rows(self, rows: Tensor) -> _Beams:
+        """Those of some rows, int64 or bool."""
+        return _Beams(*(part[rows] for part in self))
 
 
 class BeamSearch(nn.Module):
@@ -238,20 +243,35 @@ class BeamSearch(nn.Module):
             raise ValueError(f"{len(prompts)} prompts and exclusions of {exclude.rows} rows")
         reader = self._read(prompts)
         zeros = torch.zeros(len(prompts), 1, device=self.trie.device)
-        beams, ended = _Beams(zeros.long(), zeros, zeros), None
+        rows, beams, ended = torch.arange(len(prompts), device=zeros.device), _Beams(zeros.long(), zeros, zeros), None
+        done: list[tuple[Tensor, _Beams]] = []
+        asked = guide
         for depth in range(len(self.levels)):
-            tokens, grown = self._grow(beams, reader.state, depth, exclude, leaked, guide)
+            tokens, grown = self._grow(beams, reader.state, depth, exclude, rows, leaked, guide)
             ended = self._end(grown, ended, depth + 1)
             if not self._widths[depth + 1]:
                 break
             beams, chosen = self._go_on(grown, depth + 1)
             # Of a guided search the items that end together differ in their scores, so no prefix's tells who is best.
-            if (guide is None or self._most_equal == 1) and self._is_decided(beams, ended, k):
-                break
+            if ended is not None and ended.scores.shape[1] >= k and (guide is None or self._most_equal == 1):
+                under_way = (beams.nodes >= 0) & (beams.scores >= ended.scores[:, k - 1 : k])
+                going = under_way.any(1)
+                width, count = torch.stack((under_way.sum(1).amax(), going.sum())).tolist()
+                if not width:
+                    break
+                beams, chosen = _narrowed(beams, chosen, under_way, width)
+                # Rows in which nothing can change any more are left out, once they are half: that copies the others.
+                if 2 * count <= len(rows):
+                    done.append((rows[~going], ended.of_rows(~going)))
+                    kept = going.nonzero().squeeze(1)
+                    rows, beams, ended = rows[kept], beams.of_rows(kept), ended.of_rows(kept)
+                    tokens, chosen = tokens[kept], chosen[kept]
+                    guide = None if guide is None else guide.of_rows(kept)
+                    reader.keep_rows(kept)
             chosen_tokens = tokens.flatten(1).gather(1, chosen).clamp(min=0)
             reader.step(self.lm_ids[chosen_tokens], chosen // tokens.shape[-1])
         assert ended is not None  # the deepest nodes are leaves
-        return self._items(ended, k, exclude, leaked, guide)
+        return self._items(_together([*done, (rows, ended)]), k, exclude, leaked, asked)
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Reader:
         """Read the prompts, with room for the tokens of all their beams."""
@@ -287,13 +307,14 @@ class BeamSearch(nn.Module):
             self.opening = Opening(self.decoder, tokens)
 
     def _grow(
-        self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, leaked: bool, guide: Guide | None
-    ) -> tuple[Tensor, _Beams]:
-        """Every legal token of every beam: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
+        self, beams: _Beams, states: Tensor, depth: int, exclude: Exclusion | None, rows: Tensor, leaked: bool,
+        guide: Guide | None,
+    ) -> tuple[Tensor, _Beams]:  # fmt: skip
+        """Every legal token of every beam of some rows: tokens int64 [B, K, W], and the longer prefixes [B, K * W]."""
         added = self.added(states, beams.nodes, depth, guide, leaked)
         children, there = added.children, added.children >= 0
         if exclude is not None:
-            there = exclude.left(children) > 0
+            there = exclude.left_of(rows.view(-1, 1, 1), children) > 0
             children = torch.where(there, children, -1)
         scores = (beams.scores.unsqueeze(-1) + added.scores).masked_fill_(~there, -torch.inf)
         kept = beams.kept if added.kept is None else beams.kept + added.kept
@@ -337,7 +358,8 @@ class BeamSearch(nn.Module):
                 nodes=grown.nodes.masked_fill(ends, -1), scores=grown.scores.masked_fill(ends, -torch.inf)
             )
         # Back in the order of places, which is that of nodes: the next tie is decided by it.
-        chosen = best(grown.scores, self._widths[depth]).sort(dim=1).values
+        width = min(self._widths[depth], grown.scores.shape[1])
+        chosen = best(grown.scores, width).sort(dim=1).values
         return _Beams(*(part.gather(1, chosen) for part in grown)), chosen
 
     def _end(self, grown: _Beams, ended: _Beams | None, depth: int) -> _Beams | None:
@@ -353,12 +375,6 @@ class BeamSearch(nn.Module):
         first = self.rank[self.trie.order[self.trie.starts[new.nodes.clamp(min=0)]]]
         chosen = best(new.scores, min(self.beams, new.scores.shape[1]), first)
         return _Beams(*(part.gather(1, chosen) for part in new))
-
-    def _is_decided(self, beams: _Beams, ended: _Beams | None, k: int) -> bool:
-        """Whether no prefix under way can become one of the k best: scores only fall. Waits for the device."""
-        if ended is None or ended.scores.shape[1] < k:
-            return False
-        return bool((beams.scores.amax(dim=1) < ended.scores[:, k - 1]).all())
 
     def _at(self, nodes: Tensor, exclude: Exclusion | None) -> tuple[Tensor, Tensor]:
         """Places of the items at nodes [B, K], int64 [B, K, most at one], and which there are and may be shown."""
@@ -415,3 +431,33 @@ def best(scores: Tensor, k: int, order: Tensor | None = None) -> Tensor:
     if order is None:
         order = torch.arange(scores.shape[1], device=scores.device)
     return ((ascending << 32) - order).topk(k, dim=1).indices
+
+
+def _narrowed(beams: _Beams, places: Tensor, under_way: Tensor, width: int) -> tuple[_Beams, Tensor]:
+    """Beams without those that can win nothing any more, as far as every row has some of them; their order stays.
+
+    Args:
+        beams: [B, K].
+        places: of theirs, int64 [B, K].
+        under_way: which can win, bool [B, K].
+        width: the most of a row.
+    """
+    if width == under_way.shape[1]:
+        return beams, places
+    kept = best(beams.scores.masked_fill(~under_way, -torch.inf), width).sort(dim=1).values
+    return _Beams(*(part.gather(1, kept) for part in beams)), places.gather(1, kept)
+
+
+def _together(parts: list[tuple[Tensor, _Beams]]) -> _Beams:
+    """What has ended in rows that were left out one after the other, in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    most = max(ended.scores.shape[1] for _, ended in parts)
+    back = torch.cat([rows for rows, _ in parts]).argsort()
+    columns = zip(*(ended for _, ended in parts), strict=True)
+    return _Beams(
+        *(
+            torch.cat([functional.pad(part, (0, most - part.shape[1]), value=value) for part in column])[back]
+            for column, value in zip(columns, (-1, -torch.inf, 0.0), strict=True)
+        )
+    )

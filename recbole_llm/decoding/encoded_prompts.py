@@ -86,6 +86,11 @@ class EncodedPrompts:
         self.state = self._step(tokens, parents)
         return self.state
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """See :class:`~recbole_llm.decoding.shared_cache.Reader`."""
+        self._read, self._unread, self._paths.seen = self._read[rows], self._unread[rows], self._paths.seen[rows]
+        self._cache.batch_select_indices(rows)
+
     def _step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         at, decoder = self._paths.grow(parents), self._decoder
         states = decoder.embed_tokens(tokens)

@@ -9,6 +9,8 @@ Source: Bao et al., "Decoding Matters: Addressing Amplification Bias and Homogen
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,16 @@ class Guide:
         scores = (scores - scores.amax(1, keepdim=True)) / beta
         self._masses = log_masses(trie, scores)
         self._placed = scores[:, trie.order]
+
+    def of_rows(self, rows: Tensor) -> Guide:
+        """The same for some of the rows.
+
+        Args:
+            rows: int64 [n].
+        """
+        made = copy.copy(self)
+        made._masses, made._placed = self._masses[rows], self._placed[rows]
+        return made
 
     def mixed(self, told: Tensor, nodes: Tensor, children: Tensor) -> Tensor:
         """What each token adds to a beam's score.

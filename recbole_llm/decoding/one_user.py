@@ -99,6 +99,9 @@ class OneUser:
             ).last_hidden_state
         return self.state
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Its one row stays: a search is over where nothing can change in that."""
+
     def buffers(self) -> dict[str, Tensor]:
         """What is kept from one prompt to the next, by name."""
         found = self._workspace.held()

@@ -50,6 +50,13 @@ class Reader(Protocol):
             The new :attr:`state`, [B, K, hidden].
         """
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with some of the prompts; :attr:`state` has them all until the next step.
+
+        Args:
+            rows: int64 [n].
+        """
+
 
 class Roomy(DynamicLayer):
     """Keys and values with room behind them, so that taking in new ones copies nothing that is there.
@@ -180,6 +187,11 @@ class SharedPrompts:
             ).last_hidden_state
         return self.state
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """See :class:`Reader`."""
+        self._lengths, self._paths = self._lengths[rows], self._paths[rows]
+        self._cache.batch_select_indices(rows)
+
 
 def last_states(decoder: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     """The state at the last position of each of several texts a row, all of them read.
@@ -224,6 +236,10 @@ class WholePrompts:
         self._lengths = self._lengths + 1
         self.state = last_states(self._decoder, self._ids, self._lengths.unsqueeze(1))
         return self.state
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """See :class:`Reader`."""
+        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
 
 
 def shares(decoder: nn.Module) -> bool:
