@@ -103,6 +103,7 @@ NO_FORK = pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU no 
         pytest.param("beam_search", marks=pytest.mark.slow),
         pytest.param("fine_tuning", marks=pytest.mark.slow),
         pytest.param("free_search", marks=pytest.mark.slow),
+        pytest.param("title_search", marks=pytest.mark.slow),
         pytest.param("lightgcn_epoch", marks=pytest.mark.slow),
         pytest.param("run_start", marks=[pytest.mark.slow, NO_FORK]),
         pytest.param("sasrec_step", marks=pytest.mark.slow),
