@@ -254,7 +254,7 @@ class BeamSearch(nn.Module):
             beams, chosen = self._go_on(grown, depth + 1)
             # Of a guided search the items that end together differ in their scores, so no prefix's tells who is best.
             if ended is not None and ended.scores.shape[1] >= k and (guide is None or self._most_equal == 1):
-                under_way = (beams.nodes >= 0) & (beams.scores >= ended.scores[:, k - 1 : k])
+                under_way = self._can_win(beams, ended, k)
                 going = under_way.any(1)
                 width, count = torch.stack((under_way.sum(1).amax(), going.sum())).tolist()
                 if not width:
@@ -375,6 +375,10 @@ class BeamSearch(nn.Module):
         first = self.rank[self.trie.order[self.trie.starts[new.nodes.clamp(min=0)]]]
         chosen = best(new.scores, min(self.beams, new.scores.shape[1]), first)
         return _Beams(*(part.gather(1, chosen) for part in new))
+
+    def _can_win(self, beams: _Beams, ended: _Beams, k: int) -> Tensor:
+        """Which prefixes may yet become one of the k best, bool [B, K]: scores only fall."""
+        return (beams.nodes >= 0) & (beams.scores >= ended.scores[:, k - 1 : k])
 
     def _at(self, nodes: Tensor, exclude: Exclusion | None) -> tuple[Tensor, Tensor]:
         """Places of the items at nodes [B, K], int64 [B, K, most at one], and which there are and may be shown."""
