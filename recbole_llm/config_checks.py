@@ -256,9 +256,9 @@ def _check_unified(final: dict[str, Any], args: dict[str, Any]) -> None:
             "eval_args.split should be one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]}, {TS: [0.8, 0.1, 0.1]}, "
             f"but is {split!r}"
         )
-    _one_of("eval_args.order", args["order"], ("TO", "RO"))
+    one_of("eval_args.order", args["order"], ("TO", "RO"))
     args["group_by"] = args["group_by"] or "none"
-    _one_of("eval_args.group_by", args["group_by"], ("user", "none"))
+    one_of("eval_args.group_by", args["group_by"], ("user", "none"))
     modes = list(args["mode"].values()) if isinstance(args["mode"], dict) else [args["mode"]]
     if any(mode != "full" for mode in modes):
         raise UserError(
@@ -267,7 +267,7 @@ def _check_unified(final: dict[str, Any], args: dict[str, Any]) -> None:
         )
     kind, value = next(iter(split.items()))
     if kind == "LS":
-        _one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
+        one_of("eval_args.split.LS", value, ("valid_and_test", "valid_only", "test_only"))
     elif not _is_ratios(value):
         raise UserError(f"eval_args.split.{kind} should be three shares such as [0.8, 0.1, 0.1], but is {value!r}")
     if _across_users(args) and final["short_users"] == "train":
@@ -298,7 +298,12 @@ def _check_times_between_users(final: Mapping[str, Any], args: Mapping[str, Any]
         )
 
 
-def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the words of a setting.
+
+    Raises:
+        UserError: with the nearest of them.
+    """
     if value not in choices:
         raise UserError(
             f"{key} should be one of {', '.join(choices)}, but is {value!r}{did_you_mean(str(value), choices)}"

@@ -9,6 +9,7 @@ from typing import Any
 from recbole.utils import ModelType
 
 from recbole_llm.atomic import open_atomic
+from recbole_llm.config_checks import one_of
 from recbole_llm.data.item_text import item_file
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.limits import PACKAGES, REFUSED, packages_missing
@@ -33,8 +34,25 @@ def check_runs(model: str, policy: Any) -> None:
         raise UserError(f"{model} needs the package '{PACKAGES[model]}', which is not installed; {_WITHOUT}")
 
 
-# KD_DAGFM evaluates the name of its teacher as Python.
-_TEACHERS = ("CIN", "CINComp", "CrossNet", "DAGFM")
+_POOLING: dict[str, tuple[str, ...]] = {"pooling_mode": ("max", "mean", "sum")}
+# Words that RecBole's models choose between, by model and setting: of others some trained as something else unasked, or
+# ended in a traceback.
+_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "CFKG": {"loss_function": ("inner_product", "transe")},
+    "DIEN": _POOLING,
+    "DIN": _POOLING,
+    "FDSA": _POOLING,
+    "GCMC": {"accum": ("sum", "stack")},
+    "GRU4RecF": _POOLING,
+    "HRM": {"pooling_type_layer_1": ("max", "average"), "pooling_type_layer_2": ("max", "average")},
+    # It evaluates the name of its teacher as Python.
+    "KD_DAGFM": {"teacher": ("CIN", "CINComp", "CrossNet", "DAGFM")},
+    "KGAT": {"aggregator_type": ("gcn", "graphsage", "bi")},
+    "NAIS": {"algorithm": ("prod", "concat")},
+    "NNCF": {"neigh_info_method": ("random", "knn", "louvain")},
+    "SASRecF": _POOLING,
+    "SGL": {"type": ("ED", "ND", "RW")},
+}
 # Settings of RecBole's that nothing here reads, and what does what they promise.
 _UNREAD = {
     "device": "say gpu_id, or gpu_id= and nothing for the CPU",
@@ -63,7 +81,7 @@ def check_unread(given: Mapping[str, Any]) -> None:
 
 
 def check_models_own(model: str, final: Mapping[str, Any]) -> None:
-    """Refuse what a model of RecBole would run as code, or cannot do without a package that nothing here installs.
+    """Refuse what a model of RecBole would run as code, take for something else, or cannot do without another package.
 
     Args:
         model: its name.
@@ -74,8 +92,8 @@ def check_models_own(model: str, final: Mapping[str, Any]) -> None:
     """
     if final.get("learner") == "sparse_adam":
         raise UserError("learner: sparse_adam steps on sparse gradients, and no model here has any; take adam")
-    if model == "KD_DAGFM" and final.get("teacher") not in _TEACHERS:
-        raise UserError(f"teacher should be one of {', '.join(_TEACHERS)}, but is {final.get('teacher')!r}")
+    for key, choices in _CHOICES.get(model, {}).items():
+        one_of(key, final.get(key), choices)
     if model == "LDiffRec" and (final.get("n_cate") or 1) > 1:
         raise UserError(
             "n_cate above 1 needs the package 'kmeans_pytorch' and reads item embeddings from a pickle, which may run "
