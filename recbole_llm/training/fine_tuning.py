@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -241,6 +241,10 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             return super()._valid_epoch(*args, **kwargs)
         finally:
             self._every_prompt = True
+
+    def valid_of_training(self, valid_data: Any) -> Mapping[str, float]:
+        """See the base class; training looks at one prompt."""
+        return super().valid_of_training(valid_data) if self.model.prompts_asked == 1 else {}
 
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False

@@ -142,7 +142,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[str, Any]:
-    """Rank valid and test and write ``result.json`` and ``per_user.npz``.
+    """Rank test, and valid where training has not just done so, and write ``result.json`` and ``per_user.npz``.
 
     Args:
         fitted: the trained recommender.
@@ -158,9 +158,14 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
     test = trainer.evaluate(fitted.test_data, load_best_model=False, show_progress=config["show_progress"]) or {}
     seconds = time.monotonic() - start
     measured: Measured = trainer.measured if test else Measured()
+    searched = _searched(fitted.model)
     valid: Mapping[str, float] = {}
     if fitted.valid_data is not None and len(fitted.valid_data) and not config["refit_on_valid"]:
-        valid = trainer.evaluate(fitted.valid_data, load_best_model=False, show_progress=config["show_progress"]) or {}
+        valid = (
+            trainer.valid_of_training(fitted.valid_data)
+            or trainer.evaluate(fitted.valid_data, load_best_model=False, show_progress=config["show_progress"])
+            or {}
+        )
     valid = valid or fitted.valid
     split = getattr(fitted.train_data._dataset, "split", None)
     test_users = len(measured.users)
@@ -170,7 +175,7 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "dataset": config["dataset"],
         "seed": config["seed"],
         "split": split.as_dict() if split else _recboles_split(fitted),
-        "evaluation": _evaluation(config, measured, fitted),
+        "evaluation": _evaluation(config, measured, fitted) | searched,
         "valid": dict(valid),
         "test": dict(test),
         "per_user": "per_user.npz" if measured.per_user else None,
@@ -321,9 +326,13 @@ def _recboles_split(fitted: Fit) -> dict[str, Any]:
     }
 
 
+def _searched(model: Any) -> dict[str, float]:
+    """How much of the last search was no item, and how much of all items' prefixes it read, where a model tells."""
+    told = {name: getattr(model, name, None) for name in ("invalid_share", "visited_share")}
+    return {name: share for name, share in told.items() if share is not None}
+
+
 def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, Any]:
-    invalid = getattr(fitted.model, "invalid_share", None)
-    visited = getattr(fitted.model, "visited_share", None)
     counts_as = measured.counts_as
     recbole, sequential = config["policy"] == "recbole", fitted.test_data.is_sequential
     mode = config["eval_args"]["mode"]["test"]
@@ -340,9 +349,6 @@ def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, An
         **({} if measured.prompts == 1 else {"prompts": measured.prompts}),
         # Items are named by ids that tell of test rows, as was asked for.
         **({LEAKING: True} if _leaks(fitted) else {}),
-        # Of a search that may say what no item is: how much of it was.
-        **({} if invalid is None else {"invalid_share": invalid}),
-        **({} if visited is None else {"visited_share": visited}),
         "test_users": len(measured.users),
         # Of equal scores the model does not say which comes first.
         "tied_targets": measured.tied_targets,

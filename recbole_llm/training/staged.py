@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
 from recbole.utils import init_seed
 from torch import nn
@@ -72,6 +73,11 @@ class StagedTrainer(TrainerMixin, Trainer):
     def _build_optimizer(self, **kwargs: Any) -> Any:
         """The layers that train exist only once the earlier stages have run."""
         return super()._build_optimizer(**kwargs) if "params" in kwargs else None
+
+    def valid_of_training(self, valid_data: Any) -> Mapping[str, float]:
+        """See the base class; candidates may be drawn, and what was resumed may have been ranked by another search."""
+        alike = isinstance(valid_data, FullSortEvalDataLoader) and self.start_epoch == 0
+        return self.best_valid_result or {} if alike else {}
 
     # --- the stages before the last ----------------------------------------------------------------------------------
     def prepare(self, train_data: Any, store: StageStore, fit_part: Callable[..., Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,16 @@ class TrainerMixin:
         self.resume_file = Path(resume_file)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
+    def valid_of_training(self, valid_data: Any) -> Mapping[str, float]:
+        """What the best weights have on valid, where training has just seen it and would see it again; else nothing.
+
+        Scores of a recommender that is not ours may be drawn.
+
+        Args:
+            valid_data: what it would be ranked with.
+        """
+        return {}
+
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
     ) -> OrderedDict[str, float] | None:
