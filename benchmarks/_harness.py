@@ -28,21 +28,23 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def once(call: Callable[[], Any]) -> float:
     """Seconds that one call takes, without the garbage collector."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
+    return _timed(call, time.perf_counter)
 
 
 def of_processors(call: Callable[[], Any]) -> float:
-    """Seconds of the processors that one call takes: what else the machine does moves them less than the clock's."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    """As :func:`once`, in seconds of the processors: what else the machine does moves them less than the clock's."""
+    return _timed(call, time.process_time)
+
+
+def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        start = clock()
+        call()
+        return clock() - start
+    finally:
+        gc.enable()
 
 
 def measure_pairs(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import once, parser, report
+from _harness import of_processors, once, parser, report
 
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.itemid.trie import Trie
@@ -93,7 +93,7 @@ def build_pairs(ours: Callable[[], Any], reference: Callable[[], Any], pairs: in
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(-1, pairs):
         for side in (0, 1) if pair % 2 else (1, 0):
-            seconds = once(lambda call=(ours, reference)[side]: held.append(call()))
+            seconds = of_processors(lambda call=(ours, reference)[side]: held.append(call()))
             held.clear()
             if pair >= 0:
                 times[side].append(seconds)
