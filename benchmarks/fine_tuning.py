@@ -87,13 +87,18 @@ def item_tokens() -> ItemTokens:
     return ItemTokens.from_codes(codes, [CODES] * LEVELS)
 
 
-def settings(adapter: str, batch_size: int) -> Any:
+def settings(adapter: str, batch_size: int, models: Sequence[str] = ("AlignTokenRec",)) -> Any:
+    """Shipped settings of a model, the more special file last, and what the benchmarks set."""
+
     class Settings(dict):  # type: ignore[type-arg]
         def __missing__(self, key: str) -> None:  # RecBole's Config has None for what it does not know
             return None
 
+    shipped: dict[str, Any] = {}
+    for file in ("training.yaml", *(f"model/{model}.yaml" for model in models)):
+        shipped |= read_yaml(properties_dir() / file)
     return Settings({
-        **read_yaml(properties_dir() / "training.yaml"), **read_yaml(properties_dir() / "model" / "AlignTokenRec.yaml"),
+        **shipped,
         "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
         "ITEM_LIST_LENGTH_FIELD": "item_length", "device": torch.device("cpu"), "seed": 0, "topk": [10],
         "llm_quantization": "none", "llm_dtype": "float32", "shuffle": True, "single_spec": True, "worker": 0,
@@ -127,12 +132,15 @@ class Ours:
         config: see :func:`settings`.
         data: see :func:`dataset`.
         tokens: of its items.
+        model: what is trained.
     """
 
-    def __init__(self, folder: Path, config: Any, data: Any, tokens: ItemTokens) -> None:
+    def __init__(
+        self, folder: Path, config: Any, data: Any, tokens: ItemTokens, model: type[Any] = AlignTokenRec
+    ) -> None:
         torch.manual_seed(0)
         self.config = config
-        self.model = AlignTokenRec(self.config, data)
+        self.model = model(self.config, data)
         self.model.prepare(
             item_tokens=tokens, backbone=load_backbone(folder, **OPTIONS),
             head_model=load_with_head(folder, **OPTIONS), tie_order=torch.arange(N_ITEMS), texts={},
@@ -160,6 +168,11 @@ class Ours:
     def run(self, loop: TrainingLoop, rows: Sequence[Any]) -> list[float]:
         return list(loop.epoch(self.batches(rows), lambda loss: None))
 
+    def seconds(self, rows: Sequence[Any]) -> float:
+        """Of processors, for one step a batch; the clock begins behind the optimizer."""
+        loop = self.loop(len(rows))
+        return of_processors(lambda: self.run(loop, rows))
+
     def texts(self, rows: Sequence[Any]) -> list[tuple[str, str]]:
         """The samples as LC-Rec has them: prompt and answer."""
         templates = read_templates("aligntokenrec")
@@ -184,7 +197,8 @@ class Ours:
         loop, model = self.loop(len(rows)), self.model
         seconds: dict[str, float] = {}
         places = [
-            (model, "training_batch", "prompts"), (model._reader, "read", "decoder"), (model.head, "logits", "head"),
+            (model, "training_batch", "prompts"), (model._reader, "read", "decoder"),
+            (model._reader, "states", "decoder"), (model.head, "logits", "head"), (model.head, "logits_of", "head"),
             (loop.accelerator, "backward", "backward"), (loop.accelerator, "clip_grad_norm_", "optimizer"),
             (loop.optimizer, "step", "optimizer"), (loop.optimizer, "zero_grad", "optimizer"),
         ]  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import recbole
 import torch
-from _harness import measure_pairs, of_processors, parser, report
+from _harness import measure_pairs, parser, report
 from fine_tuning import Ours, dataset, item_tokens, settings, without, write_language_model
 
 from recbole_llm.backbone import packed, tree_attention
@@ -100,11 +100,6 @@ class Side(Ours):
             nodes = len(packed.Tree.of(batch.ids, lengths).places)
             found += batch.ids.numel(), int(lengths.sum()), nodes
         return tuple(found.tolist())
-
-    def seconds(self, rows: Sequence[Any]) -> float:
-        """Of processors, for one step a batch."""
-        loop = self.loop(len(rows))
-        return of_processors(lambda: self.run(loop, rows))
 
 
 def error_of(ours: Side, rows: Any) -> float:

@@ -32,10 +32,10 @@ from recbole_llm.evaluation.ranking import measure
 from recbole_llm.inspection import inspect
 from recbole_llm.itemid.item_tokens import ItemTokens
 from recbole_llm.model.bigrec import BIGRec
-from recbole_llm.model.generative import FINE_TUNING
+from recbole_llm.model.generative import FINE_TUNING, GenerativeRecommender
 from recbole_llm.model.msl import MSL
 from recbole_llm.model.tallrec import TALLRec
-from recbole_llm.model.tca4rec import TCA4Rec
+from recbole_llm.model.tca4rec import TCA4Rec, _around
 from recbole_llm.objectives.adaptive_temperature import HIGHEST, LOWEST, SHARE, adaptive_temperature
 from recbole_llm.objectives.soft_loss import FORMS
 from recbole_llm.registry import get_model, yaml_base
@@ -103,7 +103,8 @@ def build(folder: Path, model: Any, name: str, **settings: Any) -> Any:
 
 def sampled(model: Any) -> tuple[Any, TokenBatch]:
     torch.manual_seed(3)
-    samples = next(iter(loader(tasks=model.config["tasks"], train_batch_size=24)))
+    own = {key: model.config[key] for key in ("tasks", "packing")}
+    samples = next(iter(loader(**own, train_batch_size=24)))
     return samples, model.training_batch(samples)
 
 
@@ -129,12 +130,14 @@ def test_prompts_show_titles_up_to_the_answer_which_ends_once(base: str, folder:
     for row, (start, stop) in enumerate(zip(starts, stops)):
         mine = batch.rows == row
         labels, places = batch.labels[mine].tolist(), batch.places[mine].tolist()
-        answer = model.backbone.encode(TITLES[items[stop]])
-        assert labels == [*answer, model.backbone.eos_id] and batch.answers[mine].all()
+        answer = [*model.backbone.encode(TITLES[items[stop]]), model.backbone.eos_id]
+        answer = told_from_all(model, answer) if base == "MSL" else answer
+        assert labels == answer and batch.answers[mine].all()
         prompt = asked(model, items[start:stop].tolist())
-        # The end token is read from nowhere; what the prompt shows ends before the item that is asked for.
-        assert batch.ids[row, : len(prompt) + len(answer)].tolist() == [*prompt, *answer]
-        assert places == list(range(len(prompt) - 1, len(prompt) + len(answer)))
+        # The last token is read from nowhere; what the prompt shows ends before the item that is asked for.
+        read = len(prompt) + len(answer) - 1
+        assert batch.ids[row, :read].tolist() == [*prompt, *answer[:-1]]
+        assert places == list(range(len(prompt) - 1, read))
         assert int(batch.moments[row]) == stop
     assert model.writer.longest(4) >= int(batch.places.max()) + 2
 
@@ -170,6 +173,12 @@ def legal_after(model: Any, prefix: list[int]) -> list[int]:
     )
 
 
+def told_from_all(model: Any, title: list[int]) -> list[int]:
+    """The shortest beginning of a title that no other title has."""
+    others = [one for one in sequences(model) if one != title]
+    return next(title[:end] for end in range(1, len(title) + 1) if all(one[:end] != title[:end] for one in others))
+
+
 def labels_of(batch: TokenBatch) -> Iterator[tuple[int, list[int], int]]:
     """Of each label its place among all, the tokens of the answer before it, and itself."""
     for row in range(len(batch.ids)):
@@ -201,6 +210,70 @@ def test_msls_loss_is_a_dense_masked_softmax(tau: float, forced_in_mean: bool, f
     found = model.label_loss(logits, batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, logits)[0], wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {}, {"packing": "user"}, {"temperature": "ats"}, {"adapter": "full", "packing": "user"},
+        {"forced_in_mean": True},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("loss", ["", *FORMS])
+def test_what_msl_does_not_read_of_a_title_adds_nothing_to_loss_or_gradient(
+    loss: str, more: dict[str, Any], llama: Path
+) -> None:
+    class Whole(MSL):
+        def take_item_tokens(self, tokens: ItemTokens) -> None:
+            self.forced_in_mean, asked_for = True, self.forced_in_mean
+            super().take_item_tokens(tokens)
+            self.forced_in_mean = asked_for
+
+        def _loss_of(self, states: torch.Tensor, which: torch.Tensor | None, batch: TokenBatch) -> torch.Tensor:
+            return GenerativeRecommender._loss_of(self, states, which, batch)
+
+    found = []
+    for base in (MSL, Whole):
+        around = _around(base, "MSL") if loss else base
+        model = build(llama, around, "MSL", base_model="MSL", tca_loss=loss or FORMS[0], alpha=0.4, **more)
+        batch = sampled(model)[1]
+        value = model.stage_loss(FINE_TUNING, batch)
+        value.backward()
+        found.append((value, batch, {name: weight.grad for name, weight in model.named_parameters()}))
+    (short, read, ours), (whole, all_read, theirs) = found
+    shorter = len(read.labels) < len(all_read.labels)
+    assert shorter == ("forced_in_mean" not in more) and read.targets_count() == all_read.targets_count()
+    torch.testing.assert_close(short, whole, rtol=1e-5, atol=0)
+    assert ours.keys() == theirs.keys() and any(bool(gradient.any()) for gradient in ours.values())
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_msls_prompts_are_those_of_whole_titles_where_there_is_little_room(llama: Path) -> None:
+    whole = build(llama, TALLRec, "TALLRec")
+    longest, room = whole.writer.longest(4), int(sampled(whole)[1].places.max()) - 7
+    found = []
+    for base in (MSL, TALLRec):
+        model = build(llama, base, base.__name__, prompt_tokens=room)
+        batch = sampled(model)[1]
+        asked_for = [batch.places[batch.rows == row].min() for row in range(len(batch.ids))]
+        found.append([ids[: place + 1].tolist() for ids, place in zip(batch.ids, asked_for, strict=True)])
+        assert model.writer.longest(4) == longest and model.writer.too_long["sequential"]
+        assert model.writer.longest_asked(4) == room
+    assert found[0] == found[1]
+
+
+def test_a_loss_of_ones_own_around_msl_is_trained(llama: Path) -> None:
+    class Own(MSL):
+        def label_loss(self, logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+            return 0.5 * super().label_loss(logits, batch)
+
+    values = []
+    for base in (MSL, Own):
+        model = build(llama, base, "MSL")
+        values.append(model.stage_loss(FINE_TUNING, sampled(model)[1]).item())
+    assert values[1] == pytest.approx(0.5 * values[0], rel=1e-6)
 
 
 def test_a_token_that_no_title_goes_on_with_moves_no_loss_of_msl_and_any_of_tallrec(llama: Path) -> None:

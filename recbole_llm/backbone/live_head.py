@@ -34,6 +34,19 @@ class LiveHead:
         """
         return self._capped(F.linear(states.to(self._weight.dtype), self._weight, self._bias))
 
+    def logits_of(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """Logits of some tokens of the language model, whose rows alone are read.
+
+        Args:
+            tokens: int64 ``[U]``.
+            states: ``[L, H]``.
+
+        Returns:
+            float32 ``[L, U]``.
+        """
+        bias = None if self._bias is None else self._bias.index_select(0, tokens)
+        return self._capped(F.linear(states.to(self._weight.dtype), self._weight.index_select(0, tokens), bias))
+
     def _capped(self, logits: Tensor) -> Tensor:
         logits = logits.float() * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)

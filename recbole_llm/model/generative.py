@@ -234,6 +234,11 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         """Note what the tokens of every item are."""
         self.item_tokens = tokens
 
+    @property
+    def answer_tokens(self) -> ItemTokens:
+        """What of every item's tokens is among the labels of an answer."""
+        return self.item_tokens
+
     def enter_items(self, tokens: ItemTokens, tie_order: Tensor) -> None:
         """Let items that came after training be shown and found; nothing that was learned changes.
 
@@ -295,9 +300,13 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         if self._packs:
             # Prefixes of one user share most of their labels' states, with train_positions: all.
             states, which = self._reader.read(batch.ids, batch.rows, batch.places, self.device)
-            return self.shared_loss(self.head.logits(states), which, batch)
-        states = self._reader.states(batch.ids, batch.rows, batch.places, self.device)
-        return self.label_loss(self.head.logits(states), batch)
+            return self._loss_of(states, which, batch)
+        return self._loss_of(self._reader.states(batch.ids, batch.rows, batch.places, self.device), None, batch)
+
+    def _loss_of(self, states: Tensor, which: Tensor | None, batch: TokenBatch) -> Tensor:
+        """The loss of a batch whose labels' states are ``[R, H]``: each its own, or those that ``which`` says."""
+        logits = self.head.logits(states)
+        return self.label_loss(logits, batch) if which is None else self.shared_loss(logits, which, batch)
 
     def shared_loss(self, logits: Tensor, which: Tensor, batch: TokenBatch) -> Tensor:
         """:meth:`label_loss` where labels share states.
@@ -320,8 +329,8 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         """The mean over labels of a loss against soft ones: with all mass on the labels, :meth:`label_loss`'s.
 
         Args:
-            logits: float ``[L, V]``, those of the batch's labels.
-            soft: the labels.
+            logits: float ``[L, V]``, those of the labels.
+            soft: the labels, in numbers of the logits' columns.
             loss: of each; over the legal tokens where :attr:`legal_only` says so.
             counted: bool ``[L]``, which of them count; ``None``, all.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from recbole_llm import processes
 from recbole_llm.data.counted_batch import counting
 from recbole_llm.data.instructions import TokenBatch
+from recbole_llm.data.prompts import Ragged
 from recbole_llm.errors import UserError
 from recbole_llm.model.titles import TitleRecommender
 from recbole_llm.objectives.adaptive_temperature import SHARE, adaptive_temperature
@@ -68,14 +69,26 @@ class MSL(TitleRecommender):
     def take_item_tokens(self, tokens: ItemTokens) -> None:
         """Note what the tokens of every item are."""
         super().take_item_tokens(tokens)
-        self._legal = CollaborativeTokenizer(tokens.to(self.device), tokens.lm_ids)
+        self._answers = tokens if self.forced_in_mean else tokens.unique_prefixes()
+        self._legal = CollaborativeTokenizer(self._answers.to(self.device), tokens.lm_ids)
+
+    @property
+    def answer_tokens(self) -> ItemTokens:
+        """What of every item's tokens is among the labels of an answer.
+
+        Behind what tells a title from all others a single token is legal at every place: nothing is lost there, and
+        unless such labels count in the mean they need not be read.
+        """
+        return self._answers
 
     def training_batch(self, interaction: Any) -> TokenBatch:
         """Prompts and answers of the train loader's samples, and which of their labels are in the mean."""
         batch = super().training_batch(interaction)
-        if self.forced_in_mean:
+        if self.forced_in_mean or not len(batch.labels):
             return batch
-        nodes = self._legal.positions(self._train_items[batch.moments].to(self.device)).nodes
+        targets = self._train_items[batch.moments]
+        batch = _cut(batch, self._answers.lengths[targets])
+        nodes = self._legal.positions(targets.to(self.device)).nodes
         return counting(batch, (self._legal.children_count(nodes) > 1).cpu())
 
     def label_loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
@@ -88,7 +101,29 @@ class MSL(TitleRecommender):
         Returns:
             float32 scalar; 0 where no label counts.
         """
-        return self.mean_loss(logits, self.legal_labels(batch), HARD)
+        soft, counted, loss = self.told_labels(batch)
+        return self.mean_loss(logits, soft, loss, counted)
+
+    def told_labels(self, batch: TokenBatch) -> tuple[SoftLabels, Tensor | None, SoftLabelLoss]:
+        """The labels of a batch, which of them count, bool ``[L]`` (``None``: all), and the loss of each."""
+        return self.legal_labels(batch), None, HARD
+
+    def _loss_of(self, states: Tensor, which: Tensor | None, batch: TokenBatch) -> Tensor:
+        """:meth:`label_loss`, for which the head reads the states and the tokens alone that anything hangs on."""
+        if _owner(type(self), "label_loss") is not _owner(type(self), "told_labels"):
+            # A subclass has a loss of its own.
+            return super()._loss_of(states, which, batch)
+        soft, counted, loss = self.told_labels(batch)
+        if not self.forced_in_mean:
+            read = ~soft.forced if counted is None else counted & ~soft.forced
+            if self._adapts:
+                read = read | _begins(soft)
+            kept = read.nonzero().squeeze(1)
+            soft, counted = soft.at(kept), None if counted is None else counted[kept]
+            which = kept if which is None else which[kept]
+        tokens, soft = soft.compact()
+        states = states if which is None else states.index_select(0, which)
+        return self.mean_loss(self.head.logits_of(tokens, states), soft, loss, counted)
 
     @torch.no_grad()
     def legal_labels(self, batch: TokenBatch) -> SoftLabels:
@@ -109,8 +144,8 @@ class MSL(TitleRecommender):
         of one size.
 
         Args:
-            logits: float ``[L, V]``, those of the batch's labels.
-            soft: the labels, with the tokens that are legal at their places.
+            logits: float ``[L, V]``, those of the labels.
+            soft: the labels, with the tokens that are legal at their places, in numbers of the logits' columns.
             loss: of each.
             counted: bool ``[L]``, which of them count; ``None``, all.
 
@@ -128,9 +163,7 @@ class MSL(TitleRecommender):
         if not self._adapts:
             return float(self.config["temperature"])
         before = float(self.running_temperature)
-        first = soft.samples >= 0
-        first[1:] &= soft.samples[1:] != soft.samples[:-1]
-        rows = first.nonzero().squeeze(1)
+        rows = _begins(soft).nonzero().squeeze(1)
         if not len(rows):
             return before or 1.0
         # The tokens that titles begin with are the same for all.
@@ -142,3 +175,31 @@ class MSL(TitleRecommender):
         if self.training:
             self.running_temperature.fill_(running)
         return running
+
+
+def _begins(soft: SoftLabels) -> Tensor:
+    """Positions of the first tokens of answers, bool [M]."""
+    first = soft.samples >= 0
+    first[1:] &= soft.samples[1:] != soft.samples[:-1]
+    return first
+
+
+def _cut(batch: TokenBatch, lengths: Tensor) -> TokenBatch:
+    """A batch of which labels are the answers' tokens, with the first labels of each prompt alone.
+
+    Args:
+        batch: nothing behind a prompt's last label is read of it.
+        lengths: how many, at least one, int64 ``[B]``.
+    """
+    labels = Ragged.from_lengths(batch.labels, torch.bincount(batch.rows, minlength=len(lengths)))
+    kept = labels.positions < lengths[batch.rows]
+    places = batch.places[kept]
+    return replace(
+        batch, ids=batch.ids[:, : int(places.max()) + 1], rows=batch.rows[kept], places=places,
+        labels=batch.labels[kept], answers=batch.answers[kept], origins=batch.origins[kept],
+    )  # fmt: skip
+
+
+def _owner(kind: type, name: str) -> type:
+    """The class that a method is of."""
+    return next(one for one in kind.__mro__ if name in vars(one))

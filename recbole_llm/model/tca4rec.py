@@ -57,6 +57,7 @@ class CollaborativeLabels:
     config: Any
     device: Any
     item_tokens: ItemTokens
+    answer_tokens: ItemTokens
     teacher: Teacher | FoldedTeacher
     legal_only: bool
     forced_in_mean: bool
@@ -126,7 +127,7 @@ class CollaborativeLabels:
         if self._tokenizer is None:
             config, quirks = self.config, self._quirks
             self._tokenizer = CollaborativeTokenizer(
-                self.item_tokens, self._lm_ids, beta=config["beta"], standardise=config["standardise"],
+                self.answer_tokens, self._lm_ids, beta=config["beta"], standardise=config["standardise"],
                 drop_last=self._dropped_of_item, dtype=quirks.dtype,
             ).to(self.device)  # fmt: skip
         return self._tokenizer
@@ -160,8 +161,12 @@ class CollaborativeLabels:
         Returns:
             float32 scalar; 0 where no label counts.
         """
-        soft, counted = self.soft_labels(batch)
-        return self.mean_loss(logits, soft, self.soft_loss, counted)
+        soft, counted, loss = self.told_labels(batch)
+        return self.mean_loss(logits, soft, loss, counted)
+
+    def told_labels(self, batch: TokenBatch) -> tuple[SoftLabels, Tensor | None, SoftLabelLoss]:
+        """The labels of a batch, which of them count (see :meth:`soft_labels`), and the loss of each."""
+        return *self.soft_labels(batch), self.soft_loss
 
     @torch.no_grad()
     def soft_labels(self, batch: TokenBatch) -> tuple[SoftLabels, Tensor | None]:
@@ -232,7 +237,7 @@ class CollaborativeLabels:
 
     def _undropped(self, batch: TokenBatch, places: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """The places of item tokens without the last ones, which, as the end token behind them, do not count."""
-        lengths = self.item_tokens.lengths[targets]
+        lengths = self.answer_tokens.lengths[targets]
         left = lengths.cumsum(0).repeat_interleave(lengths) - torch.arange(len(places))
         dropped = left <= self._dropped_of_item
         counted[places[dropped]] = False

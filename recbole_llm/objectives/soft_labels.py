@@ -115,12 +115,33 @@ class SoftLabels:
         """
         owned = torch.bincount(self.samples, minlength=int(samples.max()) + 1 if len(samples) else 0)
         positions = _runs((owned.cumsum(0) - owned)[samples], owned[samples])
+        mine = torch.arange(len(samples), device=samples.device).repeat_interleave(owned[samples])
+        return replace(self.at(positions), samples=mine)
+
+    def at(self, positions: Tensor) -> SoftLabels:
+        """Those of some positions, in any order, with the samples that they are of.
+
+        Args:
+            positions: int64 [P].
+        """
         counts = self.offsets.diff()[positions]
         entries = _runs(self.offsets[positions], counts)
         numbers = torch.arange(len(positions), device=counts.device).repeat_interleave(counts)
-        mine = torch.arange(len(samples), device=counts.device).repeat_interleave(owned[samples])
-        offsets = functional.pad(counts.cumsum(0), (1, 0))
-        return SoftLabels(offsets, numbers, self.tokens[entries], self.probs[entries], self.labels[positions], mine)
+        return SoftLabels(
+            functional.pad(counts.cumsum(0), (1, 0)), numbers, self.tokens[entries], self.probs[entries],
+            self.labels[positions], self.samples[positions],
+        )  # fmt: skip
+
+    def compact(self) -> tuple[Tensor, SoftLabels]:
+        """The tokens that stand anywhere here, and these labels in numbers of them.
+
+        Returns:
+            The language model's ids, int64 [U], ascending; and labels whose ``tokens`` and ``labels`` are places among
+            them.
+        """
+        tokens, numbers = torch.cat((self.tokens, self.labels)).unique(return_inverse=True)
+        entries, labels = numbers.split((len(self.tokens), len(self.labels)))
+        return tokens, replace(self, tokens=entries, labels=labels)
 
     def dense(self, size: int) -> Tensor:
         """Whole rows of a vocabulary, for a look and for tests.
