@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from recbole_llm import __version__, processes
+from recbole_llm import __version__, processes, threads
 from recbole_llm.errors import UserError, did_you_mean
 
 HELP = f"""recbole-llm {__version__}: LLM recommenders and collaborative ones on RecBole, under one provable split
@@ -208,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leaves a traceback and status 1.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    threads.share_cores()
     try:
         return _carry_out(words)
     except BrokenPipeError:

@@ -108,6 +108,7 @@ NO_FORK = pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU no 
         pytest.param("run_start", marks=[pytest.mark.slow, NO_FORK]),
         pytest.param("sasrec_step", marks=pytest.mark.slow),
         pytest.param("search_modes", marks=pytest.mark.slow),
+        pytest.param("shared_cores", marks=pytest.mark.slow),
         pytest.param("tca_soft_labels", marks=pytest.mark.slow),
         pytest.param("title_training", marks=pytest.mark.slow),
         pytest.param("token_table", marks=pytest.mark.slow),
