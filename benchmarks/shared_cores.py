@@ -58,7 +58,9 @@ class Side:
 @contextmanager
 def neighbours(processes: int) -> Iterator[None]:
     """So many other processes compute meanwhile."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(processes)]
+    # In sessions of their own, as another user's would be: schedulers share cores out by session.
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command, start_new_session=True) for _ in range(processes)]
     try:
         yield
     finally:

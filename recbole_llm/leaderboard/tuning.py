@@ -219,7 +219,9 @@ def _run_trial(search: Search, study: optuna.Study, trial: optuna.Trial, store: 
 
 
 def _worth(search: Search, fitted: Fit) -> float:
-    value = fitted.facts["valid"].get(search.metric)
+    # Weights that were trained under another search have not been ranked by this one.
+    valid = fitted.facts["valid"] or fitted.trainer.evaluate(fitted.valid_data, load_best_model=False) or {}
+    value = valid.get(search.metric)
     if value is None or not math.isfinite(value):
         raise UserError(f"{search.metric} on valid is {value}")
     return float(value)

@@ -22,7 +22,7 @@ from recbole_llm.decoding.one_user import OneUser
 from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
-from recbole_llm.model.guided import GuidedSearch
+from recbole_llm.model.guided import SETTINGS, GuidedSearch
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
@@ -75,6 +75,10 @@ class TokenRanking(GuidedSearch):
     # With the search and the prompt of inference that it is of.
     _one_user: tuple[BeamSearch, int, OneUser | None] | None = None
 
+    _searching = frozenset({
+        "ranking", "beams", "normaliser", "score_end", "constraint", "filter_items", "inference_prompts", *SETTINGS
+    })  # fmt: skip
+
     def __init__(self, config: Any, dataset: Any) -> None:
         self.ranking = self.ranked_by(config)
         super().__init__(config, dataset)
@@ -108,6 +112,14 @@ class TokenRanking(GuidedSearch):
         # Without it a run is one of those from before there was such a setting.
         idle = cls.item_kind == "titles" or config["normaliser"] == "legal" or not config["score_end"]
         return (*told, "score_end") if idle else told
+
+    @classmethod
+    def search_settings(cls) -> frozenset[str]:
+        """Settings that the search alone reads, so that weights are the same whatever they are.
+
+        One that names whom training asks too (``teachers``) is none of them.
+        """
+        return cls._searching.difference(getattr(cls, "teachers", ()))
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""

@@ -57,6 +57,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
     # Whether an evaluation asks with every prompt of inference that the model has.
     _every_prompt = True
+    # Fingerprints of those that have a say in the search.
+    _guided_by: tuple[str, ...] = ()
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
         """One pass over the weights a step: tables of a whole vocabulary train here.
@@ -124,11 +126,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.stages = [*self.stages[:-1], *lines, self.stages[-1]]
         # Before tokens join it.
         head = backbone.head_fingerprint()
-        teachers = [
-            *self._vectors(dataset, fit_part),
-            *self._teachers(dataset, fit_part),
-            *self._guides(dataset, fit_part),
-        ]
+        teachers = [*self._vectors(dataset, fit_part), *self._teachers(dataset, fit_part)]
+        self._guided_by = tuple(self._guides(dataset, fit_part))
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
         tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
@@ -150,7 +149,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         self._upstream += [] if head is None else [head]
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
-        self._upstream += [*teachers, *(line["fingerprint"] for line in labels)]
+        self._upstream += [*teachers, *self._guided_by, *(line["fingerprint"] for line in labels)]
         self.trained_rows = trained_rows(dataset, before.trained if before else None)
         if before is not None:
             before.load_into(self.model, self.device)
@@ -221,6 +220,10 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         for part, fit in zip(self.model.guides, fits, strict=True):
             self.model.take_guidance(Guidance(fit, dataset, part))
         return [fit.fingerprint for fit in fits]
+
+    def of_rankings(self) -> tuple[frozenset[str], list[str]]:
+        """See the base class: how the items that the model generates are searched for, and who has a say in it."""
+        return self.model.search_settings(), list(self._guided_by)
 
     def _part(self, part: str, fit_part: Callable[..., Any], look: Callable[[Any], None] | None = None) -> Any:
         """Train (or find) a recommender of the run, once."""

@@ -28,7 +28,7 @@ from recbole_llm.errors import UserError
 from recbole_llm.named_files import hash_of, weights_of
 from recbole_llm.refusals import check_sizes
 from recbole_llm.training.state import RESUME_FILE, WEIGHTS
-from recbole_llm.training.store import Stage, StageStore
+from recbole_llm.training.store import Stage, StageStore, fingerprint_of
 from recbole_llm.training.trained_rows import write_trained_rows
 from recbole_llm.training.trainer import trainer_class
 
@@ -242,7 +242,9 @@ def _fit_once(
             # What trains is reported, also where the stage is found rather than trained.
             model.begin_stage(model.stages[-1])
     name = model.stages[-1] if staged else f"train-{config['model']}"
-    stage = _train(name, config, trainer, train_data, None if before else valid_data, store, upstream, watch, fitting)
+    stage, facts = _train(
+        name, config, trainer, train_data, None if before else valid_data, store, upstream, watch, fitting
+    )
     trainer.load_best(stage.folder / WEIGHTS)
     # The fit that found the number of epochs belongs to what a refit cost; what both need was made once.
     lines = list(before.stages) if before else []
@@ -250,8 +252,8 @@ def _fit_once(
     lines += [line for line in (*stages, stage.as_dict()) if line["fingerprint"] not in marks]
     return Fit(
         config=config, dataset=dataset, train_data=train_data, valid_data=valid_data, test_data=test_data, model=model,
-        trainer=trainer, stages=lines, valid=before.valid if before else stage.facts["valid"],
-        facts=stage.facts, folder=stage.folder, fingerprint=stage.fingerprint,
+        trainer=trainer, stages=lines, valid=before.valid if before else facts["valid"],
+        facts=facts, folder=stage.folder, fingerprint=stage.fingerprint,
         parts=trainer.part_fits,
         trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
     )  # fmt: skip
@@ -269,7 +271,8 @@ def _show(model: Any, look: Look, device: torch.device) -> None:
 def _train(
     name: str, config: Config, trainer: Any, train_data: Any, valid_data: Any, store: StageStore, upstream: list[str],
     watch: Watch | None, fitting: float,
-) -> Stage:  # fmt: skip
+) -> tuple[Stage, dict[str, Any]]:  # fmt: skip
+    """The last stage, and its facts but for rankings of valid that were not made as they now would be."""
     split = getattr(train_data._dataset, "split", None)
     inputs: dict[str, Any] = {
         "config": config.stage_keys(),
@@ -282,6 +285,16 @@ def _train(
     if getattr(valid_data, "by_row", False) and config["eval_args"]["order"] == "RO":
         # Rankings of rows looked at later phases once, and picked the best epoch by it.
         inputs["selection"] = 2
+    ranked_by, formerly = "", None
+    keys, marks = trainer.of_rankings()
+    if (keys or marks) and _validations(config, valid_data) < 2:
+        # No epoch was picked by how it ranks, so the weights are those of any way to rank.
+        formerly = inputs
+        inputs = inputs | {
+            "config": {key: value for key, value in inputs["config"].items() if key not in keys},
+            "upstream": without(upstream, marks),
+        }
+        ranked_by = fingerprint_of([{key: formerly["config"].get(key) for key in sorted(keys)}, marks])
 
     def make(folder: Path) -> dict[str, Any]:
         trainer.saved_model_file = str(folder / WEIGHTS)
@@ -308,10 +321,33 @@ def _train(
             "valid_curve": trainer.valid_curve,
             "tokens": trainer.tokens(),
             "seconds_before": fitting,
-        }
+        } | ({"ranked_by": ranked_by} if ranked_by else {})
 
     trainer._train_data = train_data
-    return store.run(name, TRAIN_VERSION, inputs, make, together=trainer.together)
+    stage = store.run(name, TRAIN_VERSION, inputs, make, together=trainer.together, formerly=formerly)
+    if stage.facts.get("ranked_by", ranked_by) == ranked_by:
+        return stage, stage.facts
+    return stage, stage.facts | {"valid": {}, "valid_curve": []}
+
+
+def _validations(config: Config, valid_data: Any) -> int:
+    """How often a training looks at valid at most."""
+    if valid_data is None or not len(valid_data) or not config["eval_step"]:
+        return 0
+    return int(config["epochs"]) // int(config["eval_step"])
+
+
+def without(marks: list[str], left_out: list[str]) -> list[str]:
+    """Fingerprints in their order, but for the last of each that is left out: one before it stands for something else.
+
+    Args:
+        marks: all of them.
+        left_out: some of them.
+    """
+    kept = marks[::-1]
+    for mark in left_out:
+        kept.remove(mark)
+    return kept[::-1]
 
 
 def versions_of(model_class: type) -> dict[str, int]:

@@ -89,6 +89,7 @@ class StageStore:
         inputs: Mapping[str, Any],
         make: Callable[[Path], dict[str, Any]],
         together: bool = False,
+        formerly: Mapping[str, Any] | None = None,
     ) -> Stage:
         """Find a stage or make it.
 
@@ -100,12 +101,18 @@ class StageStore:
                 attempt that was cut off. ``seconds_before`` among them is what went before and counts as the stage's.
             together: every process of the run makes it, and the main one alone writes; else the main one makes it
                 while the others wait.
+            formerly: inputs by which a cache may have it too, where less is told of them than once was.
 
         Returns:
             The stage, from the cache when its files are whole.
         """
+
+        def known() -> Mapping[str, Any]:
+            there = formerly is not None and not self.refresh and self.place(name, version, formerly)[1].exists()
+            return formerly if formerly is not None and there else inputs
+
         if not together or processes.count() == 1:
-            return processes.on_main(lambda: self._find_or_make(name, version, inputs, make))
+            return processes.on_main(lambda: self._find_or_make(name, version, known(), make))
         if not processes.is_main():
             return _help_to_make(make)
         begun = False
@@ -117,7 +124,7 @@ class StageStore:
             return make(folder)
 
         try:
-            stage = self._find_or_make(name, version, inputs, make_together)
+            stage = self._find_or_make(name, version, known(), make_together)
         except UserError:
             if begun:
                 processes.from_main(None)

@@ -310,6 +310,10 @@ class TrainerMixin:
         self.resume_file = Path(resume_file)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
+    def of_rankings(self) -> tuple[frozenset[str], list[str]]:
+        """What rankings alone look at: settings by name, and fingerprints of stages, each one of ``prepare``'s."""
+        return frozenset(), []
+
     def valid_of_training(self, valid_data: Any) -> Mapping[str, float]:
         """What the best weights have on valid, where training has just seen it and would see it again; else nothing.
 

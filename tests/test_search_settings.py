@@ -1,0 +1,122 @@
+"""Settings of the search alone train nothing anew, where no validation has picked among epochs by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import SMALL
+from test_tuning import trials_of
+
+from recbole_llm.leaderboard import tuning
+from recbole_llm.serving.recommender import Recommender
+from recbole_llm.training.fine_tuning import FineTuningTrainer
+from recbole_llm.training.runs import run
+from recbole_llm.training.trainer import TrainerMixin
+
+GUIDE = {"cf_guidance": 0.5, "cf_model.epochs": 1, "cf_model.eval_step": 0, "cf_model.hidden_size": 16}
+TITLES = {"ranking": "full", "normaliser": "level", "inference_prompts": "all"}
+# One run's settings beside those that a model is trained with at first.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "AlignTokenRec": {"beams": 25, "normaliser": "level", "score_end": False, **GUIDE},
+    "LCRec": {"constraint": "level", "filter_items": False},
+    "LETTER": {"ranking": "pruned"},
+    "P5": {"beams": 25},
+    "TIGER": {"beams": 25},
+    "TALLRec": TITLES,
+    "BIGRec": {"popularity_gamma": 0.5, "generation_beams": 2},
+    "MSL": {**TITLES, "ranking": "pruned"},
+    "LLaRA": {"beams": 25, **GUIDE},
+    "CoLLM": {"normaliser": "legal"},
+    "TCA4Rec": {"cf_guidance": 0.5, "beams": 25},
+}
+
+
+def found(model: str, place: Path, **more: Any) -> dict[str, Any]:
+    own = {
+        "output_dir": str(place),
+        "show_progress": False,
+        "tensorboard": False,
+        "gpu_id": "",
+        "evaluate_parts": False,
+    }
+    settings = SMALL.get(model, {}) | own | {"epochs": 1, "eval_step": 1} | more
+    return run(model, "tiny", config_dict=settings, command_line=[])
+
+
+def told(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result says of a model's worth."""
+    stages = [{key: stage[key] for key in ("name", "fingerprint")} for stage in result["stages"]]
+    return result["valid"], result["test"], result["best_epoch"], result["curves"]["loss"], stages
+
+
+@pytest.mark.parametrize("model", SEARCHES)
+def test_another_search_is_of_the_weights_that_are_there(model: str, tmp_path: Path) -> None:
+    first = found(model, tmp_path / "one")
+    other = found(model, tmp_path / "one", **SEARCHES[model])
+    assert other["stages"][-1]["cached"] and not first["stages"][-1]["cached"]
+    # The same weights and figures come of training under those settings.
+    anew = found(model, tmp_path / "two", **SEARCHES[model])
+    assert not anew["stages"][-1]["cached"] and told(other) == told(anew)
+    assert all(other["config"][key] != first["config"][key] for key in SEARCHES[model] if "." not in key)
+
+
+def test_the_curve_is_not_that_of_another_search(tmp_path: Path) -> None:
+    first = found("AlignTokenRec", tmp_path)
+    other = found("AlignTokenRec", tmp_path, ranking="full", score_end=False)
+    assert len(first["curves"]["valid"]) == 1 and other["curves"]["valid"] == []
+    assert found("AlignTokenRec", tmp_path)["curves"] == first["curves"]
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "after"),
+    [
+        # Of two epochs the better one is kept, and which that is the search says.
+        ("AlignTokenRec", {"epochs": 2}, {"epochs": 2, "beams": 25}),
+        # A teacher's labels are learned, whether or not he guides the search as well.
+        ("TCA4Rec", {}, {"cf_model.epochs": 2}),
+        ("AlignTokenRec", {}, {"learning_rate": 0.1}),
+    ],
+    ids=["two validations", "teacher", "training"],
+)
+def test_what_trains_otherwise_is_trained(
+    model: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+) -> None:
+    found(model, tmp_path, **before)
+    assert not found(model, tmp_path, **after)["stages"][-1]["cached"]
+
+
+def test_stages_before_the_last_never_look_at_the_search(tmp_path: Path) -> None:
+    first = found("CoLLM", tmp_path, epochs=2)
+    other = found("CoLLM", tmp_path, epochs=2, beams=25)
+    cached = {stage["name"]: stage["cached"] for stage in other["stages"]}
+    last = first["stages"][-1]["name"]
+    assert not cached.pop(last) and cached and all(cached.values())
+
+
+def test_what_was_trained_when_searches_counted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTuningTrainer, "of_rankings", TrainerMixin.of_rankings)
+        former = found("CoLLM", tmp_path, **GUIDE)
+        assert not found("CoLLM", tmp_path, **GUIDE | {"beams": 25})["stages"][-1]["cached"]
+    again = found("CoLLM", tmp_path, **GUIDE)
+    assert all(stage["cached"] for stage in again["stages"]) and told(again) == told(former)
+    # Served too, from the cache as it is.
+    Recommender.of_run(Path(former["result_file"]).parent)
+
+
+def test_a_search_of_settings_judges_each_by_its_own_rankings(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("trials: 5\nspace: {beams: [20, 21, 22, 23], score_end: [true, false]}\n", encoding="utf-8")
+    given = SMALL["AlignTokenRec"] | {"epochs": 1, "eval_step": 1, "gpu_id": "", "output_dir": tmp_path / "one"}
+    given |= {"model": "AlignTokenRec", "dataset": "tiny", "space": space, "output": tmp_path / "tune"}
+    given.pop("beams")
+    tuning.tune([f"--{key}={value}" for key, value in given.items()], lambda _: None)
+    trials = trials_of(tmp_path / "tune")
+    assert len({trial.user_attrs["stage"] for trial in trials}) == 1
+    other = max(trials, key=lambda trial: not trial.user_attrs["values"]["score_end"])
+    assert not other.user_attrs["values"]["score_end"] and trials[0].user_attrs["values"]["score_end"]
+    anew = found("AlignTokenRec", tmp_path / "two", **other.user_attrs["values"])
+    assert other.value == pytest.approx(anew["valid"]["ndcg@10"], abs=1e-12)
+    assert other.value != pytest.approx(trials[0].value, abs=1e-4)
