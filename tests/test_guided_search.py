@@ -147,9 +147,9 @@ def test_with_no_weight_a_run_ranks_as_the_recommender_does(settings_of: Callabl
 def test_a_little_weight_changes_the_ranking_of_a_wrapper(settings_of: Callable[..., dict[str, Any]]) -> None:
     plain = run("TCA4Rec", "small", config_dict=small(settings_of, "TCA4Rec"))
     guided = run("TCA4Rec", "small", config_dict=small(settings_of, "TCA4Rec", cf_guidance=0.5))
-    # Its own teacher guides; the weights that are looked at differ, as valid rankings may pick another epoch.
-    assert [stage["name"] for stage in guided["stages"] if not stage["cached"]] == ["fine_tuning"]
-    assert guided["curves"]["loss"] == pytest.approx(plain["curves"]["loss"])
+    # Its own teacher guides, and one validation picks no epoch: nothing trains.
+    assert all(stage["cached"] for stage in guided["stages"])
+    assert guided["curves"]["loss"] == plain["curves"]["loss"]
     agreement = "overlap@10"
     assert guided["consistency"]["cf_model"][agreement] > plain["consistency"]["cf_model"][agreement]
 
