@@ -10,6 +10,7 @@ from small_models import SMALL
 from test_tuning import trials_of
 
 from recbole_llm.leaderboard import tuning
+from recbole_llm.serving.identity import TOLD, difference, identity
 from recbole_llm.serving.recommender import Recommender
 from recbole_llm.training.fine_tuning import FineTuningTrainer
 from recbole_llm.training.runs import run
@@ -67,6 +68,13 @@ def test_the_curve_is_not_that_of_another_search(tmp_path: Path) -> None:
     other = found("AlignTokenRec", tmp_path, ranking="full", score_end=False)
     assert len(first["curves"]["valid"]) == 1 and other["curves"]["valid"] == []
     assert found("AlignTokenRec", tmp_path)["curves"] == first["curves"]
+
+
+def test_a_store_answers_for_its_own_search_alone(tmp_path: Path) -> None:
+    runs = [found("AlignTokenRec", tmp_path, eval_step=0, beams=beams) for beams in (20, 25)]
+    assert runs[0]["stages"][-1]["fingerprint"] == runs[1]["stages"][-1]["fingerprint"]
+    built, asked = (identity(made, Path(made["result_file"]), ["train"]) for made in runs)
+    assert difference(built, asked) == TOLD["search"] and not difference(built, built)
 
 
 @pytest.mark.parametrize(

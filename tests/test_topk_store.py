@@ -25,8 +25,8 @@ from recbole_llm.serving.texts import NameIndex, TextTable
 
 NASTY = ["", "a\tb", "new\nline", "\x1b[2Jclear", "naïve ☃", "NUL\0inside", "  spaces ", '"quoted"', "🂡", "</s>", "a,b"]
 WANTED: dict[str, Any] = {
-    "model": "BPR", "dataset": "tiny", "split": "s" * 64, "stages": "x", "item_tokens": None, "weights": "w",
-    "new_items": "without new items", "history_phases": "train,valid,test",
+    "model": "BPR", "dataset": "tiny", "split": "s" * 64, "stages": "x", "search": "y", "item_tokens": None,
+    "weights": "w", "new_items": "without new items", "history_phases": "train,valid,test",
 }  # fmt: skip
 
 
@@ -216,9 +216,10 @@ def test_a_store_of_something_else_is_refused_by_name(tmp_path: Path, name: str)
     assert len(anew.missing()) == 4 and not (tmp_path / "store" / "complete.json").exists()
 
 
-def test_a_store_serves_where_the_weights_are_not_at_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["weights", "search"])
+def test_a_store_serves_where_one_of_both_is_not_known(tmp_path: Path, name: str) -> None:
     filled(tmp_path / "store")
-    assert TopKStore.open(tmp_path / "store", {**WANTED, "weights": None}, 4).look_up("u1", 4)
+    assert TopKStore.open(tmp_path / "store", {**WANTED, name: None}, 4).look_up("u1", 4)
 
 
 @pytest.mark.parametrize(

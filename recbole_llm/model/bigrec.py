@@ -33,7 +33,6 @@ class BIGRec(TitleRecommender):
         dataset: RecBole-like, with ``train_histories``.
     """
 
-    _searching = TitleRecommender._searching | {"grounding", "generation_beams", "popularity_gamma"}
     _title_states: Tensor | None = None
     # With the prompt of inference whose opening it has read.
     _writes: tuple[int, FreeSearch] | None = None

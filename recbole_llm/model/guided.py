@@ -8,13 +8,11 @@ import torch
 
 from recbole_llm.decoding.guide import Guide
 from recbole_llm.errors import UserError
+from recbole_llm.search_keys import GUIDED
 
 if TYPE_CHECKING:
     from recbole_llm.itemid.trie import Trie
     from recbole_llm.training.guidance import Guidance
-
-# Mean nothing where the search is not guided.
-SETTINGS = ("cf_guidance", "cf_guidance_beta", "cf_model")
 
 
 class GuidedSearch:
@@ -44,7 +42,7 @@ class GuidedSearch:
     @classmethod
     def idle_settings(cls, config: Any) -> tuple[str, ...]:
         """Settings that mean nothing as the others stand."""
-        return () if is_guided(config) else SETTINGS
+        return () if is_guided(config) else GUIDED
 
     def take_guidance(self, guidance: Guidance) -> None:
         """Note whose scores guide the search."""

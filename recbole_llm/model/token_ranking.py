@@ -22,7 +22,8 @@ from recbole_llm.decoding.one_user import OneUser
 from recbole_llm.decoding.pruned_ranking import PrunedRanking
 from recbole_llm.errors import UserError
 from recbole_llm.itemid.exclusion import Exclusion
-from recbole_llm.model.guided import SETTINGS, GuidedSearch
+from recbole_llm.model.guided import GuidedSearch
+from recbole_llm.search_keys import SEARCH_KEYS
 
 if TYPE_CHECKING:
     from recbole_llm.backbone.base import Backbone
@@ -75,10 +76,6 @@ class TokenRanking(GuidedSearch):
     # With the search and the prompt of inference that it is of.
     _one_user: tuple[BeamSearch, int, OneUser | None] | None = None
 
-    _searching = frozenset({
-        "ranking", "beams", "normaliser", "score_end", "constraint", "filter_items", "inference_prompts", *SETTINGS
-    })  # fmt: skip
-
     def __init__(self, config: Any, dataset: Any) -> None:
         self.ranking = self.ranked_by(config)
         super().__init__(config, dataset)
@@ -115,11 +112,11 @@ class TokenRanking(GuidedSearch):
 
     @classmethod
     def search_settings(cls) -> frozenset[str]:
-        """Settings that the search alone reads, so that weights are the same whatever they are.
+        """Settings that the search alone reads; one that names whom training asks too (``teachers``) is none of them.
 
-        One that names whom training asks too (``teachers``) is none of them.
+        A recommender whose training reads one of them has to leave it out here.
         """
-        return cls._searching.difference(getattr(cls, "teachers", ()))
+        return SEARCH_KEYS.difference(getattr(cls, "teachers", ()))
 
     def forget_search(self) -> None:
         """Make the search anew when it is next needed: weights or items may have changed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import UserError
+from recbole_llm.search_keys import SEARCH_KEYS
 from recbole_llm.training.run_files import CARD, cache_of, stage_folder
 
 PHASES = ("train", "valid", "test")
@@ -21,11 +22,14 @@ TOLD = {
     "dataset": "of a run on {0}, and this one is on {1}",
     "split": "of another split ({0:.16}) than this run's ({1:.16})",
     "stages": "of another run: its stages are not this run's",
+    "search": "of another search than this run's: beams, or another setting that moves rankings alone",
     "item_tokens": "of other item tokens than this run's",
     "weights": "of other weights than this run has now",
     "new_items": "of another item pool: it was built {0}, and what is asked for is {1}",
     "history_phases": "of history_phases {0}, and what is asked for is {1}",
 }
+# A store of before there was a "search" has its settings in "stages".
+_MAY_LACK = ("weights", "search")
 
 
 def identity(
@@ -48,7 +52,8 @@ def identity(
 
     Returns:
         Values by the names of :data:`TOLD`, and ``weight_files``: size and time of each file of the last stage.
-        ``weights`` is ``None`` where the stage is not in the cache any more: a store serves without it.
+        ``weights`` is ``None`` where the stage is not in the cache any more: a store serves without it. ``search`` is
+        ``None`` where nothing is searched for.
 
     Raises:
         UserError: the run is none that can be served.
@@ -67,6 +72,7 @@ def identity(
         **names,
         "split": split,
         "stages": hashlib.sha256(json.dumps(stages).encode()).hexdigest(),
+        "search": _search(result["config"]),
         "item_tokens": _item_tokens(run),
         "weights": weights,
         "weight_files": files,
@@ -79,9 +85,15 @@ def difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """In words, the first thing that a store was built for and that is not asked for; empty where there is none."""
     for name, words in TOLD.items():
         values = stored.get(name), asked[name]
-        if values[0] != values[1] and not (name == "weights" and None in values):
+        if values[0] != values[1] and not (name in _MAY_LACK and None in values):
             return words.format(*values)
     return ""
+
+
+def _search(config: Mapping[str, Any]) -> str | None:
+    """How a run searches for items, as a hash: of those with the same stages each may do so in a way of its own."""
+    told = {key: config[key] for key in sorted(SEARCH_KEYS) if key in config}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else None
 
 
 def _item_tokens(run: Path) -> str | None:
