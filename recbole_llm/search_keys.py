@@ -6,5 +6,5 @@ from __future__ import annotations
 GUIDED = ("cf_guidance", "cf_guidance_beta", "cf_model")
 SEARCH_KEYS = frozenset({
     "ranking", "beams", "normaliser", "score_end", "constraint", "filter_items", "inference_prompts",
-    "grounding", "generation_beams", "popularity_gamma", *GUIDED,
+    "grounding", "generation_beams", "popularity_gamma", "title_match", *GUIDED,
 })  # fmt: skip

@@ -9,10 +9,13 @@ import pytest
 from small_models import SMALL
 from test_tuning import trials_of
 
+from recbole_llm.config import Config
 from recbole_llm.leaderboard import tuning
 from recbole_llm.serving.identity import TOLD, difference, identity
 from recbole_llm.serving.recommender import Recommender
+from recbole_llm.training import trainer
 from recbole_llm.training.fine_tuning import FineTuningTrainer
+from recbole_llm.training.pipeline import fit, store_of
 from recbole_llm.training.runs import run
 from recbole_llm.training.trainer import TrainerMixin
 
@@ -25,25 +28,29 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "LETTER": {"ranking": "pruned"},
     "P5": {"beams": 25},
     "TIGER": {"beams": 25},
-    "TALLRec": TITLES,
-    "BIGRec": {"popularity_gamma": 0.5, "generation_beams": 2},
+    "TALLRec": {**TITLES, "title_match": True},
+    "BIGRec": {"popularity_gamma": 0.5, "generation_beams": 2, "title_match": True},
     "MSL": {**TITLES, "ranking": "pruned"},
-    "LLaRA": {"beams": 25, **GUIDE},
+    "LLaRA": {"beams": 25, "title_match": True, **GUIDE},
     "CoLLM": {"normaliser": "legal"},
     "TCA4Rec": {"cf_guidance": 0.5, "beams": 25},
 }
 
 
-def found(model: str, place: Path, **more: Any) -> dict[str, Any]:
+def settings_for(model: str, place: Path, **more: Any) -> dict[str, Any]:
     own = {
-        "output_dir": str(place),
-        "show_progress": False,
-        "tensorboard": False,
-        "gpu_id": "",
-        "evaluate_parts": False,
-    }
-    settings = SMALL.get(model, {}) | own | {"epochs": 1, "eval_step": 1} | more
-    return run(model, "tiny", config_dict=settings, command_line=[])
+        "output_dir": str(place), "show_progress": False, "tensorboard": False, "gpu_id": "", "evaluate_parts": False,
+        "epochs": 1, "eval_step": 1,
+    }  # fmt: skip
+    return SMALL.get(model, {}) | own | more
+
+
+def config_for(model: str, place: Path, **more: Any) -> Config:
+    return Config(model, "tiny", config_dict=settings_for(model, place, **more), command_line=[])
+
+
+def found(model: str, place: Path, **more: Any) -> dict[str, Any]:
+    return run(model, "tiny", config_dict=settings_for(model, place, **more), command_line=[])
 
 
 def told(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -75,6 +82,19 @@ def test_a_store_answers_for_its_own_search_alone(tmp_path: Path) -> None:
     assert runs[0]["stages"][-1]["fingerprint"] == runs[1]["stages"][-1]["fingerprint"]
     built, asked = (identity(made, Path(made["result_file"]), ["train"]) for made in runs)
     assert difference(built, asked) == TOLD["search"] and not difference(built, built)
+    # Whoever asks for another search than the run's is answered by that.
+    other = identity(runs[0], Path(runs[0]["result_file"]), ["train"], settings={"beams": 25, "gpu_id": ""})
+    assert not difference(other, asked) and difference(other, built) == TOLD["search"]
+
+
+def test_what_means_nothing_to_a_search_is_no_other_search(tmp_path: Path) -> None:
+    runs = [
+        found("AlignTokenRec", tmp_path, eval_step=0, normaliser="legal", **more)
+        for more in ({}, {"score_end": False}, {"cf_model": "BPR"}, {"inference_prompts": "all"})
+    ]
+    built, *others = (identity(made, Path(made["result_file"]), ["train"]) for made in runs)
+    assert built["search"] and not any(difference(built, other) for other in others)
+    assert "search" not in found("BPR", tmp_path)["evaluation"]
 
 
 @pytest.mark.parametrize(
@@ -103,21 +123,67 @@ def test_stages_before_the_last_never_look_at_the_search(tmp_path: Path) -> None
     assert not cached.pop(last) and cached and all(cached.values())
 
 
+def test_one_who_goes_on_under_another_search_ranks_by_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off after the one validation, with an epoch to go."""
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0)
+    steps = {"epochs": 3, "eval_step": 2}
+    seen: list[tuple[int, float]] = []
+
+    def watch(epoch: int, score: float) -> None:
+        seen.append((epoch, score))
+        raise KeyboardInterrupt
+
+    config = config_for("AlignTokenRec", tmp_path, **steps)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, store_of(config), watch)
+    assert len(seen) == 1
+    config = config_for("AlignTokenRec", tmp_path, ranking="full", score_end=False, **steps)
+    fitted = fit(config, store_of(config), lambda *told: seen.append(told))
+    assert fitted.trainer.start_epoch == 2 and len(seen) == 1
+    assert fitted.facts["valid"] == {} and fitted.facts["valid_curve"] == []
+    other = found("AlignTokenRec", tmp_path, ranking="full", score_end=False, **steps)
+    anew = found("AlignTokenRec", tmp_path / "anew", ranking="full", score_end=False, **steps)
+    assert told(other) == told(anew) and other["curves"]["valid"] == []
+
+
+def test_what_was_begun_when_searches_counted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "RESUME_SECONDS", 0)
+
+    def watch(epoch: int, score: float) -> None:
+        raise KeyboardInterrupt
+
+    config = config_for("AlignTokenRec", tmp_path, epochs=3, eval_step=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTuningTrainer, "without_search", TrainerMixin.without_search)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, store_of(config), watch)
+    assert fit(config, store_of(config)).trainer.start_epoch == 2
+    assert not list((tmp_path / "cache" / ".work").glob("fine_tuning*"))
+
+
 def test_what_was_trained_when_searches_counted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(FineTuningTrainer, "of_rankings", TrainerMixin.of_rankings)
+        patched.setattr(FineTuningTrainer, "without_search", TrainerMixin.without_search)
         former = found("CoLLM", tmp_path, **GUIDE)
         assert not found("CoLLM", tmp_path, **GUIDE | {"beams": 25})["stages"][-1]["cached"]
     again = found("CoLLM", tmp_path, **GUIDE)
     assert all(stage["cached"] for stage in again["stages"]) and told(again) == told(former)
     # Served too, from the cache as it is.
-    Recommender.of_run(Path(former["result_file"]).parent)
+    Recommender.of_run(former["result_file"])
+    # Whoever wants it made again has it made again, and finds that from then on.
+    refreshed = found("CoLLM", tmp_path, cache="refresh", **GUIDE)
+    assert told(refreshed)[:3] == told(former)[:3]
+    again = found("CoLLM", tmp_path, **GUIDE)
+    assert told(again) == told(refreshed) and again["stages"][-1]["cached"]
+    Recommender.of_run(refreshed["result_file"])
 
 
 def test_a_search_of_settings_judges_each_by_its_own_rankings(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("trials: 5\nspace: {beams: [20, 21, 22, 23], score_end: [true, false]}\n", encoding="utf-8")
     given = SMALL["AlignTokenRec"] | {"epochs": 1, "eval_step": 1, "gpu_id": "", "output_dir": tmp_path / "one"}
+    # As training looks at valid, with one prompt, whether or not a trial trains.
+    given |= {"inference_prompts": "all"}
     given |= {"model": "AlignTokenRec", "dataset": "tiny", "space": space, "output": tmp_path / "tune"}
     given.pop("beams")
     tuning.tune([f"--{key}={value}" for key, value in given.items()], lambda _: None)
@@ -127,4 +193,5 @@ def test_a_search_of_settings_judges_each_by_its_own_rankings(tmp_path: Path) ->
     assert not other.user_attrs["values"]["score_end"] and trials[0].user_attrs["values"]["score_end"]
     anew = found("AlignTokenRec", tmp_path / "two", **other.user_attrs["values"])
     assert other.value == pytest.approx(anew["valid"]["ndcg@10"], abs=1e-12)
+    assert len(anew["curves"]["valid"]) == 1
     assert other.value != pytest.approx(trials[0].value, abs=1e-4)

@@ -220,7 +220,7 @@ def _run_trial(search: Search, study: optuna.Study, trial: optuna.Trial, store: 
 
 def _worth(search: Search, fitted: Fit) -> float:
     # Weights that were trained under another search have not been ranked by this one.
-    valid = fitted.facts["valid"] or fitted.trainer.evaluate(fitted.valid_data, load_best_model=False) or {}
+    valid = fitted.facts["valid"] or fitted.trainer.rank_valid(fitted.valid_data)
     value = valid.get(search.metric)
     if value is None or not math.isfinite(value):
         raise UserError(f"{search.metric} on valid is {value}")

@@ -252,8 +252,12 @@ class GenerativeRecommender(TokenRanking, SequentialRecommender):
         self.forget_search()
         self._make_writer()
 
-    def wording(self) -> list[Any]:
-        """What the prompts are made of, for a fingerprint."""
+    def wording(self, searched: bool = True) -> list[Any]:
+        """What the prompts are made of, for a fingerprint.
+
+        Args:
+            searched: with what it says of the search.
+        """
         return [self.templates.wrapper, self.templates.separator, self.templates.title_separator, self.templates.tasks]
 
     # Training

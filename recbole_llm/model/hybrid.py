@@ -129,10 +129,10 @@ class HybridRecommender(TitleRecommender):
         whole = [Ragged.from_lists([tokens] * len(titles)) for tokens in fixed]
         return join([whole[0], titles, whole[1], Ragged.from_lists(vectors), whole[2]])
 
-    def wording(self) -> list[Any]:
+    def wording(self, searched: bool = True) -> list[Any]:
         """What the prompts are made of, for a fingerprint."""
         text = self.text_templates
-        return [*super().wording(), self.templates.shown, text.wrapper, text.separator, text.shown, text.tasks]
+        return [*super().wording(searched), self.templates.shown, text.wrapper, text.separator, text.shown, text.tasks]
 
     def _user_ids(self, numbers: Tensor) -> Tensor:
         return self._first_vector + self.n_items + numbers

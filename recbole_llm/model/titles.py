@@ -74,10 +74,10 @@ class TitleRecommender(GenerativeRecommender):
         first[trie.order] = trie.order[trie.starts[trie.leaves[trie.order]]]
         return first
 
-    def wording(self) -> list[Any]:
+    def wording(self, searched: bool = True) -> list[Any]:
         """See the base class; and whether the search that picks the best epoch is for titles."""
-        distinct = self.config["title_match"] and self.ranking != "full"
-        return [*super().wording(), *(["titles are found as one"] if distinct else [])]
+        distinct = searched and self.config["title_match"] and self.ranking != "full"
+        return [*super().wording(searched), *(["titles are found as one"] if distinct else [])]
 
     def _shown(self) -> Ragged:
         """Titles without their end tokens."""

@@ -28,7 +28,7 @@ TOLD = {
     "new_items": "of another item pool: it was built {0}, and what is asked for is {1}",
     "history_phases": "of history_phases {0}, and what is asked for is {1}",
 }
-# A store of before there was a "search" has its settings in "stages".
+# A store of before there was a "search" has the run's settings in its "stages".
 _MAY_LACK = ("weights", "search")
 
 
@@ -53,7 +53,7 @@ def identity(
     Returns:
         Values by the names of :data:`TOLD`, and ``weight_files``: size and time of each file of the last stage.
         ``weights`` is ``None`` where the stage is not in the cache any more: a store serves without it. ``search`` is
-        ``None`` where nothing is searched for.
+        ``None`` of a model that does not search, and of a run whose result says nothing of it.
 
     Raises:
         UserError: the run is none that can be served.
@@ -72,7 +72,7 @@ def identity(
         **names,
         "split": split,
         "stages": hashlib.sha256(json.dumps(stages).encode()).hexdigest(),
-        "search": _search(result["config"]),
+        "search": _search(result, settings or {}),
         "item_tokens": _item_tokens(run),
         "weights": weights,
         "weight_files": files,
@@ -90,10 +90,15 @@ def difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return ""
 
 
-def _search(config: Mapping[str, Any]) -> str | None:
+def _search(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """How a run searches for items, as a hash: of those with the same stages each may do so in a way of its own."""
-    told = {key: config[key] for key in sorted(SEARCH_KEYS) if key in config}
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else None
+    told = result.get("evaluation", {}).get("search")
+    if told is None:
+        return None
+    told = told | {key: value for key, value in settings.items() if key in SEARCH_KEYS}
+    # Who is served is asked about with the first prompt.
+    told.pop("inference_prompts", None)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _item_tokens(run: Path) -> str | None:

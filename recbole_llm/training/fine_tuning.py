@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,8 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
     # Whether an evaluation asks with every prompt of inference that the model has.
     _every_prompt = True
-    # Fingerprints of those that have a say in the search.
-    _guided_by: tuple[str, ...] = ()
+    # By its place upstream, what stands there where the search does not count; None, nothing.
+    _unsearched: dict[int, str | None]
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
         """One pass over the weights a step: tables of a whole vocabulary train here.
@@ -127,7 +128,7 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         # Before tokens join it.
         head = backbone.head_fingerprint()
         teachers = [*self._vectors(dataset, fit_part), *self._teachers(dataset, fit_part)]
-        self._guided_by = tuple(self._guides(dataset, fit_part))
+        guides = self._guides(dataset, fit_part)
         if config["gradient_checkpointing"]:
             checkpoint_layers(backbone.decoder)
         tables, texts_made = text_tables(source.texts, backbone, config["text_tokens"], store)
@@ -146,10 +147,13 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
         train_data.length_of = self.model.sample_lengths
         marks = {place: stage.fingerprint for place, stage in zip(tables, texts_made, strict=True)}
         self._upstream = [made.stage.fingerprint, mark, fingerprint_of([self.model.wording(), marks])]
+        self._unsearched = {2: fingerprint_of([self.model.wording(searched=False), marks])}
         self._upstream += [] if head is None else [head]
         # A task of the user's own may be edited between runs.
         self._upstream += [own for task in train_data.tasks if (own := code_mark(type(task))) is not None]
-        self._upstream += [*teachers, *self._guided_by, *(line["fingerprint"] for line in labels)]
+        self._upstream += teachers
+        self._unsearched |= dict.fromkeys(range(len(self._upstream), len(self._upstream) + len(guides)))
+        self._upstream += [*guides, *(line["fingerprint"] for line in labels)]
         self.trained_rows = trained_rows(dataset, before.trained if before else None)
         if before is not None:
             before.load_into(self.model, self.device)
@@ -221,9 +225,10 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
             self.model.take_guidance(Guidance(fit, dataset, part))
         return [fit.fingerprint for fit in fits]
 
-    def of_rankings(self) -> tuple[frozenset[str], list[str]]:
+    def without_search(self, upstream: list[str]) -> tuple[frozenset[str], list[str]]:
         """See the base class: how the items that the model generates are searched for, and who has a say in it."""
-        return self.model.search_settings(), list(self._guided_by)
+        marks = [self._unsearched.get(place, mark) for place, mark in enumerate(upstream)]
+        return self.model.search_settings(), [mark for mark in marks if mark is not None]
 
     def _part(self, part: str, fit_part: Callable[..., Any], look: Callable[[Any], None] | None = None) -> Any:
         """Train (or find) a recommender of the run, once."""
@@ -239,9 +244,19 @@ class FineTuningTrainer(TokenizedMixin, StagedTrainer):
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces trainer.py:257: training looks at one prompt, whatever ``inference_prompts`` says."""
+        with self._one_prompt():
+            return super()._valid_epoch(*args, **kwargs)
+
+    def rank_valid(self, valid_data: Any) -> Mapping[str, float]:
+        """See the base class."""
+        with self._one_prompt():
+            return super().rank_valid(valid_data)
+
+    @contextmanager
+    def _one_prompt(self) -> Iterator[None]:
         self._every_prompt = False
         try:
-            return super()._valid_epoch(*args, **kwargs)
+            yield
         finally:
             self._every_prompt = True
 

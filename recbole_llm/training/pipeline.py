@@ -286,15 +286,16 @@ def _train(
         # Rankings of rows looked at later phases once, and picked the best epoch by it.
         inputs["selection"] = 2
     ranked_by, formerly = "", None
-    keys, marks = trainer.of_rankings()
-    if (keys or marks) and _validations(config, valid_data) < 2:
+    keys, before_search = trainer.without_search(upstream)
+    if keys and _validations(config, valid_data) < 2:
         # No epoch was picked by how it ranks, so the weights are those of any way to rank.
         formerly = inputs
         inputs = inputs | {
             "config": {key: value for key, value in inputs["config"].items() if key not in keys},
-            "upstream": without(upstream, marks),
+            "upstream": before_search,
         }
-        ranked_by = fingerprint_of([{key: formerly["config"].get(key) for key in sorted(keys)}, marks])
+        ranked_by = fingerprint_of([{key: formerly["config"].get(key) for key in sorted(keys)}, upstream])
+    trainer.ranked_by = ranked_by
 
     def make(folder: Path) -> dict[str, Any]:
         trainer.saved_model_file = str(folder / WEIGHTS)
@@ -335,19 +336,6 @@ def _validations(config: Config, valid_data: Any) -> int:
     if valid_data is None or not len(valid_data) or not config["eval_step"]:
         return 0
     return int(config["epochs"]) // int(config["eval_step"])
-
-
-def without(marks: list[str], left_out: list[str]) -> list[str]:
-    """Fingerprints in their order, but for the last of each that is left out: one before it stands for something else.
-
-    Args:
-        marks: all of them.
-        left_out: some of them.
-    """
-    kept = marks[::-1]
-    for mark in left_out:
-        kept.remove(mark)
-    return kept[::-1]
 
 
 def versions_of(model_class: type) -> dict[str, int]:

@@ -34,7 +34,7 @@ from recbole_llm.progress import Steps
 from recbole_llm.training.embeddings import graph_embeddings
 from recbole_llm.training.language import backbone_options, named_backbone, read_item_text, take_backbone
 from recbole_llm.training.loop import TrainingLoop, check_settings
-from recbole_llm.training.pipeline import code_mark, without
+from recbole_llm.training.pipeline import code_mark
 from recbole_llm.training.sharding import check_sharding, shard, sharding
 from recbole_llm.training.state import (
     RESUME_FILE,
@@ -180,14 +180,14 @@ class StagedTrainer(TrainerMixin, Trainer):
         code = code_mark(type(self.model))
         if code is not None:
             formerly["code"] = code
-        keys, marks = self.of_rankings()
+        keys, before_search = self.without_search(upstream)
         inputs = formerly | {
             "config": {key: value for key, value in formerly["config"].items() if key not in keys},
-            "upstream": without(upstream, marks),
+            "upstream": before_search,
         }
         made = store.run(
             stage, ALIGNMENT_VERSION, inputs, lambda folder: self._align(stage, folder), together=True,
-            formerly=formerly if keys or marks else None,
+            formerly=formerly if keys else None,
         )  # fmt: skip
         self.model.load_state_dict(load_state(made.folder / WEIGHTS, self.device))
         return made

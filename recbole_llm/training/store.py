@@ -106,13 +106,10 @@ class StageStore:
         Returns:
             The stage, from the cache when its files are whole.
         """
-
-        def known() -> Mapping[str, Any]:
-            there = formerly is not None and not self.refresh and self.place(name, version, formerly)[1].exists()
-            return formerly if formerly is not None and there else inputs
-
         if not together or processes.count() == 1:
-            return processes.on_main(lambda: self._find_or_make(name, version, known(), make))
+            return processes.on_main(
+                lambda: self._find_or_make(name, version, self._known_by(name, version, inputs, formerly), make)
+            )
         if not processes.is_main():
             return _help_to_make(make)
         begun = False
@@ -124,7 +121,8 @@ class StageStore:
             return make(folder)
 
         try:
-            stage = self._find_or_make(name, version, known(), make_together)
+            known = self._known_by(name, version, inputs, formerly)
+            stage = self._find_or_make(name, version, known, make_together)
         except UserError:
             if begun:
                 processes.from_main(None)
@@ -132,6 +130,20 @@ class StageStore:
         if not begun:
             processes.from_main(None)
         return processes.from_main(stage)
+
+    def _known_by(
+        self, name: str, version: int, inputs: Mapping[str, Any], formerly: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """By which inputs a stage is to be looked for."""
+        if formerly is None:
+            return inputs
+        (_, new), (_, old) = self.place(name, version, inputs), self.place(name, version, formerly)
+        begun = self.root / ".work" / old.name
+        if self.refresh:
+            # Else it would be found again by whoever does not refresh.
+            for folder in (old, begun):
+                shutil.rmtree(folder, ignore_errors=True)
+        return formerly if old.exists() or (begun.exists() and not new.exists()) else inputs
 
     def _find_or_make(
         self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]

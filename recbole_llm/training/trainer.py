@@ -52,6 +52,8 @@ class TrainerMixin:
         self.part_fits: dict[str, Any] = {}
         self.best_epoch = -1
         self.valid_curve: list[tuple[int, float]] = []
+        # A mark of how valid is ranked, where that moves no weight: one who goes on may rank otherwise.
+        self.ranked_by = ""
         self.measured = Measured()
         self._train_data: Any = None
         self._steps: Steps | None = None
@@ -216,6 +218,7 @@ class TrainerMixin:
             "cur_step": self.cur_step,  # type: ignore[attr-defined]
             "best_valid_score": float(self.best_valid_score),
             "best_valid_result": dict(self.best_valid_result or {}),  # type: ignore[has-type]
+            "ranked_by": self.ranked_by,
             "best_epoch": self.best_epoch,
             "valid_curve": self.valid_curve,
             "losses": [[key, float(value)] for key, value in self.train_loss_dict.items()],  # type: ignore[attr-defined]
@@ -291,12 +294,13 @@ class TrainerMixin:
             return False
         self.start_epoch = state["epoch"] + 1
         self.cur_step, self.best_valid_score = state["cur_step"], state["best_valid_score"]
-        self.best_valid_result = OrderedDict(state["best_valid_result"])
+        alike = state.get("ranked_by", self.ranked_by) == self.ranked_by
+        self.best_valid_result = OrderedDict(state["best_valid_result"] if alike else {})
         self.best_epoch, self._stopped = state["best_epoch"], state["stopped"]
         # What an earlier version kept is of whole epochs.
         self._trained = state.get("trained", False)
         self.train_loss_dict = dict(state["losses"])
-        self.valid_curve = [(epoch, score) for epoch, score in state["valid_curve"]]
+        self.valid_curve = [(epoch, score) for epoch, score in state["valid_curve"]] if alike else []
         for name, value in state["counters"].items():
             setattr(self.model, name, value)
         return True
@@ -310,9 +314,20 @@ class TrainerMixin:
         self.resume_file = Path(resume_file)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
-    def of_rankings(self) -> tuple[frozenset[str], list[str]]:
-        """What rankings alone look at: settings by name, and fingerprints of stages, each one of ``prepare``'s."""
-        return frozenset(), []
+    def without_search(self, upstream: list[str]) -> tuple[frozenset[str], list[str]]:
+        """What weights do not depend on where no epoch is picked by how it ranks.
+
+        Args:
+            upstream: fingerprints of what a stage is made from.
+
+        Returns:
+            Settings that rankings alone look at; and the fingerprints without what these alone asked for.
+        """
+        return frozenset(), upstream
+
+    def rank_valid(self, valid_data: Any) -> Mapping[str, float]:
+        """Valid as training looks at it, with the weights as they are."""
+        return self.evaluate(valid_data, load_best_model=False) or {}
 
     def valid_of_training(self, valid_data: Any) -> Mapping[str, float]:
         """What the best weights have on valid, where training has just seen it and would see it again; else nothing.
