@@ -10,6 +10,7 @@ from small_models import SMALL
 from test_tuning import trials_of
 
 from recbole_llm.config import Config
+from recbole_llm.errors import UserError
 from recbole_llm.leaderboard import tuning
 from recbole_llm.serving.identity import TOLD, difference, identity
 from recbole_llm.serving.recommender import Recommender
@@ -82,9 +83,8 @@ def test_a_store_answers_for_its_own_search_alone(tmp_path: Path) -> None:
     assert runs[0]["stages"][-1]["fingerprint"] == runs[1]["stages"][-1]["fingerprint"]
     built, asked = (identity(made, Path(made["result_file"]), ["train"]) for made in runs)
     assert difference(built, asked) == TOLD["search"] and not difference(built, built)
-    # Whoever asks for another search than the run's is answered by that.
-    other = identity(runs[0], Path(runs[0]["result_file"]), ["train"], settings={"beams": 25, "gpu_id": ""})
-    assert not difference(other, asked) and difference(other, built) == TOLD["search"]
+    with pytest.raises(UserError, match=r"beams, cf_model\.epochs: a run is served as it was evaluated"):
+        Recommender.of_run(runs[0]["result_file"], beams=25, **{"cf_model.epochs": 3})
 
 
 def test_what_means_nothing_to_a_search_is_no_other_search(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_means_nothing_to_a_search_is_no_other_search(tmp_path: Path) -> No
     ]
     built, *others = (identity(made, Path(made["result_file"]), ["train"]) for made in runs)
     assert built["search"] and not any(difference(built, other) for other in others)
-    assert "search" not in found("BPR", tmp_path)["evaluation"]
+    assert "search" not in found("BPR", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_what_was_trained_when_searches_counted_is_found(tmp_path: Path, monkeyp
         assert not found("CoLLM", tmp_path, **GUIDE | {"beams": 25})["stages"][-1]["cached"]
     again = found("CoLLM", tmp_path, **GUIDE)
     assert all(stage["cached"] for stage in again["stages"]) and told(again) == told(former)
-    # Served too, from the cache as it is.
-    Recommender.of_run(former["result_file"])
     # Whoever wants it made again has it made again, and finds that from then on.
     refreshed = found("CoLLM", tmp_path, cache="refresh", **GUIDE)
     assert told(refreshed)[:3] == told(former)[:3]
     again = found("CoLLM", tmp_path, **GUIDE)
     assert told(again) == told(refreshed) and again["stages"][-1]["cached"]
-    Recommender.of_run(refreshed["result_file"])
+    # Each is served from its own stages.
+    marks = [Recommender.of_run(made["result_file"]).fit.fingerprint for made in (former, refreshed)]
+    assert marks == [made["stages"][-1]["fingerprint"] for made in (former, refreshed)] and marks[0] != marks[1]
 
 
 def test_a_search_of_settings_judges_each_by_its_own_rankings(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from recbole_llm.errors import UserError
-from recbole_llm.search_keys import SEARCH_KEYS
 from recbole_llm.training.run_files import CARD, cache_of, stage_folder
 
 PHASES = ("train", "valid", "test")
@@ -72,7 +71,7 @@ def identity(
         **names,
         "split": split,
         "stages": hashlib.sha256(json.dumps(stages).encode()).hexdigest(),
-        "search": _search(result, settings or {}),
+        "search": _search(result),
         "item_tokens": _item_tokens(run),
         "weights": weights,
         "weight_files": files,
@@ -90,15 +89,14 @@ def difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return ""
 
 
-def _search(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def _search(result: Mapping[str, Any]) -> str | None:
     """How a run searches for items, as a hash: of those with the same stages each may do so in a way of its own."""
-    told = result.get("evaluation", {}).get("search")
+    told = result.get("search")
     if told is None:
         return None
-    told = told | {key: value for key, value in settings.items() if key in SEARCH_KEYS}
-    # Who is served is asked about with the first prompt.
-    told.pop("inference_prompts", None)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    # Who is served is asked about with the first prompt, whatever the figures are the mean over.
+    counts = {key: value for key, value in told.items() if key != "inference_prompts"}
+    return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
 def _item_tokens(run: Path) -> str | None:

@@ -17,6 +17,7 @@ from recbole_llm.data.ties import tie_order, top_items
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.ranking import as_counted, catalogue_scores, shown_for
 from recbole_llm.itemid.index_file import entries_of, read_index
+from recbole_llm.search_keys import SEARCH_KEYS
 from recbole_llm.serving.identity import PHASES, identity
 from recbole_llm.serving.requests import RequestLoader
 from recbole_llm.training.found import find_run
@@ -111,10 +112,15 @@ class Recommender:
             settings: of where and how it computes, such as ``gpu_id``, ``data_path``, ``eval_batch_size``.
 
         Raises:
-            UserError: there is no such run, a stage is not in the cache any more, data or settings have changed, or
-                the model takes no new items.
+            UserError: settings of another search, there is no such run, a stage is not in the cache any more, data or
+                settings have changed, or the model takes no new items.
         """
         result, config, store = find_run(path, **settings)
+        moved = sorted(key for key in settings if key.partition(".")[0] in SEARCH_KEYS)
+        if moved:
+            raise UserError(
+                f"{', '.join(moved)}: a run is served as it was evaluated; run it again with another search"
+            )
         built_for = identity(result, Path(path), phases, index_file, settings)
         fit = fit_found(config, store)
         if fit.fingerprint != result["stages"][-1]["fingerprint"]:

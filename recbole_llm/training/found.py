@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,24 @@ _LATER = {"score_end": False}
 
 
 class FoundStages(StageStore):
-    """A stage cache that is looked at and never changed, so that it may be another's, or for reading only."""
+    """A stage cache that is looked at and never changed, so that it may be another's, or for reading only.
+
+    Args:
+        root: the cache folder.
+        stages: fingerprints of the run that is looked for.
+    """
+
+    def __init__(self, root: Path, stages: Collection[str] = ()) -> None:
+        super().__init__(root)
+        self._stages = stages
+
+    def _known_by(
+        self, name: str, version: int, inputs: Mapping[str, Any], formerly: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """The cache may have both, and the run is of one."""
+        if formerly is not None and self.place(name, version, formerly)[0] in self._stages:
+            return formerly
+        return super()._known_by(name, version, inputs, formerly)
 
     def _find_or_make(
         self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
@@ -96,4 +113,11 @@ def find_run(path: str | Path, **settings: Any) -> tuple[dict[str, Any], Config,
     """
     result = read_result(path)
     config = config_of(result, **settings)
-    return result, config, FoundStages(cache_of(config, Path(path), settings.get("output_dir")))
+    return (
+        result,
+        config,
+        FoundStages(
+            cache_of(config, Path(path), settings.get("output_dir")),
+            {stage["fingerprint"] for stage in result["stages"]},
+        ),
+    )

@@ -192,6 +192,10 @@ def report(fitted: Fit, folder: Path, result_file: str | None = None) -> dict[st
         "versions": {"recbole_llm": __version__} | {name: _version(name) for name in PACKAGES},
         "config": config.as_dict(),
     }
+    keys, _ = trainer.without_search([])
+    if keys:
+        # How items were searched for: runs of the same weights may differ in that alone.
+        result["search"] = {key: value for key, value in config.stage_keys().items() if key in keys}
     continued = getattr(trainer, "continued_from", None)
     if continued is not None:
         result["continued_from"] = continued
@@ -336,16 +340,12 @@ def _evaluation(config: Config, measured: Measured, fitted: Fit) -> dict[str, An
     counts_as = measured.counts_as
     recbole, sequential = config["policy"] == "recbole", fitted.test_data.is_sequential
     mode = config["eval_args"]["mode"]["test"]
-    keys, _ = fitted.trainer.without_search([])
-    search = {key: value for key, value in config.stage_keys().items() if key in keys}
     return {
         "policy": config["policy"],
         "exclude_history": "recbole" if recbole else config["exclude_history"],
         "eval_unit": "row" if sequential and (recbole or config["eval_unit"] == "row") else "user",
         # A search finds the best of the whole catalogue, and nothing of the order below them.
         "ranking": getattr(fitted.model, "ranking", "full") if mode == "full" else mode,
-        # Of models that search for items, how: runs of the same weights may differ in that alone.
-        **({"search": search} if search else {}),
         "topk": config["topk"],
         # Items of equal titles are one, and which these are depends on what is taken for a title.
         **({} if counts_as is None else {"title_match": True, "counted": _counted(counts_as, fitted.dataset)}),

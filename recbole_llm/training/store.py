@@ -135,15 +135,10 @@ class StageStore:
         self, name: str, version: int, inputs: Mapping[str, Any], formerly: Mapping[str, Any] | None
     ) -> Mapping[str, Any]:
         """By which inputs a stage is to be looked for."""
-        if formerly is None:
+        if formerly is None or self.refresh or self.place(name, version, inputs)[1].exists():
             return inputs
-        (_, new), (_, old) = self.place(name, version, inputs), self.place(name, version, formerly)
-        begun = self.root / ".work" / old.name
-        if self.refresh:
-            # Else it would be found again by whoever does not refresh.
-            for folder in (old, begun):
-                shutil.rmtree(folder, ignore_errors=True)
-        return formerly if old.exists() or (begun.exists() and not new.exists()) else inputs
+        old = self.place(name, version, formerly)[1]
+        return formerly if old.exists() or (self.root / ".work" / old.name).exists() else inputs
 
     def _find_or_make(
         self, name: str, version: int, inputs: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
