@@ -220,6 +220,8 @@ def _against(rng: random.Random, mean: float, other: float) -> dict[str, Any]:
         "difference": difference, "low": difference - 0.003, "high": difference + 0.003, "gain": difference / other,
         "effect": difference * 10, "p": p, "p_adjusted": adjusted, "wilcoxon_p": p * 1.2,
         "mark": "" if adjusted >= 0.05 else "+" if difference > 0 else "-",
+        "by_seed": [{"seed": 1, "difference": difference * 1.1}, {"seed": 2, "difference": difference * 0.9}],
+        "seeds_alike": 2, "seeds_both": 2, "seeds_p": 0.064,
     }  # fmt: skip
 
 

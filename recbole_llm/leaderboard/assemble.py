@@ -16,6 +16,7 @@ import numpy as np
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.evaluation.consistency import is_consistency
 from recbole_llm.evaluation.results import result_file
+from recbole_llm.leaderboard.over_seeds import OverSeeds, over_seeds
 from recbole_llm.leaderboard.rows import Line, RowRuns, Run, admit
 from recbole_llm.leaderboard.statistics import PairedTest, holm, mean_interval, paired_test
 from recbole_llm.registry import entries
@@ -286,8 +287,9 @@ def _test(
         p_values = [(tests.get((one, two)) or tests[two, one]).p for one, two in pairs]
         adjusted = dict(zip(pairs, holm(p_values), strict=True))
         by_name = {row["name"]: row for row in made}
+        seeds = {line.row.name: line.by_seed(metric) for line in lines if line.row.name in values}
         for (name, other), test in tests.items():
-            shown = _shown(test, adjusted[tuple(sorted((name, other)))], alpha)
+            shown = _shown(test, over_seeds(seeds[name], seeds[other]), adjusted[tuple(sorted((name, other)))], alpha)
             by_name[name]["metrics"][metric]["against"][other] = shown
         counts[metric] = len(pairs)
     return counts
@@ -308,13 +310,15 @@ def _test_own(
         ]
         tests = [paired_test(values[name], values[base]) for name, base in pairs]
         adjusted = holm([test.p for test in tests])
+        seeds = {line.row.name: line.by_seed(metric) for line in lines if line.row.name in values}
         for (name, base), test, p in zip(pairs, tests, adjusted, strict=True):
-            by_name[name]["metrics"][metric]["own"] = {"row": base, **_shown(test, p, alpha)}
+            shown = _shown(test, over_seeds(seeds[name], seeds[base]), p, alpha)
+            by_name[name]["metrics"][metric]["own"] = {"row": base, **shown}
         counts[metric] = len(pairs)
     return counts
 
 
-def _shown(test: PairedTest, adjusted: float, alpha: float) -> dict[str, Any]:
+def _shown(test: PairedTest, seeds: OverSeeds, adjusted: float, alpha: float) -> dict[str, Any]:
     mark = "" if adjusted >= alpha else "+" if test.difference > 0 else "-"
     return {
         "difference": test.difference,
@@ -326,6 +330,7 @@ def _shown(test: PairedTest, adjusted: float, alpha: float) -> dict[str, Any]:
         "p_adjusted": adjusted,
         "wilcoxon_p": test.wilcoxon_p,
         "mark": mark,
+        **seeds.shown(),
     }
 
 

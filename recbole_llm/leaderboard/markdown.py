@@ -20,8 +20,11 @@ from recbole_llm.leaderboard.words import (
     percent,
     probability,
     seconds,
+    seeds_alike,
     settled,
     title_of,
+    unlike,
+    unlike_seeds,
     unshared,
     value,
 )
@@ -85,7 +88,7 @@ def _quality(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
             _figure(figure, True),
             value(figure["std"]) if figure else UNKNOWN,
             *(_figure(row["metrics"].get(name), is_consistency(name)) for name in shown),
-            *((against[other]["mark"] or "=") if other in against else "" for other in others),
+            *(_sign(against[other]) if other in against else "" for other in others),
             *([_own(figure)] if pairs(table) else []),
             str(len(row["seeds"])),
         ])  # fmt: skip
@@ -96,12 +99,18 @@ def _quality(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
 
 def _own(figure: Mapping[str, Any] | None) -> str:
     test = figure["own"] if figure else None
-    return f"{test['mark'] or '='} {percent(test['gain'])}" if test else ""
+    return f"{_sign(test)} {percent(test['gain'])}" if test else ""
+
+
+def _sign(test: Mapping[str, Any]) -> str:
+    """The verdict of a test over users, with the seeds that share its sign where it is significant and not all do."""
+    return f"{test['mark'] or '='}{f' ({seeds_alike(test)} seeds)' if unlike(test) else ''}"
 
 
 def _notes(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
-    said = (judged(table), *unshared(table), chosen(board, table), *own_bases(board, table), *settled(table))
-    lines = [f"- {_plain(line)}" for line in (*said, *agreement(table))]
+    said = (judged(table), *unshared(table), chosen(board, table), *own_bases(board, table))
+    said += (*unlike_seeds(board, table), *settled(table), *agreement(table))
+    lines = [f"- {_plain(line)}" for line in said]
     for kind, name, reason in left_out(table):
         lines.append(f"- **{kind}**: {_plain(name)}, {_plain(reason)}")
     return lines
@@ -115,20 +124,23 @@ def _tests(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
                 f"[{_signed(test['low'])}, {_signed(test['high'])}]", percent(test["gain"]),
                 UNKNOWN if test["effect"] is None else f"{test['effect']:+.3f}",
                 probability(test["p"]), probability(test["p_adjusted"]), probability(test["wilcoxon_p"]),
-                test["mark"] or "=",
+                seeds_alike(test), probability(test["seeds_p"]), test["mark"] or "=",
             ]
             for row in table["rows"]
             if metric in row["metrics"]
             for other, test in _met(row["metrics"][metric])
         ]  # fmt: skip
 
-    heads = ["rows", "metric", "difference", "95% CI", "gain", "d_z", "p", "p (Holm)", "p (Wilcoxon)", ""]
+    heads = ["rows", "metric", "difference", "95% CI", "gain", "d_z", "p", "p (Holm)", "p (Wilcoxon)"]
+    heads += ["seeds alike", "p (seeds)", ""]
     ranked = lines_of(board["metric"])
     if not ranked:
         return []
     said = (
         "Tests: the difference of the means over users, its share of the other row's mean, Cohen's d_z, and p of the "
-        "paired t-test as it is, after Holm's correction, and of Wilcoxon's signed-rank test (not corrected)."
+        "paired t-test as it is, after Holm's correction, and of Wilcoxon's signed-rank test (not corrected). Seeds "
+        "alike: those whose own difference has its sign. p (seeds): of a paired t-test over seeds instead of users, "
+        "not corrected, which few seeds hardly make small."
     )
     text = ["", said, "", *_grid(heads, ranked)]
     rest = [line for metric in board["metrics"] if metric != board["metric"] for line in lines_of(metric)]

@@ -188,6 +188,10 @@ class Line:
     runs: list[Run] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
 
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """Seed to the run's mean on test."""
+        return {run.seed: run.test[metric] for run in self.runs}
+
     def values(self, metric: str) -> np.ndarray | None:
         """Each user's value, float64 [U], the mean over seeds; ``None`` unless every run has it."""
         if not self.runs or not all(metric in run.values for run in self.runs):

@@ -29,6 +29,7 @@ from recbole_llm.leaderboard.words import (
     seconds,
     settled,
     title_of,
+    unlike_seeds,
     unshared,
     value,
 )
@@ -37,7 +38,20 @@ WIDTH = 120
 NAME_WIDTH = 30
 STARRED = re.compile(r"(\d\.\d+)\*")
 ANSI_BOLD, ANSI_END = "\x1b[1m", "\x1b[0m"
-TESTED = ("difference", "low", "high", "gain", "effect", "p", "p_adjusted", "wilcoxon_p", "mark")
+TESTED = (
+    "difference",
+    "low",
+    "high",
+    "gain",
+    "effect",
+    "p",
+    "p_adjusted",
+    "wilcoxon_p",
+    "mark",
+    "seeds_alike",
+    "seeds_both",
+    "seeds_p",
+)
 COSTS = ("seconds", "peak_memory_mb", "parameters", "trainable", "tokens", "users_per_second")
 CSV_COLUMNS = (
     "dataset", "protocol", "column", "row", "model", "kind", "baseline", "seeds", "metric", "mean", "low", "high",
@@ -109,8 +123,8 @@ def _csv_of_row(table: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, A
 def _csv_of_figure(table: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
     line = {key: figure[key] for key in ("mean", "low", "high", "std", "valid", "bold")}
     for other in ("best_baseline", "reference"):
-        for name, content in figure["against"].get(table[other], {}).items():
-            line[f"{other}_{name}"] = content
+        against = figure["against"].get(table[other])
+        line |= {f"{other}_{name}": against[name] for name in TESTED if against}
     line |= {f"own_base_{name}": figure["own"][name] for name in TESTED if figure["own"]}
     return line
 
@@ -176,7 +190,8 @@ def _figures(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[list[st
 def _legend(board: Mapping[str, Any], table: Mapping[str, Any], unseen: Sequence[str], tty: bool) -> list[str]:
     others = comparators(table)
     bold = "bold" if tty else "*"
-    lines = [judged(table), *unshared(table), chosen(board, table), *own_bases(board, table), *settled(table)]
+    lines = [judged(table), *unshared(table), chosen(board, table), *own_bases(board, table)]
+    lines += [*unlike_seeds(board, table), *settled(table)]
     lines += agreement(table)
     if others:
         standard = next(iter(others))

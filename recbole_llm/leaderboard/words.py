@@ -80,6 +80,38 @@ def own_bases(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def seeds_alike(test: Mapping[str, Any]) -> str:
+    """In how many of the seeds that two rows share their difference has its sign; unknown with fewer than two."""
+    return f"{test['seeds_alike']} of {test['seeds_both']}" if test["seeds_both"] > 1 else UNKNOWN
+
+
+def unlike(test: Mapping[str, Any]) -> bool:
+    """Whether a difference that is significant over users has another sign in some seed."""
+    return bool(test["mark"]) and test["seeds_both"] > 1 and test["seeds_alike"] < test["seeds_both"]
+
+
+def unlike_seeds(board: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """Which differences are significant over users and not of one sign in every seed; none where no row has seeds."""
+    tests: dict[frozenset[str], tuple[str, Mapping[str, Any]]] = {}
+    for row in table["rows"]:
+        figure = row["metrics"].get(board["metric"])
+        own = figure["own"] if figure else None
+        met = [*(figure["against"].items() if figure else ()), *([(own["row"], own)] if own else [])]
+        for other, test in met:
+            if test["mark"] and test["seeds_both"] > 1:
+                tests.setdefault(frozenset((row["name"], other)), (f"{row['name']} against {other}", test))
+    if not tests:
+        return []
+    others = [f"{words} ({seeds_alike(test)})" for words, test in tests.values() if unlike(test)]
+    count = f"{len(tests) - len(others)} of {len(tests)} significant differences of {board['metric']}"
+    if not others:
+        return [f"One sign in every seed: {count}."]
+    return [
+        f"One sign in every seed: {count}; not {', '.join(others)}. A test over users tells how sure a difference "
+        "between these trained models is, not whether they would differ so if trained again."
+    ]
+
+
 def settled(table: Mapping[str, Any]) -> list[str]:
     """What was chosen on valid for which row, among which values."""
     return [f"Chosen: {sentence(row['name'], row['choice'], value)}" for row in table["rows"] if row["choice"]]

@@ -129,11 +129,21 @@ function nameCell(row) {
   return [row.name, make("span", { class: "small kind" }, kindSign(row.kind), ` ${row.kind} `,
     tag("best baseline", row.name === one.best_baseline), tag("reference", row.name === one.reference))];
 }
+/** In how many seeds the difference has its sign, and p over seeds; nothing for one seed. */
+function seedWords(against) {
+  if (against.seeds_both < 2) return "";
+  const p = unknown(against.seeds_p) ? "" : `, p over seeds ${probability(against.seeds_p)}`;
+  return `; of this sign in ${against.seeds_alike} of ${against.seeds_both} seeds${p}`;
+}
+function seedsUnlike(against) {
+  const unlike = against.mark && against.seeds_both > 1 && against.seeds_alike < against.seeds_both;
+  return unlike ? `, ${against.seeds_alike} of ${against.seeds_both} seeds` : "";
+}
 function mark(against, name) {
   if (!against?.mark) return make("span", { class: "mark" });
   const up = against.mark === "+";
   const words = `${up ? "better" : "worse"} than ${name}: ${probability(against.p_adjusted)} after Holm's correction, `
-    + `${probability(against.p)} before, Wilcoxon ${probability(against.wilcoxon_p)}`;
+    + `${probability(against.p)} before, Wilcoxon ${probability(against.wilcoxon_p)}${seedWords(against)}`;
   const shown = { class: `mark ${up ? "up" : "down"}`, role: "img", "aria-label": words, title: words };
   return make("span", shown, up ? "▲" : "▼");
 }
@@ -165,9 +175,9 @@ function testCell(against, name) {
   if (!against) return "–";
   const effect = unknown(against.effect) ? "–" : against.effect.toFixed(2);
   const words = `95 % interval of the difference ${signed(against.low)} to ${signed(against.high)}; Cohen's d ${effect}; `
-    + `Wilcoxon ${probability(against.wilcoxon_p)}`;
+    + `Wilcoxon ${probability(against.wilcoxon_p)}${seedWords(against)}`;
   return [make("span", { title: words }, signed(against.difference)), mark(against, name),
-    small(`${percent(against.gain)}, ${probability(against.p_adjusted)}`)];
+    small(`${percent(against.gain)}, ${probability(against.p_adjusted)}${seedsUnlike(against)}`)];
 }
 function intervalRange(metric) {
   const values = withFigures().map((row) => measured(row, metric)).filter(Boolean);
