@@ -216,12 +216,16 @@ def _against(rng: random.Random, mean: float, other: float) -> dict[str, Any]:
     difference = mean - other
     p = min(1.0, 0.0001 + 4.0 ** (-abs(difference) * 900) * rng.uniform(0.5, 1.0))
     adjusted = min(1.0, p * 14)
+    # Of large differences some are turned around by a seed.
+    turn = -0.5 if difference > 0.02 else 0.8
     return {
         "difference": difference, "low": difference - 0.003, "high": difference + 0.003, "gain": difference / other,
         "effect": difference * 10, "p": p, "p_adjusted": adjusted, "wilcoxon_p": p * 1.2,
         "mark": "" if adjusted >= 0.05 else "+" if difference > 0 else "-",
-        "by_seed": [{"seed": 1, "difference": difference * 1.1}, {"seed": 2, "difference": difference * 0.9}],
-        "seeds_alike": 2, "seeds_both": 2, "seeds_p": 0.064,
+        "by_seed": [
+            {"seed": seed, "difference": difference * of} for seed, of in ((2020, 2.0), (2021, 1.5), (2022, turn))
+        ],
+        "seeds_alike": 3 - (turn < 0), "seeds_both": 3, "seeds_p": 0.064,
     }  # fmt: skip
 
 

@@ -342,6 +342,21 @@ def test_reasons_of_rows_without_figures_are_shown(driver: Chrome) -> None:
     assert FAILED[0] not in names(driver)
 
 
+def test_a_verdict_that_a_seed_turns_around_says_so(session: Chrome, place: str) -> None:
+    rows = {row["name"]: row for row in board()["tables"][0]["rows"] if row["metrics"]}
+    tests = {name: row["metrics"]["ndcg@10"]["against"]["BPR"] for name, row in rows.items() if name != "BPR"}
+    alike = {name: test["seeds_alike"] for name, test in tests.items() if test["mark"]}
+    assert {*alike.values()} == {2, 3}, "else the test shows nothing"
+    script = """return [...document.querySelectorAll('#rows tbody .mark')].map((node) =>
+      [node.closest('tr').querySelector('th').firstChild.textContent, node.title, node.closest('td').textContent])"""
+    with visit(session, f"{place}#table=0&metric=ndcg%4010&sort=metric&down=1&view=one"):
+        marks = {name: (title, text) for name, title, text in session.execute_script(script) if "than BPR" in title}
+    assert marks.keys() == alike.keys()
+    for name, (title, text) in marks.items():
+        assert f"of this sign in {alike[name]} of 3 seeds, over seeds p = 0.064" in title
+        assert ("2 of 3 seeds" in text) == (alike[name] == 2)
+
+
 def test_another_table_has_the_papers_figures_and_no_empty_sections(driver: Chrome) -> None:
     assert not driver.find_element(By.ID, "paper").is_displayed()
     Select(driver.find_element(By.ID, "table")).select_by_index(1)

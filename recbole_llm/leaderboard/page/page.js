@@ -129,10 +129,10 @@ function nameCell(row) {
   return [row.name, make("span", { class: "small kind" }, kindSign(row.kind), ` ${row.kind} `,
     tag("best baseline", row.name === one.best_baseline), tag("reference", row.name === one.reference))];
 }
-/** In how many seeds the difference has its sign, and p over seeds; nothing for one seed. */
+/** In how many seeds a difference has its sign, and p over seeds; nothing for one seed. */
 function seedWords(against) {
   if (against.seeds_both < 2) return "";
-  const p = unknown(against.seeds_p) ? "" : `, p over seeds ${probability(against.seeds_p)}`;
+  const p = unknown(against.seeds_p) ? "" : `, over seeds ${probability(against.seeds_p)}`;
   return `; of this sign in ${against.seeds_alike} of ${against.seeds_both} seeds${p}`;
 }
 function seedsUnlike(against) {
