@@ -20,11 +20,11 @@ import yaml
 from recbole_llm.cli import main
 from recbole_llm.errors import DiskFullError, UserError
 from recbole_llm.evaluation.pictures import can_draw
-from recbole_llm.leaderboard.board import Study, _reason, asked_for, leaderboard
+from recbole_llm.leaderboard.board import Study, _job, _reason, asked_for, leaderboard
 from recbole_llm.leaderboard.cell import FULL_DISK
 from recbole_llm.leaderboard.grid import write_grid
 from recbole_llm.leaderboard.schedule import Ended
-from recbole_llm.leaderboard.suite import marked
+from recbole_llm.leaderboard.suite import Cell, marked
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 2, "eval_step": 1, "gpu_id": "", "topk": [5, 10]}
@@ -300,6 +300,38 @@ def test_killed_it_goes_on_and_ends_with_the_same_table(whole: Path, tmp_path: P
     folder = killed_and_gone_on(tmp_path, 2, random.Random(1), STUDY["rows"])
     assert figures(folder) == figures(whole.parent / "uninterrupted.json")
     assert not list((folder / "cells").glob("*.spec.json"))
+
+
+def test_of_runs_that_share_a_training_one_goes_first(tmp_path: Path) -> None:
+    rows = {
+        "SASRec": {"model": "SASRec"},
+        "guided": {"model": "MSL", "choose": {"cf_guidance": [0.8, 0.5]}},
+        "MSL": {"model": "MSL"},
+        "of another rate": {"model": "MSL", "adapter_learning_rate": 0.5},
+        "taught": {"model": "TCA4Rec", "base_model": "MSL"},
+    }
+    words = suite(tmp_path / "s.yaml", rows=rows, settings=SMALL | {"eval_step": 2})
+    asked = asked_for([words, f"--output={tmp_path}"])
+    study = Study(marked(asked.suite, tmp_path, [], {}), tmp_path)
+    study.file(study.cells[0]).parent.mkdir()
+    missing = study.wanted()
+
+    def after(missing: list[Cell]) -> dict[str, set[str]]:
+        jobs = [_job(cell, study, asked, missing) for cell in missing]
+        return {job.name.removeprefix("tiny, "): {name.removeprefix("tiny, ") for name in job.after} for job in jobs}
+
+    first, teacher = "guided, cf_guidance 0.8, seed 1", "SASRec, seed 1"
+    waits = after(missing)
+    assert waits[first] == {teacher} and waits["guided, cf_guidance 0.5, seed 1"] == {teacher, first}
+    assert waits["MSL, seed 1"] == {first} and waits["MSL, seed 2"] == waits["of another rate, seed 1"] == set()
+    assert waits["taught, seed 1"] == {teacher}
+    # Without the first, the next one is it.
+    rest = [cell for cell in missing if cell.row != "guided"]
+    assert after(rest)["MSL, seed 1"] == set()
+    done = next(cell for cell in missing if cell.row == "MSL" and cell.seed == 1)
+    study._whole.add(study.file(done))
+    study.file(done).write_text('{"stages": []}', encoding="utf-8")
+    assert after(missing)["guided, cf_guidance 0.5, seed 1"] == {teacher}, "what it would wait for is in the cache"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from test_tuning import trials_of
 from recbole_llm.config import Config
 from recbole_llm.errors import UserError
 from recbole_llm.leaderboard import tuning
+from recbole_llm.leaderboard.marks import training_of
 from recbole_llm.serving.identity import TOLD, difference, identity
 from recbole_llm.serving.recommender import Recommender
 from recbole_llm.training import trainer
@@ -195,3 +196,16 @@ def test_a_search_of_settings_judges_each_by_its_own_rankings(tmp_path: Path) ->
     assert other.value == pytest.approx(anew["valid"]["ndcg@10"], abs=1e-12)
     assert len(anew["curves"]["valid"]) == 1
     assert other.value != pytest.approx(trials[0].value, abs=1e-4)
+
+
+@pytest.mark.parametrize("model", SEARCHES)
+def test_a_leaderboard_knows_which_runs_share_a_training(model: str, tmp_path: Path) -> None:
+    plain, searched = config_for(model, tmp_path), config_for(model, tmp_path, **SEARCHES[model])
+    assert training_of(plain) == training_of(searched) != ""
+    for other in ({"seed": 7}, {"epochs": 0}, {"train_share": 0.5}, {"item_text": "no {title}"}):
+        assert training_of(config_for(model, tmp_path, **other)) != training_of(plain), other
+    assert training_of(config_for(model, tmp_path, epochs=2)) == "", "each validation searches"
+
+
+def test_of_other_models_a_leaderboard_knows_no_training_that_is_shared(tmp_path: Path) -> None:
+    assert training_of(config_for("BPR", tmp_path)) == training_of(config_for("GLTA", tmp_path)) == ""

@@ -266,11 +266,11 @@ def _run_missing(study: Study, asked: Asked, say: Callable[[str], None]) -> None
     with starter(len(missing), asked.budget.threads) as started:
         # Anew after each turn: what is chosen on valid has further seeds to run.
         while missing:
-            run_jobs([_job(cell, study, asked) for cell in missing], asked.budget, ended, say, started)
+            run_jobs([_job(cell, study, asked, missing) for cell in missing], asked.budget, ended, say, started)
             missing = [cell for cell in study.wanted() if not study.done(cell) and cell not in study.reasons]
 
 
-def _job(cell: Cell, study: Study, asked: Asked) -> Job:
+def _job(cell: Cell, study: Study, asked: Asked, missing: Sequence[Cell]) -> Job:
     settings = dict(cell.settings)
     file = study.file(cell)
     spec = {
@@ -280,12 +280,17 @@ def _job(cell: Cell, study: Study, asked: Asked) -> Job:
     }  # fmt: skip
     spec_file = file.with_suffix(".spec.json")
     spec_file.write_text(json.dumps(spec, indent=1), encoding="utf-8")
-    # A run whose part is a row of its own would sit and wait for that row's training to end.
+    # A run whose part is a row of its own would sit and wait for that row's training to end,
     after = {
         str(other)
         for other in study.cells
         if other.place == cell.place and other.seed == cell.seed and other.settings["model"] in cell.parts
     }
+    # and one that only searches otherwise for that of the first which trains so.
+    alike = [one for one in study.cells if cell.training and (one.place, one.training) == (cell.place, cell.training)]
+    if alike and not any(map(study.done, alike)):
+        first = next(one for one in missing if one in alike)
+        after |= {str(first)} - {str(cell)}
     return Job(
         name=str(cell),
         command=[sys.executable, "-m", cell_process.__name__, str(spec_file)],

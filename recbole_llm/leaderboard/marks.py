@@ -10,7 +10,7 @@ from typing import Any
 from recbole_llm.config import INPUT_KEYS, NEUTRAL_KEYS, Config
 from recbole_llm.data.templates import file_of
 from recbole_llm.named_files import hash_of, weights_of
-from recbole_llm.training.pipeline import code_mark
+from recbole_llm.training.pipeline import code_mark, validations
 from recbole_llm.training.store import fingerprint_of
 
 # What moves a run beside the settings of its stages.
@@ -41,6 +41,25 @@ def mark_of(config: Config, data: str, code: str) -> str:
     beneath: list[Any] = [part.stage_keys() for part in parts]
     beneath += [beneath_settings(one) for one in (config, *parts)]
     return fingerprint_of([config["model"], config["dataset"], final, data, code, beneath])
+
+
+def training_of(config: Config) -> str:
+    """What runs share whose model is trained alike and searched otherwise: one of them trains, the others find it.
+
+    Args:
+        config: the run's.
+
+    Returns:
+        A hash of it; empty for a model of which no such settings are known, and where validations pick among epochs by
+        what a search finds.
+    """
+    told = getattr(config.model_class, "search_settings", None)
+    if told is None or validations(config) > 1:
+        return ""
+    searched = told()
+    own = {key: value for key, value in config.stage_keys().items() if key not in searched}
+    parts = [config.part(part).stage_keys() for part in config.parts() if part not in searched]
+    return fingerprint_of([config["model"], config["dataset"], own, [config[key] for key in MOVING], parts])
 
 
 def beneath_settings(config: Config) -> list[Any]:

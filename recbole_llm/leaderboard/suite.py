@@ -19,7 +19,7 @@ from recbole_llm.config import Config
 from recbole_llm.errors import UserError, did_you_mean
 from recbole_llm.leaderboard.choice import choices_of, label
 from recbole_llm.leaderboard.curve import check_curve, check_curve_of
-from recbole_llm.leaderboard.marks import bytes_of, code_of_package, mark_of
+from recbole_llm.leaderboard.marks import bytes_of, code_of_package, mark_of, training_of
 from recbole_llm.leaderboard.paper import check_paper, limited_to
 from recbole_llm.schema import load_yaml, properties_dir
 
@@ -87,6 +87,8 @@ class Cell:
         settings: what it is run with, ``model`` among them.
         parts: models that it trains first, as rows of their own may.
         mark: hash of all that its figures depend on.
+        training: hash of what its fine-tuning depends on, where runs that search its model otherwise find that in the
+            cache; else empty.
         choice: of the settings, those that are chosen on valid; empty where the row leaves nothing open.
     """
 
@@ -98,6 +100,7 @@ class Cell:
     settings: Mapping[str, Any] = field(hash=False)
     parts: tuple[str, ...] = ()
     mark: str = ""
+    training: str = ""
     choice: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
@@ -346,7 +349,7 @@ def marked(
             download(name, source)
     data = {source: bytes_of(source) for source in sources}
     cells = [
-        replace(cell, mark=mark_of(config, data[Path(config["data_path"])], code))
+        replace(cell, mark=mark_of(config, data[Path(config["data_path"])], code), training=training_of(config))
         for cell, config in zip(cells, configs, strict=True)
     ]
     _check_apart(cells)

@@ -287,7 +287,8 @@ def _train(
         inputs["selection"] = 2
     ranked_by, formerly = "", None
     keys, before_search = trainer.without_search(upstream)
-    if keys and _validations(config, valid_data) < 2:
+    looked = 0 if valid_data is None or not len(valid_data) else validations(config)
+    if keys and looked < 2:
         # No epoch was picked by how it ranks, so the weights are those of any way to rank.
         formerly = inputs
         inputs = inputs | {
@@ -331,11 +332,9 @@ def _train(
     return stage, stage.facts | {"valid": {}, "valid_curve": []}
 
 
-def _validations(config: Config, valid_data: Any) -> int:
-    """How often a training looks at valid at most."""
-    if valid_data is None or not len(valid_data) or not config["eval_step"]:
-        return 0
-    return int(config["epochs"]) // int(config["eval_step"])
+def validations(config: Config) -> int:
+    """How often a training looks at valid rows, where there are some, at most."""
+    return int(config["epochs"]) // int(config["eval_step"]) if config["eval_step"] else 0
 
 
 def versions_of(model_class: type) -> dict[str, int]:
