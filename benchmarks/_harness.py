@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -144,6 +144,13 @@ def report(
     }
     print(json.dumps(result), flush=True)
     return result
+
+
+def tell(detail: Mapping[str, Any]) -> None:
+    """Print measurements under each other."""
+    width = max(map(len, detail))
+    for name, value in detail.items():
+        print(f"{name:>{width}}  {value}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import measure_pairs, of_processors, parser, ratios_of, report
+from _harness import measure_pairs, of_processors, parser, ratios_of, report, tell
 from beam_search import language_model
 
 from recbole_llm.data.prompts import Ragged
@@ -88,8 +88,7 @@ def main() -> None:
         "milliseconds_a_user": round(1e3 * median(times[0]) / users, 2),
         "tokens_written": round(float(np.mean([len(text) for text in found])), 1),
     }  # fmt: skip
-    for name, value in detail.items():
-        print(f"{name:>22}  {value}")
+    tell(detail)
     report("free_search", *times, equal=alike > 0.97, max_error=1 - alike, detail=detail)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import measure_pairs, once, parser, ratios_of, report
+from _harness import measure_pairs, once, parser, ratios_of, report, tell
 from torch.nn import functional
 from trie import END, random_titles
 
@@ -211,8 +211,7 @@ def main() -> None:
         "first_tokens": int(soft.offsets[1]), "tokenizer_made_in_seconds": round(seconds, 4), **against,
         **step_share(tokenizer, logits[:part], targets[:part], prompt, arguments.quick),
     }  # fmt: skip
-    for name, value in detail.items():
-        print(f"{name:>28}  {value}")
+    tell(detail)
     report("tca_soft_labels", ours, reference, equal=error < 1e-6, max_error=error, detail=detail)
 
 

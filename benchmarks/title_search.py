@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from _harness import measure_pairs, of_processors, parser, ratios_of, report
+from _harness import measure_pairs, of_processors, parser, ratios_of, report, tell
 from beam_search import language_model
 from free_search import prompts_of
 
@@ -89,8 +89,7 @@ def main() -> None:
         "tokens_that_tell": round(unique.lengths[1:].float().mean().item(), 1), "longest_that_tell": unique.longest,
         "milliseconds_a_user": round(1e3 * median(times[0]) / users, 2),
     }  # fmt: skip
-    for name, value in detail.items():
-        print(f"{name:>22}  {value}")
+    tell(detail)
     report("title_search", *times, equal=same > 0.99, max_error=1 - same, detail=detail)
 
 
